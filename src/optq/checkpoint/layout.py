@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of one quantized linear on disk, and the headers that tell which linears a checkpoint has.
+
+The format is specified in docs/checkpoint-format.md. Outside names (qweight, qzeros, scales, g_idx) live here and in
+`hf/config.py` only.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from optq.errors import CheckpointError
+from optq.scheme import BITS, PACKED_WORD_BITS, QuantizedWeight
+
+from .packing import pack_codes, unpack_codes
+
+CHECKPOINT_FORMATS = {"gptq": 1, "gptq_v2": 0}
+"""checkpoint_format -> what is subtracted from a zero before it is packed."""
+
+TENSOR_NAMES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight:
+    """One linear's quantized tensors exactly as on disk.
+
+    Args:
+        qweight: (in · bits / 32, out) int32.
+        qzeros: (groups, out · bits / 32) int32.
+        scales: (groups, out), the dtype on disk: float16 when optq writes.
+        g_idx: (in,) int32.
+        bits: bits per weight.
+        checkpoint_format: a key of `CHECKPOINT_FORMATS`.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    bits: int
+    checkpoint_format: str = "gptq"
+
+    @property
+    def in_features(self) -> int:
+        return self.qweight.shape[0] * PACKED_WORD_BITS // self.bits
+
+    @property
+    def out_features(self) -> int:
+        return self.qweight.shape[1]
+
+    def zeros(self) -> Tensor:
+        """The zeros as the arithmetic wants them: (groups, out) int16, because v1 files may mean a zero of 2 ** bits."""
+        codes = unpack_codes(self.qzeros.T.contiguous(), self.bits)  # (out, groups)
+        return (codes.to(torch.int16) + CHECKPOINT_FORMATS[self.checkpoint_format]).T.contiguous()
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Dense float32 weights of outputs start … stop: (in, stop - start)."""
+        codes = unpack_codes(self.qweight[:, start:stop].contiguous(), self.bits)
+        groups = self.g_idx.long()
+        zeros = self.zeros()[:, start:stop].float()[groups]
+        return (codes.float() - zeros) * self.scales[:, start:stop].float()[groups]
+
+
+def pack(quantized: QuantizedWeight, checkpoint_format: str = "gptq") -> PackedWeight:
+    """Turn solved codes into the words on disk; nothing is rounded here.
+
+    Raises:
+        CheckpointError: a zero of 0 in the v1 format, which cannot hold it, or a scale that float16 would change.
+    """
+    offset = CHECKPOINT_FORMATS[checkpoint_format]
+    zeros = quantized.zeros - offset
+    if int(zeros.min()) < 0:
+        raise CheckpointError("A zero point of 0 cannot be stored in checkpoint_format 'gptq' (v1); write 'gptq_v2'.")
+    scales = quantized.scales.to(torch.float16)
+    if not torch.equal(scales.float(), quantized.scales):
+        raise CheckpointError(
+            "The scales are not representable in float16; storing them would change the solved weights."
+        )
+    return PackedWeight(
+        qweight=pack_codes(quantized.codes.T, quantized.bits),
+        qzeros=pack_codes(zeros, quantized.bits).T.contiguous(),  # (groups, out · bits / 32)
+        scales=scales.T.contiguous(),  # (groups, out): the order on disk
+        g_idx=quantized.group_of_column.clone(),  # a tensor shared by several layers would be refused by safetensors
+        bits=quantized.bits,
+        checkpoint_format=checkpoint_format,
+    )
+
+
+def unpack(packed: PackedWeight) -> QuantizedWeight:
+    """The inverse of `pack`."""
+    return QuantizedWeight(
+        codes=unpack_codes(packed.qweight, packed.bits).T.contiguous(),
+        scales=packed.scales.float().T.contiguous(),
+        zeros=packed.zeros().T.contiguous(),
+        group_of_column=packed.g_idx,
+        bits=packed.bits,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorHeader:
+    """Shape and dtype of a tensor in a safetensors file, read without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedTensors:
+    """What the headers say about one quantized linear."""
+
+    name: str
+    headers: dict[str, TensorHeader]  # by the last part of the tensor's name; "g_idx" and "bias" may be absent
+    bits: int
+
+    @property
+    def in_features(self) -> int:
+        return self.headers["qweight"].shape[0] * PACKED_WORD_BITS // self.bits
+
+    @property
+    def out_features(self) -> int:
+        return self.headers["qweight"].shape[1]
+
+
+_SAFETENSORS_DTYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def read_headers(files: list[str]) -> dict[str, TensorHeader]:
+    """The headers of every tensor in `files`, by tensor name.
+
+    Raises:
+        CheckpointError: a file is not safetensors. Pickled files (.bin, .pt) can run code when they are read.
+    """
+    headers: dict[str, TensorHeader] = {}
+    for file in files:
+        if not os.fspath(file).endswith(".safetensors"):
+            raise CheckpointError(
+                f"{file}: only .safetensors files are read, because unpickling a file from elsewhere can run its code. "
+                "Convert the checkpoint once, where you trust it, with save_pretrained()."
+            )
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                part = tensors.get_slice(name)
+                headers[name] = TensorHeader(
+                    shape=tuple(part.get_shape()), dtype=_SAFETENSORS_DTYPES.get(part.get_dtype(), torch.float32)
+                )
+    return headers
+
+
+def find_quantized_linears(headers: dict[str, TensorHeader]) -> dict[str, QuantizedTensors]:
+    """The quantized linears of a checkpoint, by module name. Bits follow from the shapes, not from a label.
+
+    Raises:
+        CheckpointError: a linear's tensors are incomplete or their shapes contradict one another.
+    """
+    linears = {}
+    for key in headers:
+        name, _, last = key.rpartition(".")
+        if last != "qweight":
+            continue
+        own = {part: headers[f"{name}.{part}"] for part in (*TENSOR_NAMES, "bias") if f"{name}.{part}" in headers}
+        missing = [part for part in ("qzeros", "scales") if part not in own]
+        if missing:
+            raise CheckpointError(f"{name}: the checkpoint has qweight but not {' and '.join(missing)}.")
+        linears[name] = QuantizedTensors(name=name, headers=own, bits=_bits_of(name, own))
+    return linears
+
+
+def _bits_of(name: str, headers: dict[str, TensorHeader]) -> int:
+    """qzeros is (groups, out · bits / 32) and scales (groups, out), so their widths tell the bits."""
+    words, out_features = headers["qzeros"].shape[-1], headers["scales"].shape[-1]
+    bits = words * PACKED_WORD_BITS // out_features
+    shapes = {part: header.shape for part, header in headers.items()}
+    if (
+        bits not in BITS
+        or words * PACKED_WORD_BITS != bits * out_features
+        or headers["qweight"].shape[1] != out_features
+    ):
+        raise CheckpointError(
+            f"{name}: tensor shapes {shapes} fit no GPTQ layout of {', '.join(map(str, BITS))} bits "
+            "(qweight (in*bits/32, out), qzeros (groups, out*bits/32), scales (groups, out))."
+        )
+    in_features = headers["qweight"].shape[0] * PACKED_WORD_BITS // bits
+    if "g_idx" in headers and headers["g_idx"].shape != (in_features,):
+        raise CheckpointError(
+            f"{name}: g_idx has shape {headers['g_idx'].shape}, but qweight implies ({in_features},)."
+        )
+    if headers["scales"].shape[0] != headers["qzeros"].shape[0]:
+        raise CheckpointError(f"{name}: scales and qzeros disagree about the number of groups: {shapes}.")
+    return bits

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors of optq: one class per cause, all derived from `OptqError`."""
+
+
+class OptqError(Exception):
+    """Whatever optq refuses or cannot do; the message says what was asked, found and allowed, and what to do."""
+
+
+class ConfigError(OptqError, ValueError):
+    """The requested configuration cannot be carried out on this model."""
+
+
+class CalibrationError(OptqError, ValueError):
+    """The calibration data is empty, does not fit the model, or drives it to values that are not finite."""
+
+
+class ModelError(OptqError, ValueError):
+    """The model cannot be quantized: no decoder blocks found, or weights that are not finite."""
+
+
+class SolveError(OptqError, RuntimeError):
+    """The Hessian of a layer could not be factorised, whatever the damping."""
+
+
+class CheckpointError(OptqError, ValueError):
+    """A checkpoint's bytes, names or labels contradict one another or are not supported."""
+
+
+class OutputError(OptqError, OSError):
+    """The output folder cannot be used."""
+
+
+class KernelError(OptqError, RuntimeError):
+    """No kernel can run a layer, or the kernel asked for by name cannot."""

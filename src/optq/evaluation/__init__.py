@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judgement: how good and how fast a model is."""
+
+from .perplexity import Perplexity as Perplexity
+from .perplexity import perplexity as perplexity
+from .speed import DecodeSpeed as DecodeSpeed
+from .speed import decode_speed as decode_speed

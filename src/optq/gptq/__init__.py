@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The algorithm: tensors in, tensors out. Knows nothing of models, files or kernels."""
+
+from .grid import Grid as Grid
+from .grid import fit_grid as fit_grid
+from .hessian import Hessian as Hessian
+from .solver import Solution as Solution
+from .solver import round_to_nearest as round_to_nearest
+from .solver import solve as solve

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hessian of a layer's squared output error: the mean of x·xᵀ over the calibration tokens.
+
+Linears that read the same input share one. LeCun et al., "Optimal Brain Damage" (NeurIPS 1989); Frantar et al.,
+"OPTQ" (arXiv:2210.17323), eq. 1. The factor 2 of the second derivative cancels everywhere and is left out.
+"""
+
+import torch
+from torch import Tensor
+
+from optq.errors import CalibrationError
+
+UPPER_CHUNKS = 4  # computing the upper triangle in 4 strips costs 62.5 % of the full product
+
+
+class Hessian:
+    """A running sum of x·xᵀ in float32.
+
+    Args:
+        features: width of the inputs.
+        device: where the sum lives and the products are made.
+    """
+
+    def __init__(self, features: int, device: torch.device | str) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
+        """Add a batch of inputs.
+
+        Args:
+            inputs: (..., features), any float dtype.
+            keep: bool, one entry per token (any shape with as many entries as `inputs` has rows); False entries,
+                such as padding, are left out.
+        """
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        if keep is not None:
+            rows = rows[keep.reshape(-1)]
+        self.tokens += rows.shape[0]
+        features = rows.shape[1]
+        strip = -(-features // UPPER_CHUNKS)
+        for start in range(0, features, strip):
+            stop = min(start + strip, features)
+            self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+    def mean(self) -> Tensor:
+        """The (features, features) float32 mean over all tokens added so far; symmetric.
+
+        Raises:
+            CalibrationError: no token was added, or the sum is not finite.
+        """
+        if self.tokens == 0:
+            raise CalibrationError("No calibration token reached this layer, so there is nothing to fit it to.")
+        upper = self._sum.triu()
+        mean = (upper + upper.triu(1).T) / self.tokens
+        if not bool(mean.isfinite().all()):
+            raise CalibrationError(
+                "The inputs of this layer are not finite (NaN or infinity) on the calibration data."
+            )
+        return mean

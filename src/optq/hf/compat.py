@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every use of transformers that is internal to it or differs between its versions 5.17 and 5.23."""
+
+import logging
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from optq.errors import CalibrationError
+
+logger = logging.getLogger(__name__)
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+Value = TypeVar("Value")
+
+
+def renamed(tensors: dict[str, Value], model: Any) -> dict[str, Value]:
+    """The checkpoint's tensors under the names that they have in the model."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    # Packed tensors have no name in the model yet, so a linear's are renamed as its weight would be.
+    state = model.state_dict()
+    result = {}
+    for key, value in tensors.items():
+        module, _, last = key.rpartition(".")
+        name, _ = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, state)
+        result[f"{name.removesuffix('.weight')}.{last}"] = value
+    return result
+
+
+def load_tokenizer(tokenizer: Any, model: Any) -> Any:
+    """The tokenizer itself, or the one of a model id or folder, by default the model's own."""
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    source = tokenizer or model.config.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CalibrationError(
+            f"The calibration data is text, but no tokenizer could be loaded from {source!r}: {error} "
+            "Pass tokenizer= with an object, a model id or a folder, or pass token ids."
+        ) from error
+
+
+def make_generation_config_savable(model: Any) -> None:
+    """Turn sampling on where a generation config sets its parameters; transformers refuses to save it otherwise.
+
+    Refusing would come after all the work was done. The parameters show that sampling was meant.
+    """
+    generation_config = getattr(model, "generation_config", None)
+    if generation_config is None:
+        return
+    try:
+        generation_config.validate(strict=True)
+    except ValueError as error:
+        logger.warning(
+            "The model's generation config sets sampling parameters without do_sample; it is set to True. %s", error
+        )
+        generation_config.do_sample = True
+
+
+def dispatch(model: Any, device_map: Any, quantizer: Any) -> None:
+    """Place the finished model as `from_pretrained(device_map=...)` asked."""
+    if device_map is None:
+        return
+    from transformers.modeling_utils import _get_device_map
+
+    placement = _get_device_map(model, device_map, None, quantizer)
+    devices = set(placement.values())
+    if len(devices) == 1:
+        device = devices.pop()
+        if device == "disk":
+            raise ValueError("device_map places the whole model on disk; give it a device to run on.")
+        model.to(torch.device(device) if not isinstance(device, int) else device)
+    else:
+        from accelerate import dispatch_model
+
+        dispatch_model(model, placement)
+    model.hf_device_map = placement

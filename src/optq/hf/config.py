@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GPTQConfig`: what users write and what config.json holds, and its only translation into `LayerScheme`s.
+
+A subclass of transformers' class of the same name, because transformers compares class names when it merges configs.
+Unlike it, ours keeps keys it does not know, reads configs from other tools, compares by value, and never writes
+tokenizers or calibration texts to disk.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from transformers.utils.quantization_config import QuantizationMethod
+
+from optq.calibration import DATASETS
+from optq.checkpoint import CHECKPOINT_FORMATS
+from optq.errors import ConfigError
+from optq.scheme import ActOrder, LayerScheme
+
+DEFAULT_DAMPING = 0.1
+
+RUN_ONLY = (
+    "tokenizer",
+    "dataset",
+    "backend",
+    "batch_size",
+    "pad_token_id",
+    "max_input_length",
+    "cache_block_outputs",
+    "model_seqlen",
+    "num_samples",
+    "seed",
+    "log_file",
+)
+"""Fields that say how to run, not what the checkpoint is: never written to config.json."""
+
+
+class GPTQConfig(transformers.GPTQConfig):
+    """How to quantize a model, or how a checkpoint was quantized. See docs/configuration.md for every field.
+
+    Args:
+        bits: bits per weight: 2, 3, 4 or 8.
+        tokenizer: object, model id or folder; by default the one in the model's folder.
+        dataset: calibration data: a list of strings, of chats or of dicts with input_ids; a `datasets.Dataset`; a path to a
+            .txt/.jsonl/.json/.parquet file; or "wikitext2", "c4", "c4-new", "ptb".
+        group_size: columns that share a scale and a zero; -1 for whole rows.
+        damp_percent: despite its name a fraction: how much of the Hessian's mean diagonal is added to its diagonal.
+        desc_act: store groups in activation order (non-trivial g_idx). vLLM no longer reads such checkpoints.
+        sym: zeros fixed at the middle of the grid. vLLM reads only symmetric checkpoints.
+        true_sequential: calibrate later linears of a block on the already quantized earlier ones.
+        static_groups: solve columns in activation order while groups keep their layout (ignored with desc_act=True).
+        format: "gptq" (v1, zeros stored minus one) or "gptq_v2"; also accepted as `checkpoint_format`.
+        dynamic: per-layer overrides in GPTQModel's form: {"-:regex": {}} leaves matching layers alone,
+            {"+:regex": {"bits": 8, "group_size": 64}} changes their settings; the first match counts.
+        lm_head: whether the checkpoint's output head is quantized. Must be False when quantizing.
+        model_seqlen: longest calibration sequence in tokens; by default the model's own limit, at most 2048.
+        num_samples: most calibration sequences to use; by default all of a list and 128 of anything else.
+        batch_size: calibration sequences per forward; by default as many as fit in 2048 tokens.
+        seed: chooses which calibration sequences are used when there are more than num_samples.
+        log_file: a path to which the run's events are appended as JSON lines.
+        backend: a kernel by name, or "auto".
+        block_name_to_quantize: the list of blocks, such as "model.layers"; found by itself in most models.
+        modules_in_block_to_quantize: names inside a block to which quantization is restricted.
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        tokenizer: Any = None,
+        dataset: Any = None,
+        group_size: int = 128,
+        damp_percent: float | None = DEFAULT_DAMPING,
+        desc_act: bool = False,
+        act_group_aware: bool | None = None,
+        sym: bool = True,
+        true_sequential: bool = True,
+        static_groups: bool = True,
+        format: str | None = None,
+        checkpoint_format: str | None = None,
+        meta: dict[str, Any] | None = None,
+        backend: str | None = "auto",
+        model_seqlen: int | None = None,
+        num_samples: int | None = None,
+        block_name_to_quantize: str | None = None,
+        module_name_preceding_first_block: list[str] | None = None,
+        batch_size: int | None = None,
+        pad_token_id: int | None = None,
+        seed: int = 0,
+        log_file: str | None = None,
+        max_input_length: int | None = None,
+        cache_block_outputs: bool = True,
+        modules_in_block_to_quantize: list[list[str]] | None = None,
+        dynamic: dict[str, dict[str, Any]] | None = None,
+        lm_head: bool = False,
+        pack_dtype: str = "int32",
+        quant_method: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        # The parent's __init__ drops what it does not know and refuses what other tools write, so it is not called.
+        self.quant_method = QuantizationMethod.GPTQ
+        self.bits = bits
+        self.tokenizer = tokenizer
+        self.dataset = dataset
+        self.group_size = group_size
+        self.damp_percent = damp_percent
+        self.desc_act = bool(desc_act)
+        self.act_group_aware = act_group_aware
+        self.sym = bool(sym)
+        self.true_sequential = bool(true_sequential)
+        self.static_groups = bool(static_groups)
+        self.format = (checkpoint_format or format or "gptq").lower()
+        self.meta = meta
+        self.backend = (backend or "auto").lower()
+        self.model_seqlen = model_seqlen
+        self.num_samples = num_samples
+        self.block_name_to_quantize = block_name_to_quantize
+        self.module_name_preceding_first_block = module_name_preceding_first_block
+        self.batch_size = batch_size
+        self.pad_token_id = pad_token_id
+        self.seed = seed
+        self.log_file = log_file
+        self.max_input_length = max_input_length
+        self.cache_block_outputs = cache_block_outputs
+        self.modules_in_block_to_quantize = modules_in_block_to_quantize
+        self.dynamic = dynamic
+        self.lm_head = bool(lm_head)
+        self.pack_dtype = str(pack_dtype or "int32").removeprefix("torch.")
+        self.unknown = unknown
+        self.post_init()
+
+    @classmethod
+    def from_stock(cls, config: transformers.GPTQConfig) -> "GPTQConfig":
+        """Ours from transformers' own class. Its batch_size=1 is a default, not a wish, and becomes ours."""
+        if isinstance(config, cls):
+            return config
+        fields = dict(vars(config))
+        if fields.get("batch_size") == 1:
+            del fields["batch_size"]
+        return cls(**fields)
+
+    def post_init(self) -> None:
+        """Check everything that can be checked without a model."""
+        self._base_scheme()  # LayerScheme validates itself
+        if self.format not in CHECKPOINT_FORMATS:
+            raise ConfigError(f"format={self.format!r} was asked for; allowed are {', '.join(CHECKPOINT_FORMATS)}.")
+        if self.pack_dtype != "int32":
+            raise ConfigError(f"pack_dtype={self.pack_dtype!r} was asked for; codes are packed into int32 words only.")
+        for field in ("batch_size", "model_seqlen", "num_samples"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(
+                    f"{field}={value!r} was asked for; it is a positive integer, or None for the default."
+                )
+        for pattern, override in (self.dynamic or {}).items():
+            try:
+                re.compile(_pattern(pattern))
+            except re.error as error:
+                raise ConfigError(f"dynamic: {pattern!r} is not a regular expression: {error}.") from error
+            if not pattern.startswith("-:"):
+                self._scheme_with(override)
+
+    def scheme_for(self, name: str) -> LayerScheme | None:
+        """How the linear called `name` in the model is quantized; None: not at all."""
+        if self.modules_in_block_to_quantize is not None:
+            listed = [
+                entry
+                for group in self.modules_in_block_to_quantize
+                for entry in ([group] if isinstance(group, str) else group)
+            ]
+            if not any(name.endswith(f".{entry}") for entry in listed):
+                return None
+        for pattern, override in (self.dynamic or {}).items():
+            if re.match(_pattern(pattern), name):
+                return None if pattern.startswith("-:") else self._scheme_with(override)
+        return self._base_scheme()
+
+    @property
+    def act_order(self) -> ActOrder:
+        if self.desc_act:
+            return "desc_act"
+        return "static" if self.static_groups else "none"
+
+    def _base_scheme(self) -> LayerScheme:
+        return LayerScheme(
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.sym,
+            act_order=self.act_order,
+            damping=self.damp_percent or DEFAULT_DAMPING,  # some checkpoints on the Hub hold 0 or null
+        )
+
+    def _scheme_with(self, override: dict[str, Any]) -> LayerScheme:
+        """The base scheme with one entry of `dynamic` applied."""
+        merged = copy.copy(self)
+        for key in ("bits", "group_size", "sym", "desc_act", "damp_percent"):
+            if key in override:
+                setattr(merged, key, override[key])
+        return merged._base_scheme()
+
+    def for_checkpoint(self, recipe: dict[str, Any], left_out: list[str]) -> "GPTQConfig":
+        """What the finished checkpoint's config.json says: this config without the means, plus what was done.
+
+        Args:
+            recipe: facts about the calibration.
+            left_out: linears that stayed in full precision although the config asked for them; readers must know.
+        """
+        from optq import __version__
+
+        config = copy.copy(self)
+        config.tokenizer = None
+        config.dataset = self.dataset if isinstance(self.dataset, str) and self.dataset in DATASETS else None
+        config.unknown = dict(self.unknown)
+        meta = {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
+        config.meta = {
+            **meta,
+            "quantizer": [f"optq:{__version__}"],
+            "act_order": self.act_order,
+            "calibration": recipe,
+        }
+        if left_out:
+            # Before the user's own entries, because the first match counts.
+            config.dynamic = {**{f"-:^{re.escape(name)}$": {} for name in left_out}, **(self.dynamic or {})}
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to config.json: names and values that GPTQ readers expect, and keys found but not known."""
+        written = {
+            key: value for key, value in vars(self).items() if key not in (*RUN_ONLY, "unknown") and value is not None
+        }
+        if isinstance(self.dataset, str) and self.dataset in DATASETS:
+            written["dataset"] = self.dataset
+        written["quant_method"] = QuantizationMethod.GPTQ.value
+        written["checkpoint_format"] = self.format
+        return copy.deepcopy({**self.unknown, **written})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What an argument of from_pretrained may change about a checkpoint's own config."""
+        return {"backend": self.backend, "max_input_length": self.max_input_length}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.to_dict().items())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GPTQConfig":
+        """transformers copies configs several times while it loads; the calibration data is shared, not copied."""
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        for key, value in vars(self).items():
+            setattr(copied, key, value if key in ("tokenizer", "dataset") else copy.deepcopy(value, memo))
+        return copied
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GPTQConfig) and self.to_dict() == other.to_dict() and self.backend == other.backend
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, compared by value
+
+
+def _pattern(key: str) -> str:
+    """The regular expression of an entry of `dynamic`; a key without a sign means "+"."""
+    return key[2:] if key[:2] in ("-:", "+:") else key

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformers quantizer behind quant_method "gptq": quantizes while loading, and loads what is quantized.
+
+transformers builds the model on the meta device and calls *before*; reads the weights; then calls *after*. When
+quantizing, *before* plans and checks everything that can fail early, and *after* does the work. When loading, *before*
+puts an empty `QuantLinear` wherever the checkpoint has packed words, and *after* lets each choose its kernel.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from optq.calibration import Calibration, prepare_calibration
+from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
+from optq.driver import Plan, plan_quantization, quantize_model
+from optq.errors import CalibrationError, CheckpointError, ConfigError
+from optq.layers import QuantLinear
+from optq.model import find_blocks
+from optq.progress import RunLog
+from optq.scheme import LayerScheme
+
+from . import compat
+from .config import GPTQConfig
+
+logger = logging.getLogger(__name__)
+
+
+class OptqHfQuantizer(HfQuantizer):
+    """GPTQ for transformers. Not a subclass of its `GptqHfQuantizer`, which needs the package gptqmodel.
+
+    Attributes:
+        log: the events of the run that quantized the model, or None for a loaded checkpoint.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: transformers.GPTQConfig, **kwargs: Any) -> None:
+        super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
+        self.quantization_config: GPTQConfig
+        self.log: RunLog | None = None
+        self._device_map: Any = None
+        self._plan: Plan | None = None
+        self._calibration: Calibration | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, before anything is downloaded, what can never be quantized."""
+        if self.pre_quantized:
+            return
+        if self.quantization_config.dataset is None:
+            raise CalibrationError(
+                "Quantizing needs calibration data: GPTQConfig(..., dataset=...) with a list of strings, of chats or of "
+                "dicts with input_ids, a datasets.Dataset, a path to a file, or a name such as 'wikitext2'."
+            )
+        if self.quantization_config.lm_head:
+            raise ConfigError(
+                "lm_head=True was asked for, but quantizing the output head is not supported; leave it False."
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """While quantizing, load to the CPU: blocks visit the accelerator one by one, and `device_map` is for the result."""
+        if self.pre_quantized:
+            return device_map
+        self._device_map = device_map
+        return None if device_map is None else {"": "cpu"}
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            self._insert_empty_layers(model, checkpoint_files or [])
+            return
+        config = self.quantization_config
+        self._plan = plan_quantization(find_blocks(model, config.block_name_to_quantize), config.scheme_for)
+        with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
+            self._calibration = self._prepare_calibration(model)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            self._prepare_layers(model)
+            return
+        assert self._plan is not None and self._calibration is not None  # *before* ran
+        config = self.quantization_config
+        self.log = RunLog(Path(config.log_file) if config.log_file else None)
+        with self.log:
+            quantize_model(
+                model,
+                self._plan,
+                self._calibration,
+                sequential=config.true_sequential,
+                checkpoint_format=config.format,
+                backend=config.backend,
+                log=self.log,
+            )
+        self._record(model)
+        compat.dispatch(model, self._device_map, self)
+        self._prepare_layers(model)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        for name, layer in _quantized_layers(model).items():
+            _set_module(model, name, layer.dense(dtype or torch.get_default_dtype()))
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _prepare_calibration(self, model: nn.Module) -> Calibration:
+        config = self.quantization_config
+        text_config = model.config.get_text_config(decoder=True)
+        longest = config.model_seqlen or min(getattr(text_config, "max_position_embeddings", None) or 2048, 2048)
+        pad_token_id = config.pad_token_id if config.pad_token_id is not None else text_config.pad_token_id
+        return prepare_calibration(
+            config.dataset,
+            lambda: compat.load_tokenizer(config.tokenizer, model),
+            vocabulary=model.get_input_embeddings().weight.shape[0],
+            window=longest,
+            samples=config.num_samples,
+            batch_size=config.batch_size,
+            pad_token_id=pad_token_id,
+            seed=config.seed,
+        )
+
+    def _record(self, model: nn.Module) -> None:
+        """Make the model's config say what the checkpoint will be."""
+        assert self._plan is not None and self._calibration is not None
+        config = self.quantization_config
+        planned = [target.view.name for targets in self._plan.targets.values() for target in targets]
+        done = _quantized_layers(model)
+        asked_for = [name for name in self._plan.skipped if config.scheme_for(name) is not None]
+        left_out = [*asked_for, *(name for name in planned if name not in done)]
+        self.quantization_config = config.for_checkpoint(self._calibration.recipe, left_out)
+        model.config.quantization_config = self.quantization_config
+        compat.make_generation_config_savable(model)
+        self._plan = self._calibration = None  # free the calibration data
+
+    def _insert_empty_layers(self, model: nn.Module, checkpoint_files: list[str]) -> None:
+        config = self.quantization_config
+        found = find_quantized_linears(compat.renamed(read_headers(checkpoint_files), model))
+        if not found:
+            raise CheckpointError(
+                f"{model.config.name_or_path} says that it is quantized with GPTQ, but none of its tensors is named "
+                "*.qweight. It is not a GPTQ checkpoint, or its config.json belongs to another one."
+            )
+        modules = dict(model.named_modules())
+        strangers = [name for name in found if not isinstance(modules.get(name), compat.LINEAR_TYPES)]
+        if strangers:
+            raise CheckpointError(
+                f"{len(strangers)} quantized tensors of the checkpoint, such as {strangers[0]}, belong to no linear layer "
+                f"of {type(model).__name__}. Mixture-of-experts checkpoints are not supported yet; otherwise the "
+                "checkpoint was made for another architecture."
+            )
+        dtype = model.dtype
+        for name, tensors in found.items():
+            scheme = config.scheme_for(name)
+            _check_label(tensors, scheme)
+            _set_module(model, name, QuantLinear.empty(tensors, config.format, config.backend, dtype))
+
+    def _prepare_layers(self, model: nn.Module) -> None:
+        """Let every layer choose its kernel; fill in a g_idx that the checkpoint left out."""
+        kernels: dict[str, int] = {}
+        for name, layer in _quantized_layers(model).items():
+            if self.pre_quantized and not getattr(layer.g_idx, "_is_hf_initialized", False):
+                scheme = self.quantization_config.scheme_for(name) or LayerScheme(
+                    group_size=self.quantization_config.group_size
+                )
+                layer.fill_trivial_groups(scheme.group_width(layer.in_features))
+            if layer.qweight.device.type != "meta":  # offloaded layers choose when they are called
+                layer.prepare(model.dtype)
+                kernels[layer.kernel_name or ""] = kernels.get(layer.kernel_name or "", 0) + 1
+        logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
+    """The config must not contradict the bytes: readers that trust it would answer nonsense."""
+    if scheme is None:
+        return
+    if scheme.bits != tensors.bits:
+        raise CheckpointError(
+            f"{tensors.name}: config.json says {scheme.bits} bits, but the tensors hold {tensors.bits}. "
+            "Correct quantization_config.bits, or its dynamic entry for this layer."
+        )
+    groups = tensors.headers["scales"].shape[0]
+    # Writers disagree whether a narrower last group exists; both counts are read.
+    width = scheme.group_width(tensors.in_features)
+    if groups not in (scheme.group_count(tensors.in_features), tensors.in_features // width):
+        raise CheckpointError(
+            f"{tensors.name}: config.json says group_size {scheme.group_size}, which makes "
+            f"{scheme.group_count(tensors.in_features)} groups of {tensors.in_features} columns, but the tensors hold "
+            f"{groups}. Correct quantization_config.group_size, or its dynamic entry for this layer."
+        )

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`QuantLinear`: a linear layer whose weight stays packed, and whose product is made by a kernel of the table."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optq.checkpoint import PackedWeight, QuantizedTensors
+from optq.kernels import Kernel, choose_kernel, matmul
+from optq.scheme import trivial_groups
+
+
+class QuantLinear(nn.Module):
+    """y = x Wᵀ + bias with a packed W.
+
+    The tensors of the checkpoint are buffers under their names on disk and never change, so saving writes back the
+    bytes that were read. What the kernel wants is derived from them once, by `prepare`, and is not saved.
+
+    Args:
+        packed: the weight; its tensors may be on the meta device.
+        bias: (out,) or None.
+        backend: which kernels may be chosen, a key of `optq.kernels.BACKENDS`.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    bias: Tensor | None
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None, backend: str = "auto") -> None:
+        super().__init__()
+        self.in_features = packed.in_features
+        self.out_features = packed.out_features
+        self.bits = packed.bits
+        self.checkpoint_format = packed.checkpoint_format
+        self.backend = backend
+        self.register_buffer("qweight", packed.qweight)
+        self.register_buffer("qzeros", packed.qzeros)
+        self.register_buffer("scales", packed.scales)
+        self.register_buffer("g_idx", packed.g_idx)
+        self.register_buffer("bias", bias)
+        self._kernel: Kernel | None = None
+        self._prepared: Any = None
+        self._prepared_for: tuple[torch.device, torch.dtype] | None = None
+
+    @classmethod
+    def empty(
+        cls, tensors: QuantizedTensors, checkpoint_format: str, backend: str, dtype: torch.dtype
+    ) -> "QuantLinear":
+        """A layer on the meta device, shaped as the headers of a checkpoint say; `dtype` is the bias's."""
+        shape_of = {part: header.shape for part, header in tensors.headers.items()}
+        packed = PackedWeight(
+            qweight=torch.empty(shape_of["qweight"], dtype=torch.int32, device="meta"),
+            qzeros=torch.empty(shape_of["qzeros"], dtype=torch.int32, device="meta"),
+            # In the dtype on disk: transformers casts what it reads to the dtype of the buffer that it fills.
+            scales=torch.empty(shape_of["scales"], dtype=tensors.headers["scales"].dtype, device="meta"),
+            g_idx=torch.empty((tensors.in_features,), dtype=torch.int32, device="meta"),
+            bits=tensors.bits,
+            checkpoint_format=checkpoint_format,
+        )
+        bias = torch.empty(shape_of["bias"], dtype=dtype, device="meta") if "bias" in shape_of else None
+        return cls(packed, bias, backend)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The tensors as on disk."""
+        return PackedWeight(
+            qweight=self.qweight,
+            qzeros=self.qzeros,
+            scales=self.scales,
+            g_idx=self.g_idx,
+            bits=self.bits,
+            checkpoint_format=self.checkpoint_format,
+        )
+
+    @property
+    def kernel_name(self) -> str | None:
+        """The kernel that was chosen, or None before `prepare`."""
+        return self._kernel.name if self._kernel else None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Choose the kernel for this device and activations of `dtype`, and derive what it wants."""
+        packed = self.packed
+        self._kernel = choose_kernel(packed, dtype, self.backend)
+        self._prepared = self._kernel.prepare(packed)
+        self._prepared_for = (self.qweight.device, dtype)
+
+    def fill_trivial_groups(self, group_width: int) -> None:
+        """Give g_idx its value where a checkpoint leaves it out: runs of `group_width` neighbouring columns."""
+        self.g_idx = trivial_groups(self.in_features, group_width, self.g_idx.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._kernel is None or self._prepared_for != (x.device, x.dtype):
+            self.prepare(x.dtype)
+        assert self._kernel is not None
+        output = matmul(x, self.packed, self._kernel, self._prepared)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The same layer with its weight dequantized."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.packed.columns(0, self.out_features).T.to(dtype).contiguous())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype))
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        """Follow moves between devices but not casts: model.bfloat16() must not round the stored scales."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        self._kernel = self._prepared = self._prepared_for = None
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"groups={self.scales.shape[0]}, bias={self.bias is not None}, kernel={self.kernel_name}"
+        )

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure memory, and give back what is free."""
+
+import ctypes
+import sys
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+GIB = 2**30
+
+
+def peak_gib(device: torch.device | str) -> float | None:
+    """Peak memory so far: what torch allocated on an accelerator, or the process's resident set on a CPU; GiB."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / GIB
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def release_free_memory() -> None:
+    """Hand freed heap pages back to the system, where the C library can.
+
+    glibc keeps freed blocks below 32 MB in its heap, and activations that outlive others tear holes into it: without
+    this, quantizing 135M parameters grew by 300 MB from the first block to the last.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent in musl
+        if trim is not None:
+            trim(0)

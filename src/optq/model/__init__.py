@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things are in a model, found by watching it run instead of by a list of architectures."""
+
+from .blocks import find_blocks as find_blocks
+from .forwards import BlockCall as BlockCall
+from .forwards import SuspendedForwards as SuspendedForwards
+from .linears import LinearView as LinearView
+from .linears import find_linears as find_linears
+from .stages import Stage as Stage
+from .stages import feed_stages as feed_stages
+from .stages import observe_stages as observe_stages

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suspended forwards: the real model runs, and waits wherever it wants a block's output.
+
+Each micro-batch runs `model(**batch)` in a thread of its own. A block's `forward` is replaced by a stand-in that posts
+its arguments and waits; the driver runs the real forward as often as it likes and hands the output back. So every block
+gets exactly the masks, rotary embeddings and extra arguments that the model computes for it, on any architecture.
+
+The threads take turns: one runs at a time, in a fixed order, so the result does not depend on scheduling.
+"""
+
+import inspect
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCall:
+    """A forward that waits for a block's output.
+
+    Args:
+        batch: index of the micro-batch.
+        block: index of the block that is called.
+        args, kwargs: what the model passes to it.
+    """
+
+    batch: int
+    block: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Abandoned(BaseException):
+    """Ends a suspended thread. Not an `Exception`, so that no model code catches it."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a thread posts when the model raised."""
+
+    error: BaseException
+
+
+class _Thread:
+    """One micro-batch's forward."""
+
+    def __init__(self, run: Callable[[], Any], index: int) -> None:
+        self.index = index
+        self._to_driver: queue.SimpleQueue[BlockCall | _Failure | None] = queue.SimpleQueue()
+        self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, args=(run,), name=f"optq-batch-{index}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def next_call(self) -> BlockCall | None:
+        """Wait until the forward calls a block; None when it has ended."""
+        posted = self._to_driver.get()
+        if isinstance(posted, _Failure):
+            raise posted.error
+        return posted
+
+    def answer(self, output: Any) -> None:
+        self._to_thread.put(output)
+
+    def abandon(self) -> None:
+        self._to_thread.put(_Abandoned())
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def pause(self, call: BlockCall) -> Any:
+        """Called by the stand-in, inside the thread."""
+        self._to_driver.put(call)
+        del call  # the driver may free the arguments while this frame waits
+        output = self._to_thread.get()
+        if isinstance(output, _Abandoned):
+            raise output
+        return output
+
+    def _main(self, run: Callable[[], Any]) -> None:
+        try:
+            with torch.no_grad():  # grad mode is per thread
+                run()
+            self._to_driver.put(None)
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            self._to_driver.put(_Failure(error))  # raised again in the driver
+
+
+class SuspendedForwards:
+    """Run `model` on every batch, pausing at each of `blocks`. A context manager: leaving it ends the threads.
+
+    Args:
+        model: called as `model(**batch)`, with `use_cache=False` where it takes that argument.
+        blocks: the blocks, in order; their `forward` is replaced while the context is open.
+        batches: keyword arguments of the model, tensors on its device.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: Iterable[dict[str, Tensor]]) -> None:
+        self._blocks = blocks
+        self.original_forwards = [block.forward for block in blocks]
+        self._overridden = [block.__dict__.get("forward") for block in blocks]  # None: inherited from the class
+        extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._current = threading.local()
+        self._threads = [
+            _Thread(self._bound(model, {**batch, **extra}, index), index) for index, batch in enumerate(batches)
+        ]
+
+    def __enter__(self) -> "SuspendedForwards":
+        for index, block in enumerate(self._blocks):
+            block.forward = self._stand_in(index)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for thread in self._threads:
+            thread.abandon()
+        for block, overridden in zip(self._blocks, self._overridden, strict=True):
+            if overridden is None:
+                del block.forward  # type: ignore[method-assign]
+            else:
+                block.forward = overridden  # type: ignore[method-assign]
+
+    def start(self) -> list[BlockCall]:
+        """Run every forward up to its first block."""
+        calls = []
+        for thread in self._threads:
+            thread.start()
+            if (call := thread.next_call()) is not None:
+                calls.append(call)
+        return calls
+
+    def resume(self, call: BlockCall, output: Any) -> BlockCall | None:
+        """Hand a block's output to the forward that waits for it, and run it up to its next block, or None at its end."""
+        thread = self._threads[call.batch]
+        thread.answer(output)
+        del output
+        return thread.next_call()
+
+    def _bound(self, model: nn.Module, batch: dict[str, Any], index: int) -> Callable[[], Any]:
+        def run() -> None:
+            self._current.thread = self._threads[index]
+            model(**batch)
+
+        return run
+
+    def _stand_in(self, index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            thread: _Thread | None = getattr(self._current, "thread", None)
+            if thread is None:  # called by somebody else than one of our forwards
+                return self.original_forwards[index](*args, **kwargs)
+            return thread.pause(BlockCall(batch=thread.index, block=index, args=args, kwargs=kwargs))
+
+        return forward

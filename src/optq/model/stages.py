@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages: the linears of a block that read the same input, found by watching one forward of the block.
+
+q, k and v share an input, and so do gate and up; o and down have their own. Each stage needs one Hessian.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .linears import LinearView
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Linears with one input.
+
+    Args:
+        views: in the order in which the block calls them.
+        calls: how often the block calls the first of them per forward.
+    """
+
+    views: tuple[LinearView, ...]
+    calls: int
+
+    @property
+    def in_features(self) -> int:
+        return self.views[0].shape[1]
+
+    @property
+    def name(self) -> str:
+        return "+".join(view.name.rpartition(".")[2] for view in self.views)
+
+
+class _StageReached(Exception):
+    """Ends a block's forward once the last input that is wanted has been seen."""
+
+
+@contextmanager
+def _watching(modules: list[nn.Module], seen: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Call `seen(module, input)` before each forward of one of the modules."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen(module, args[0] if args else next(iter(kwargs.values())))
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def observe_stages(views: list[LinearView], run: Callable[[], Any]) -> list[Stage]:
+    """Group `views` by the tensor they read while `run` executes the block once, in order of execution.
+
+    Linears that `run` never calls are in no stage.
+    """
+    view_of = {view.module: view for view in views}
+    inputs: list[Tensor] = []  # kept alive: otherwise a freed tensor's address could be taken for another's
+    members: dict[tuple[object, ...], list[LinearView]] = {}
+    calls: dict[nn.Module, int] = {}
+
+    def seen(module: nn.Module, x: Tensor) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if calls[module] == 1:
+            inputs.append(x)
+            # The same memory, unchanged in between: two views of one tensor count as one input.
+            key = (x.data_ptr(), x.shape, x.stride(), x._version)
+            members.setdefault(key, []).append(view_of[module])
+
+    with _watching(list(view_of), seen):
+        run()
+    return [Stage(views=tuple(group), calls=calls[group[0].module]) for group in members.values()]
+
+
+def feed_stages(stages: list[Stage], run: Callable[[], Any], feed: Callable[[Stage, Tensor], None]) -> None:
+    """Hand the inputs of `stages` to `feed(stage, input)` while `run` executes the block.
+
+    The forward is cut off as soon as the last of these inputs has been seen.
+    """
+    stage_of = {stage.views[0].module: stage for stage in stages}
+    due = {stage.views[0].module: stage.calls for stage in stages}
+
+    def seen(module: nn.Module, x: Tensor) -> None:
+        feed(stage_of[module], x)
+        due[module] -= 1
+        if not any(due.values()):
+            raise _StageReached
+
+    with _watching(list(stage_of), seen):
+        try:
+            run()
+        except _StageReached:
+            pass

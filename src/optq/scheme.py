@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How one layer is quantized (`LayerScheme`) and what comes out (`QuantizedWeight`): the types every package speaks.
+
+They stand at the bottom of the import order, so that solver, packing and kernels can exchange them without knowing
+one another.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+BITS = (2, 3, 4, 8)
+PACKED_WORD_BITS = 32
+
+ActOrder = Literal["none", "static", "desc_act"]
+"""In which order columns are solved, and what that does to the groups.
+
+none      left to right.
+static    by decreasing activation energy; groups keep their layout, so g_idx stays trivial. The default.
+desc_act  the same order, but groups are made of columns that are neighbours in it: a non-trivial g_idx on disk.
+"""
+
+
+def divisors_of(in_features: int) -> list[int]:
+    """The group sizes from 16 up that divide `in_features`, largest first: what an error message can offer."""
+    return [size for size in range(in_features, 15, -1) if in_features % size == 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerScheme:
+    """How one linear layer is quantized.
+
+    Args:
+        bits: bits per weight: 2, 3, 4 or 8.
+        group_size: columns that share a scale and a zero; -1 for one group per row.
+        symmetric: zeros fixed at the middle of the grid.
+        act_order: see `ActOrder`.
+        damping: fraction of the Hessian's mean diagonal that is added to it before it is inverted.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    act_order: ActOrder = "static"
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ConfigError(f"bits={self.bits!r} was asked for; allowed are {', '.join(map(str, BITS))}.")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise ConfigError(
+                f"group_size={self.group_size!r} is not an integer; use a positive one, or -1 for whole rows."
+            )
+        if self.group_size != -1 and self.group_size <= 0:
+            raise ConfigError(
+                f"group_size={self.group_size} was asked for; allowed are positive integers, or -1 for whole rows."
+            )
+        if self.act_order not in get_args(ActOrder):
+            raise ConfigError(
+                f"act_order={self.act_order!r} was asked for; allowed are {', '.join(get_args(ActOrder))}."
+            )
+        if not 0 < self.damping < 1:
+            raise ConfigError(
+                f"damping={self.damping} was asked for; it is a fraction, 0 < damping < 1 (0.1 is usual)."
+            )
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    def group_width(self, in_features: int) -> int:
+        """Columns per group of a layer with `in_features` columns: `group_size`, or all of them for -1."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    def group_count(self, in_features: int) -> int:
+        """Groups per row; the last one is narrower when group_size does not divide in_features."""
+        return math.ceil(in_features / self.group_width(in_features))
+
+    def why_not_grouped(self, in_features: int) -> str | None:
+        """Why rows of `in_features` columns cannot be cut into this scheme's groups, or None."""
+        if self.group_size == -1 or in_features % self.group_size == 0 or self.group_size % PACKED_WORD_BITS == 0:
+            return None
+        return (
+            f"in_features {in_features} is not a multiple of group_size {self.group_size}, and only group sizes that are "
+            f"multiples of {PACKED_WORD_BITS} may leave a narrower last group; dividing sizes are "
+            f"{', '.join(map(str, divisors_of(in_features))) or 'none'}, or -1 for whole rows"
+        )
+
+    def why_not_packed(self, in_features: int, out_features: int) -> str | None:
+        """Why a layer of this shape has no place in the checkpoint format, or None.
+
+        Codes are packed along in_features and zeros along out_features, both into whole int32 words.
+        """
+        codes_per_unit = PACKED_WORD_BITS // math.gcd(PACKED_WORD_BITS, self.bits)
+        for what, size in (("in_features", in_features), ("out_features", out_features)):
+            if size % codes_per_unit:
+                return f"{what} {size} is not a multiple of {codes_per_unit}, which whole {self.bits}-bit int32 words need"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeight:
+    """One weight matrix on its grid: value[r, c] = (codes[r, c] - zeros[r, g]) * scales[r, g], g = group_of_column[c].
+
+    Args:
+        codes: (out, in) uint8.
+        scales: (out, groups) float32, each exactly representable in the dtype it is stored in (float16).
+        zeros: (out, groups) int16.
+        group_of_column: (in,) int32.
+        bits: bits per code.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_of_column: Tensor
+    bits: int
+
+    def decode(self) -> Tensor:
+        """The (out, in) float32 values that every reader of the checkpoint must reproduce."""
+        columns = self.group_of_column.long()
+        return (self.codes.float() - self.zeros.float()[:, columns]) * self.scales[:, columns]
+
+    def split_rows(self, sizes: list[int]) -> list["QuantizedWeight"]:
+        """Undo the stacking of several matrices that were solved together; `sizes` are their row counts."""
+        parts = zip(self.codes.split(sizes), self.scales.split(sizes), self.zeros.split(sizes), strict=True)
+        return [
+            QuantizedWeight(
+                codes=codes, scales=scales, zeros=zeros, group_of_column=self.group_of_column, bits=self.bits
+            )
+            for codes, scales, zeros in parts
+        ]
+
+
+def trivial_groups(in_features: int, group_width: int, device: torch.device | str | None = None) -> Tensor:
+    """The group of each column when groups are runs of neighbouring columns: (in,) int32."""
+    return torch.arange(in_features, dtype=torch.int32, device=device) // group_width

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models, made from configs, and data for them."""
+
+import os
+
+# Before any library reads them: tests never reach the network, and their torch threads do not fight over two cores.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+VOCABULARY = 128
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+
+
+def tiny_llama_config(**changes: object) -> LlamaConfig:
+    """Two blocks; the widths are multiples of 32, as every format needs."""
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "dtype": "float32",
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
+def save_tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """One token per character, with a chat template."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]
+    characters = [chr(code) for code in range(32, 127)]
+    vocabulary = {token: index for index, token in enumerate(specials + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random llama, float32, and its tokenizer. Not to be changed."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_llama_config())
+    # Larger than the usual initialisation, so that quantization visibly changes the outputs.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    save_tiny_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_rows() -> list[dict[str, list[int]]]:
+    """Sixteen calibration samples of 48 random token ids."""
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": row.tolist()} for row in torch.randint(4, VOCABULARY - 30, (16, 48), generator=generator)]
+
+
+@pytest.fixture(scope="session")
+def probe_ids() -> torch.Tensor:
+    """(2, 24) token ids to compare logits on; not in the calibration data."""
+    return torch.randint(4, VOCABULARY - 30, (2, 24), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def correlated_problem() -> Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]:
+    """Makes a weight (out, in) and a Hessian (in, in) of correlated inputs with unequal energies."""
+
+    def make(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(out_features * 1000 + in_features)
+        weight = torch.randn(out_features, in_features, generator=generator)
+        mixing = torch.randn(in_features, in_features, generator=generator) / in_features**0.5
+        energies = torch.logspace(-1, 1, in_features)[torch.randperm(in_features, generator=generator)]
+        inputs = torch.randn(4 * in_features, in_features, generator=generator) @ (mixing + torch.eye(in_features))
+        inputs *= energies
+        return weight, inputs.T @ inputs / inputs.shape[0]
+
+    return make

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optq.errors import ModelError
+from optq.gptq import fit_grid
+from optq.scheme import BITS, LayerScheme, trivial_groups
+
+
+@given(
+    bits=st.sampled_from(BITS),
+    symmetric=st.booleans(),
+    shift=st.floats(-3, 3),
+    spread=st.floats(1e-6, 1e3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_scales_are_float16_and_zeros_are_storable(bits, symmetric, shift, spread, seed):
+    weight = (torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) + shift) * spread
+    grid = fit_grid(weight, trivial_groups(32, 16), LayerScheme(bits=bits, group_size=16, symmetric=symmetric))
+    assert torch.equal(grid.scales.half().float(), grid.scales)
+    assert (grid.scales > 0).all()
+    low, high = (2 ** (bits - 1), 2 ** (bits - 1)) if symmetric else (1, 2**bits - 1)
+    assert ((grid.zeros >= low) & (grid.zeros <= high)).all()
+    assert torch.equal(grid.zeros, grid.zeros.round())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+def test_every_weight_is_within_a_step_of_its_value(bits, symmetric, sign):
+    """Also groups of one sign only, whose zero would fall outside [1, max_code]."""
+    weight = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) + 0.1 if sign else torch.randn(4, 32)
+    weight = weight * (sign or 1)
+    groups = trivial_groups(32, 16)
+    grid = fit_grid(weight, groups, LayerScheme(bits=bits, group_size=16, symmetric=symmetric))
+    decoded = (grid.encode(weight, groups) - grid.zeros[:, groups.long()]) * grid.scales[:, groups.long()]
+    assert ((decoded - weight).abs() <= grid.scales[:, groups.long()] * 1.02).all()
+
+
+def test_a_group_of_zeros_decodes_to_zeros():
+    weight = torch.zeros(2, 32)
+    for symmetric in (True, False):
+        groups = trivial_groups(32, 16)
+        grid = fit_grid(weight, groups, LayerScheme(group_size=16, symmetric=symmetric))
+        assert torch.equal(grid.encode(weight, groups), grid.zeros[:, groups.long()])
+
+
+def test_weights_beyond_float16_scales_are_refused():
+    with pytest.raises(ModelError, match="float16"):
+        fit_grid(torch.full((2, 32), 1e7), trivial_groups(32, 16), LayerScheme(group_size=16))

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import json
+
+import pytest
+import transformers
+
+from optq import GPTQConfig
+from optq.errors import ConfigError
+
+
+def test_is_transformers_own_class_by_name_and_type():
+    config = GPTQConfig(bits=4)
+    assert isinstance(config, transformers.GPTQConfig)
+    assert type(config).__name__ == "GPTQConfig"
+
+
+def test_keys_that_are_not_known_survive():
+    written = {
+        "bits": 4,
+        "group_size": 32,
+        "quant_method": "gptq",
+        "is_marlin_format": False,
+        "offload": {"a": 1},
+        "mse": 2.4,
+    }
+    found = GPTQConfig.from_dict(written).to_dict()
+    assert written.items() <= found.items()
+
+
+def test_json_holds_no_tokenizer_and_no_text():
+    config = GPTQConfig(bits=4, tokenizer=object(), dataset=["a secret text"], log_file="run.jsonl")
+    written = json.dumps(config.to_dict())
+    assert "secret" not in written
+    assert "tokenizer" not in written
+    assert "log_file" not in written
+    assert json.loads(config.to_json_string()) == json.loads(written)
+    assert GPTQConfig(bits=4, dataset="wikitext2").to_dict()["dataset"] == "wikitext2"
+    assert "dataset" not in GPTQConfig(bits=4, dataset="some/file.txt").to_dict()
+
+
+def test_json_is_what_readers_require():
+    written = GPTQConfig(bits=4, group_size=64).to_dict()
+    expected = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 64,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+        "format": "gptq",
+        "pack_dtype": "int32",
+        "lm_head": False,
+    }
+    assert expected.items() <= written.items()
+    assert "modules_in_block_to_quantize" not in written
+
+
+def test_equality_is_by_value():
+    assert GPTQConfig(bits=4) == GPTQConfig(bits=4)
+    assert GPTQConfig(bits=4) != GPTQConfig(bits=8)
+    assert GPTQConfig(bits=4) != GPTQConfig(bits=4, backend="reference")
+
+
+def test_configs_found_on_the_hub_are_read():
+    for found in (
+        {"bits": 4, "damp_percent": 0, "format": None},
+        {"bits": 4, "damp_percent": None, "checkpoint_format": "gptq_v2", "dataset": "ptb"},
+        {"bits": 8, "pack_dtype": "torch.int32", "backend": None},
+    ):
+        config = GPTQConfig.from_dict({"quant_method": "gptq", **found})
+        assert config.scheme_for("any").bits == found["bits"]
+    assert GPTQConfig.from_dict({"bits": 4, "damp_percent": 0}).to_dict()["damp_percent"] == 0  # as it was
+
+
+def test_the_stock_class_is_taken_over():
+    stock = transformers.GPTQConfig(bits=3, group_size=32, dataset=["text"], desc_act=True, sym=False)
+    config = GPTQConfig.from_stock(stock)
+    assert isinstance(config, GPTQConfig)
+    assert (config.bits, config.group_size, config.desc_act, config.sym) == (3, 32, True, False)
+    assert config.dataset == ["text"]
+    assert config.batch_size is None
+    assert GPTQConfig.from_stock(config) is config
+
+
+def test_copies_share_the_calibration_data_but_nothing_else():
+    config = GPTQConfig(bits=4, dataset=["text"], dynamic={"-:.*k_proj": {}})
+    copied = copy.deepcopy(config)
+    assert copied.dataset is config.dataset
+    copied.dynamic["-:other"] = {}
+    assert list(config.dynamic) == ["-:.*k_proj"]
+
+
+def test_dynamic_overrides_or_excludes_and_the_first_match_counts():
+    config = GPTQConfig(
+        bits=4,
+        dynamic={
+            r"-:.*layers\.0\.mlp.*": {},
+            r"+:.*mlp.*": {"bits": 8, "group_size": 64},
+            r".*k_proj": {"sym": False},
+        },
+    )
+    assert config.scheme_for("model.layers.0.mlp.up_proj") is None
+    assert config.scheme_for("model.layers.1.mlp.up_proj").bits == 8
+    assert config.scheme_for("model.layers.1.mlp.up_proj").group_size == 64
+    assert config.scheme_for("model.layers.1.self_attn.k_proj").symmetric is False
+    assert config.scheme_for("model.layers.1.self_attn.q_proj").bits == 4
+
+
+def test_modules_in_block_to_quantize_restricts():
+    config = GPTQConfig(
+        bits=4, modules_in_block_to_quantize=[["self_attn.q_proj", "self_attn.k_proj"], ["mlp.up_proj"]]
+    )
+    assert config.scheme_for("model.layers.0.self_attn.k_proj") is not None
+    assert config.scheme_for("model.layers.0.self_attn.v_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("desc_act", "static_groups", "act_order"),
+    [(False, True, "static"), (True, True, "desc_act"), (False, False, "none")],
+)
+def test_orders(desc_act, static_groups, act_order):
+    config = GPTQConfig(bits=4, desc_act=desc_act, static_groups=static_groups)
+    assert config.scheme_for("any").act_order == act_order
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 5}, "bits=5"),
+        ({"bits": 4, "group_size": 0}, "group_size=0"),
+        ({"bits": 4, "damp_percent": 2}, "fraction"),
+        ({"bits": 4, "format": "marlin"}, "gptq_v2"),
+        ({"bits": 4, "pack_dtype": "int64"}, "int32"),
+        ({"bits": 4, "batch_size": 0}, "batch_size"),
+        ({"bits": 4, "dynamic": {"-:(": {}}}, "regular expression"),
+        ({"bits": 4, "dynamic": {".*": {"bits": 7}}}, "bits=7"),
+    ],
+)
+def test_impossible_configs_say_what_is_allowed(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        GPTQConfig(**changes)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel against float64, and the table's words."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from optq import kernels
+from optq.checkpoint import PackedWeight, pack
+from optq.errors import KernelError
+from optq.gptq import round_to_nearest, solve
+from optq.kernels import KERNELS, choose_kernel, cpu, explain
+from optq.scheme import LayerScheme
+
+OUT, IN = 48, 192
+
+
+def packed_weight(
+    bits: int, group_size: int, symmetric: bool, act_order: str = "static", out: int = OUT
+) -> PackedWeight:
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(out, IN, generator=generator) / 10
+    scheme = LayerScheme(bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order)
+    if act_order == "desc_act":
+        energies = torch.rand(IN, generator=generator) + 0.1
+        return pack(solve(weight, torch.diag(energies), scheme).quantized)
+    return pack(round_to_nearest(weight, scheme))
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+CASES = [
+    *itertools.product((2, 3, 4, 8), (32, 64, 128, -1), (True, False), ("static",)),
+    (4, 32, True, "desc_act"),
+    (3, 64, False, "desc_act"),
+]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "act_order"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5, cpu.MOST_ROWS + 1])
+def test_kernel_error_is_at_most_twice_torchs(bits, group_size, symmetric, act_order, dtype, rows):
+    packed = packed_weight(bits, group_size, symmetric, act_order)
+    dense = packed.columns(0, OUT)  # (in, out)
+    x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    exact = x.double() @ dense.double()
+    torchs_own = relative_error(x @ dense.to(dtype), exact)
+    ran = []
+    for kernel in KERNELS:
+        if kernel.why_not(packed, dtype) is None:
+            found = kernel.matmul(x, kernel.prepare(packed))
+            assert found.dtype == dtype
+            assert found.shape == (rows, OUT)
+            assert relative_error(found, exact) <= 2 * torchs_own, kernel.name
+            ran.append(kernel.name)
+    assert "reference" in ran
+    if dtype == torch.bfloat16 and bits < 8:
+        assert "cpu_int4" in ran
+
+
+def test_a_wrong_zero_would_be_noticed():
+    """Negative control of the tolerance above."""
+    packed = packed_weight(4, 64, True)
+    wrong = PackedWeight(**{**vars(packed), "checkpoint_format": "gptq_v2"})
+    x = torch.randn(5, IN)
+    exact = x.double() @ packed.columns(0, OUT).double()
+    assert relative_error(x @ wrong.columns(0, OUT), exact) > 0.1
+
+
+def test_leading_dimensions_are_kept():
+    packed = packed_weight(4, 64, True)
+    for kernel in KERNELS:
+        if kernel.why_not(packed, torch.bfloat16) is None:
+            prepared = kernel.prepare(packed)
+            x = torch.randn(2, 3, IN).bfloat16()
+            assert kernel.matmul(x, prepared).shape == (2, 3, OUT)
+            assert kernel.matmul(x[:0], prepared).shape == (0, 3, OUT)
+
+
+def test_outputs_are_padded_where_the_int4_product_wants_multiples_of_16():
+    packed = packed_weight(4, 64, True, out=40)
+    x = torch.randn(3, IN).bfloat16()
+    kernel = choose_kernel(packed, torch.bfloat16)
+    assert kernel.name == "cpu_int4"
+    reference = choose_kernel(packed, torch.bfloat16, "reference")
+    torch.testing.assert_close(
+        kernel.matmul(x, kernel.prepare(packed)), reference.matmul(x, packed), rtol=2e-2, atol=2e-2
+    )
+
+
+def test_the_reference_works_in_pieces(monkeypatch):
+    packed = packed_weight(3, 64, False, out=96)
+    x = torch.randn(4, IN)
+    whole = kernels.reference.matmul(x, packed)
+    monkeypatch.setattr(kernels.reference, "PIECE_BYTES", 1)
+    torch.testing.assert_close(kernels.reference.matmul(x, packed), whole)
+    torch.testing.assert_close(kernels.reference.matmul_transposed(whole, packed), whole @ packed.columns(0, 96).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_towards_the_input_is_that_of_the_dense_layer(dtype):
+    packed = packed_weight(4, 64, True)
+    kernel = choose_kernel(packed, dtype)
+    x = torch.randn(3, IN, dtype=dtype, requires_grad=True)
+    kernels.matmul(x, packed, kernel, kernel.prepare(packed)).float().sum().backward()
+    expected = packed.columns(0, OUT).sum(1).expand(3, IN)
+    torch.testing.assert_close(x.grad.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_first_kernel_that_can_is_chosen_and_the_others_say_why_not():
+    packed = packed_weight(4, 64, True)
+    assert choose_kernel(packed, torch.bfloat16).name == "cpu_int4"
+    assert choose_kernel(packed, torch.float32).name == "reference"
+    reasons = explain(packed, torch.float32)
+    assert list(reasons) == [kernel.name for kernel in KERNELS]
+    assert "bfloat16" in reasons["cpu_int4"]
+    assert reasons["reference"] is None
+    assert choose_kernel(packed_weight(8, -1, True), torch.bfloat16).name == "cpu_int8"
+
+
+def test_a_kernel_asked_for_by_name_is_given_or_refused_in_the_tables_words():
+    assert choose_kernel(packed_weight(4, 64, True), torch.bfloat16, "reference").name == "reference"
+    with pytest.raises(KernelError, match=r"cpu_int4.*8-bit codes do not fit"):
+        choose_kernel(packed_weight(8, 64, True), torch.bfloat16, "cpu_int4")
+    with pytest.raises(KernelError, match=r"backend='marlin'.*auto, cpu"):
+        choose_kernel(packed_weight(4, 64, True), torch.bfloat16, "marlin")
+    with pytest.raises(KernelError, match="not floating point"):
+        choose_kernel(packed_weight(4, 64, True), torch.int64)
