@@ -54,7 +54,7 @@ def footprint(model):
             name: (module.training, set(module._forward_pre_hooks), set(module._forward_hooks))
             for name, module in model.named_modules()
         },
-        [("forward" in block.__dict__) for block in find_blocks(model).values()],
+        [("forward" in block.__dict__) for block in model.model.layers],
         {name: (parameter.device, parameter.dtype) for name, parameter in model.named_parameters()},
         model.config.use_cache,
     )

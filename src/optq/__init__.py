@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._autoload import install as _install
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import kernels as kernels
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from .hf.api import quantize as quantize
     from .hf.config import GPTQConfig as GPTQConfig
     from .layers import QuantLinear as QuantLinear
-
-__version__ = "0.1.0.dev0"
 
 _HOMES = {
     "GPTQConfig": "optq.hf.config",

@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Register optq when transformers loads its quantizers, at no cost before.
-
-`import torch` loads every entry point of the group "torch.backends"; ours calls `install`. So a process that never
-imports optq still uses it for GPTQ checkpoints. Switched off by OPTQ_AUTOLOAD=0 (ours) or
-TORCH_DEVICE_BACKEND_AUTOLOAD=0 (torch's). Imports neither torch nor transformers.
-"""
+"""Register optq when transformers loads its quantizers, at no cost before. Imports neither torch nor transformers."""
 
 import importlib.abc
 import importlib.machinery
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,7 +47,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _register_if_loaded() -> bool:
     """Register if transformers' quantizers are there; never break the import that led here."""
     module = sys.modules.get(QUANTIZERS)
-    if module is None or (getattr(module.__spec__, "_initializing", False) and not hasattr(module, "get_hf_quantizer")):
+    if module is None or (
+        getattr(module.__spec__, "_initializing", False) and not hasattr(module, "get_hf_quantizer")
+    ):
         return False
     try:
         from .hf.register import register
@@ -68,9 +64,3 @@ def install() -> None:
     """Register now if transformers' quantizers are loaded, else as soon as they are. Idempotent."""
     if not _register_if_loaded() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-
-
-def autoload() -> None:
-    """The entry point that torch calls."""
-    if os.environ.get("OPTQ_AUTOLOAD", "1") != "0":
-        install()

@@ -252,7 +252,8 @@ def _read_columns(dataset: Any) -> Iterable[Any]:
         raise CalibrationError(f"dataset= is a DatasetDict with splits {', '.join(columns)}; pass one of them.")
     if not any(column in columns for column in known):
         raise CalibrationError(f"The dataset has columns {', '.join(columns)}; one of {', '.join(known)} is needed.")
-    return dataset
+    rows: Iterable[Any] = dataset
+    return rows
 
 
 def _read_source(source: str) -> Sequence[Any] | Iterable[Any]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantize a model: the whole story.
 
-The model runs on the calibration data and pauses at its first block. The block's linears fall into stages by the input
-they share. Stage by stage, the inputs are summed into a Hessian, the weights are solved and written back, so that later
-stages see what the quantized model will really compute. Then the block's outputs carry the model on to the next block.
+The model runs on the calibration data and pauses at its first block. The block's linears fall into stages by the
+input they share. Stage by stage, the inputs are summed into a Hessian, the weights are solved and written back, so
+that later stages see what the quantized model will really compute. Then the block's outputs carry the model on to the
+next block.
 """
 
 import logging
@@ -318,8 +319,8 @@ def _check_weights(plan: Plan) -> None:
         for target in targets:
             if not bool(target.view.weight.isfinite().all()):
                 raise ModelError(
-                    f"{target.view.name} has weights that are not finite (NaN or infinity). The checkpoint is damaged, or "
-                    "its values overflow the dtype it is loaded in; nothing was quantized."
+                    f"{target.view.name} has weights that are not finite (NaN or infinity). The checkpoint is "
+                    "damaged, or its values overflow the dtype it is loaded in; nothing was quantized."
                 )
 
 
@@ -329,8 +330,8 @@ def _check_order(calls: list[BlockCall], index: int, names: list[str]) -> None:
     if waiting != [index]:
         raise ModelError(
             f"The model was expected to call {names[index]} next, but calls "
-            f"{', '.join(names[other] for other in waiting) or 'none of the blocks'}. Models that skip, repeat or reorder "
-            "their blocks are not supported; name the blocks with block_name_to_quantize."
+            f"{', '.join(names[other] for other in waiting) or 'none of the blocks'}. Models that skip, repeat or "
+            "reorder their blocks are not supported; name the blocks with block_name_to_quantize."
         )
 
 
@@ -347,20 +348,20 @@ def _tensors_outside(model: nn.Module, blocks: list[nn.Module]) -> list[Tensor]:
 
 def _replace(model: nn.Module, view: LinearView, layer: QuantLinear) -> None:
     parent, _, name = view.name.rpartition(".")
-    setattr(model.get_submodule(parent), name, layer.train(view.module.training))
+    setattr(model.get_submodule(parent), name, layer)
     view.module.to("meta")  # the plan still refers to it: without this, every dense weight would live to the end
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and the like; restore every module's own flag."""
-    training = {module: module.training for module in model.modules()}
+    training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
+        for name, module in model.named_modules():  # by name: a quantized layer takes over its predecessor's flag
+            module.training = training[name]
 
 
 @contextmanager

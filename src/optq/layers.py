@@ -62,7 +62,11 @@ class QuantLinear(nn.Module):
             checkpoint_format=checkpoint_format,
         )
         bias = torch.empty(shape_of["bias"], dtype=dtype, device="meta") if "bias" in shape_of else None
-        return cls(packed, bias, backend)
+        layer = cls(packed, bias, backend)
+        # While it loads, transformers initialises what a checkpoint lacks, and some models reach for a linear's weight
+        # then. It gets this one, without memory, until `prepare`.
+        layer.weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
+        return layer
 
     @property
     def packed(self) -> PackedWeight:
@@ -83,6 +87,7 @@ class QuantLinear(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Choose the kernel for this device and activations of `dtype`, and derive what it wants."""
+        vars(self).pop("weight", None)
         packed = self.packed
         self._kernel = choose_kernel(packed, dtype, self.backend)
         self._prepared = self._kernel.prepare(packed)

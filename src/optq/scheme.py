@@ -71,7 +71,7 @@ class LayerScheme:
 
     @property
     def max_code(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def group_width(self, in_features: int) -> int:
         """Columns per group of a layer with `in_features` columns: `group_size`, or all of them for -1."""
@@ -79,15 +79,15 @@ class LayerScheme:
 
     def group_count(self, in_features: int) -> int:
         """Groups per row; the last one is narrower when group_size does not divide in_features."""
-        return math.ceil(in_features / self.group_width(in_features))
+        return -(-in_features // self.group_width(in_features))
 
     def why_not_grouped(self, in_features: int) -> str | None:
         """Why rows of `in_features` columns cannot be cut into this scheme's groups, or None."""
         if self.group_size == -1 or in_features % self.group_size == 0 or self.group_size % PACKED_WORD_BITS == 0:
             return None
         return (
-            f"in_features {in_features} is not a multiple of group_size {self.group_size}, and only group sizes that are "
-            f"multiples of {PACKED_WORD_BITS} may leave a narrower last group; dividing sizes are "
+            f"in_features {in_features} is not a multiple of group_size {self.group_size}, and only group sizes that "
+            f"are multiples of {PACKED_WORD_BITS} may leave a narrower last group; dividing sizes are "
             f"{', '.join(map(str, divisors_of(in_features))) or 'none'}, or -1 for whole rows"
         )
 
@@ -99,7 +99,7 @@ class LayerScheme:
         codes_per_unit = PACKED_WORD_BITS // math.gcd(PACKED_WORD_BITS, self.bits)
         for what, size in (("in_features", in_features), ("out_features", out_features)):
             if size % codes_per_unit:
-                return f"{what} {size} is not a multiple of {codes_per_unit}, which whole {self.bits}-bit int32 words need"
+                return f"{what} {size} is not a multiple of {codes_per_unit}, which {self.bits}-bit int32 words need"
         return None
 
 

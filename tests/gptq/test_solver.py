@@ -48,7 +48,7 @@ def brute_force_codes(weight: Tensor, hessian: Tensor, scheme: LayerScheme) -> t
 
 @pytest.mark.parametrize(
     ("bits", "symmetric", "act_order"),
-    itertools.product((2, 3, 4, 8), (True, False), ("none", "static", "desc_act")),
+    list(itertools.product((2, 3, 4, 8), (True, False), ("none", "static", "desc_act"))),
 )
 def test_codes_are_those_of_brute_force_obq(correlated_problem, bits, symmetric, act_order):
     weight, hessian = correlated_problem(OUT, IN)

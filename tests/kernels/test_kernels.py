@@ -14,7 +14,7 @@ from optq.gptq import round_to_nearest, solve
 from optq.kernels import KERNELS, choose_kernel, cpu, explain
 from optq.scheme import LayerScheme
 
-OUT, IN = 48, 192
+OUT, IN = 64, 192
 
 
 def packed_weight(

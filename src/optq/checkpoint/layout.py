@@ -52,7 +52,7 @@ class PackedWeight:
         return self.qweight.shape[1]
 
     def zeros(self) -> Tensor:
-        """The zeros as the arithmetic wants them: (groups, out) int16, because v1 files may mean a zero of 2 ** bits."""
+        """The zeros as the arithmetic wants them: (groups, out) int16, as v1 files may mean a zero of 2 ** bits."""
         codes = unpack_codes(self.qzeros.T.contiguous(), self.bits)  # (out, groups)
         return (codes.to(torch.int16) + CHECKPOINT_FORMATS[self.checkpoint_format]).T.contiguous()
 
@@ -138,7 +138,7 @@ def read_headers(files: list[str]) -> dict[str, TensorHeader]:
     for file in files:
         if not os.fspath(file).endswith(".safetensors"):
             raise CheckpointError(
-                f"{file}: only .safetensors files are read, because unpickling a file from elsewhere can run its code. "
+                f"{file}: only .safetensors files are read; unpickling a file from elsewhere can run its code. "
                 "Convert the checkpoint once, where you trust it, with save_pretrained()."
             )
         with safe_open(file, framework="pt") as tensors:

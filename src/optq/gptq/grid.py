@@ -65,7 +65,7 @@ def _stored(scales: Tensor) -> Tensor:
     largest = torch.finfo(SCALE_DTYPE).max
     if scales.max() > largest:
         raise ModelError(
-            f"A group's scale is {scales.max():.3g}, above float16's largest value {largest:.5g}: the format cannot store it. "
+            f"A group's scale is {scales.max():.3g}, above float16's largest value {largest:.5g}. "
             "Check the weights for outliers, or leave this layer in full precision with dynamic={'-:NAME': {}}."
         )
     return scales.to(SCALE_DTYPE).float().clamp_(min=SMALLEST_SCALE)

@@ -96,7 +96,7 @@ def round_to_nearest(weight: Tensor, scheme: LayerScheme) -> QuantizedWeight:
 
 
 def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Per row w of `weight` (out, in), wᵀHw: the mean square of its outputs on the calibration data, (out,) float32."""
+    """Per row w of `weight` (out, in), wᵀHw: the mean square of its outputs on calibration data; (out,) float32."""
     return ((weight @ hessian) * weight).sum(1)
 
 

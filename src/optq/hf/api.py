@@ -76,8 +76,9 @@ def _claim(output: Path) -> None:
         raise OutputError(f"output_dir={str(output)!r} is a file; name a folder that does not exist or is empty.")
     strangers = sorted(path.name for path in output.iterdir() if path.name not in OURS) if output.exists() else []
     if strangers:
+        shown = ", ".join(strangers[:5]) + (" …" if len(strangers) > 5 else "")
         raise OutputError(
-            f"output_dir={str(output)!r} is not empty: it holds {', '.join(strangers[:5])}{' …' if len(strangers) > 5 else ''}. "
+            f"output_dir={str(output)!r} is not empty: it holds {shown}. "
             "Name a folder that does not exist or is empty; nothing was changed."
         )
     output.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,7 @@ def _snapshot(source: str, kwargs: dict[str, Any]) -> Path:
 def _copy_companions(source: Path, target: Path) -> None:
     """Carry along `COMPANIONS`, byte for byte, over what save_pretrained may have written."""
     for path in sorted(source.iterdir()):
-        wanted = any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
+        wanted = not path.name.startswith(".") and any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
         unwanted = any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS)
         if path.is_file() and wanted and not unwanted:
             shutil.copyfile(path, target / path.name)

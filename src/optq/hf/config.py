@@ -18,6 +18,7 @@ from optq.calibration import DATASETS
 from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
 from optq.scheme import ActOrder, LayerScheme
+from optq.version import __version__
 
 DEFAULT_DAMPING = 0.1
 
@@ -43,8 +44,8 @@ class GPTQConfig(transformers.GPTQConfig):
     Args:
         bits: bits per weight: 2, 3, 4 or 8.
         tokenizer: object, model id or folder; by default the one in the model's folder.
-        dataset: calibration data: a list of strings, of chats or of dicts with input_ids; a `datasets.Dataset`; a path to a
-            .txt/.jsonl/.json/.parquet file; or "wikitext2", "c4", "c4-new", "ptb".
+        dataset: calibration data: a list of strings, of chats or of dicts with input_ids; a `datasets.Dataset`; a path
+            to a .txt/.jsonl/.json/.parquet file; or "wikitext2", "c4", "c4-new", "ptb".
         group_size: columns that share a scale and a zero; -1 for whole rows.
         damp_percent: despite its name a fraction: how much of the Hessian's mean diagonal is added to its diagonal.
         desc_act: store groups in activation order (non-trivial g_idx). vLLM no longer reads such checkpoints.
@@ -208,8 +209,6 @@ class GPTQConfig(transformers.GPTQConfig):
             recipe: facts about the calibration.
             left_out: linears that stayed in full precision although the config asked for them; readers must know.
         """
-        from optq import __version__
-
         config = copy.copy(self)
         config.tokenizer = None
         config.dataset = self.dataset if isinstance(self.dataset, str) and self.dataset in DATASETS else None

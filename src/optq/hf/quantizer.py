@@ -46,6 +46,7 @@ class OptqHfQuantizer(HfQuantizer):
         self._device_map: Any = None
         self._plan: Plan | None = None
         self._calibration: Calibration | None = None
+        self._without_g_idx: set[str] = set()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse, before anything is downloaded, what can never be quantized."""
@@ -53,8 +54,8 @@ class OptqHfQuantizer(HfQuantizer):
             return
         if self.quantization_config.dataset is None:
             raise CalibrationError(
-                "Quantizing needs calibration data: GPTQConfig(..., dataset=...) with a list of strings, of chats or of "
-                "dicts with input_ids, a datasets.Dataset, a path to a file, or a name such as 'wikitext2'."
+                "Quantizing needs calibration data: GPTQConfig(..., dataset=...) with a list of strings, of chats or "
+                "of dicts with input_ids, a datasets.Dataset, a path to a file, or a name such as 'wikitext2'."
             )
         if self.quantization_config.lm_head:
             raise ConfigError(
@@ -62,7 +63,7 @@ class OptqHfQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """While quantizing, load to the CPU: blocks visit the accelerator one by one, and `device_map` is for the result."""
+        """While quantizing, load to the CPU: blocks visit the accelerator one by one. The result goes where asked."""
         if self.pre_quantized:
             return device_map
         self._device_map = device_map
@@ -83,7 +84,8 @@ class OptqHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._prepare_layers(model)
             return
-        assert self._plan is not None and self._calibration is not None  # *before* ran
+        assert self._plan is not None  # *before* ran
+        assert self._calibration is not None
         config = self.quantization_config
         self.log = RunLog(Path(config.log_file) if config.log_file else None)
         with self.log:
@@ -97,6 +99,7 @@ class OptqHfQuantizer(HfQuantizer):
                 log=self.log,
             )
         self._record(model)
+        self.pre_quantized = True  # from here on it is like a loaded checkpoint
         compat.dispatch(model, self._device_map, self)
         self._prepare_layers(model)
 
@@ -132,7 +135,8 @@ class OptqHfQuantizer(HfQuantizer):
 
     def _record(self, model: nn.Module) -> None:
         """Make the model's config say what the checkpoint will be."""
-        assert self._plan is not None and self._calibration is not None
+        assert self._plan is not None
+        assert self._calibration is not None
         config = self.quantization_config
         planned = [target.view.name for targets in self._plan.targets.values() for target in targets]
         done = _quantized_layers(model)
@@ -155,21 +159,23 @@ class OptqHfQuantizer(HfQuantizer):
         strangers = [name for name in found if not isinstance(modules.get(name), compat.LINEAR_TYPES)]
         if strangers:
             raise CheckpointError(
-                f"{len(strangers)} quantized tensors of the checkpoint, such as {strangers[0]}, belong to no linear layer "
-                f"of {type(model).__name__}. Mixture-of-experts checkpoints are not supported yet; otherwise the "
-                "checkpoint was made for another architecture."
+                f"{len(strangers)} quantized tensors of the checkpoint, such as {strangers[0]}, belong to no "
+                f"linear layer of {type(model).__name__}. Mixture-of-experts checkpoints are not supported yet; "
+                "otherwise the checkpoint was made for another architecture."
             )
         dtype = model.dtype
         for name, tensors in found.items():
             scheme = config.scheme_for(name)
             _check_label(tensors, scheme)
+            if "g_idx" not in tensors.headers:
+                self._without_g_idx.add(name)
             _set_module(model, name, QuantLinear.empty(tensors, config.format, config.backend, dtype))
 
     def _prepare_layers(self, model: nn.Module) -> None:
         """Let every layer choose its kernel; fill in a g_idx that the checkpoint left out."""
         kernels: dict[str, int] = {}
         for name, layer in _quantized_layers(model).items():
-            if self.pre_quantized and not getattr(layer.g_idx, "_is_hf_initialized", False):
+            if name in self._without_g_idx:  # left uninitialised by the loader
                 scheme = self.quantization_config.scheme_for(name) or LayerScheme(
                     group_size=self.quantization_config.group_size
                 )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take the place of transformers' own GPTQ quantizer.
 
-`register_quantizer("gptq")` refuses names that are taken, so the tables are assigned; they are read at call time, which
-covers transformers' own `GPTQConfig` and checkpoints from the Hub as well.
+`register_quantizer("gptq")` refuses names that are taken, so the tables are assigned; they are read at call time,
+which covers transformers' own `GPTQConfig` and checkpoints from the Hub as well.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -71,8 +71,8 @@ def choose_kernel(packed: PackedWeight, dtype: torch.dtype, backend: str = "auto
             reasons[kernel.name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise KernelError(
-        f"backend={backend!r} cannot run a {packed.bits}-bit layer of {packed.in_features} x {packed.out_features} with "
-        f"{dtype} on {packed.qweight.device}: {listed}. backend='auto' always finds a kernel."
+        f"backend={backend!r} cannot run a {packed.bits}-bit layer of {packed.in_features} x {packed.out_features} "
+        f"with {dtype} on {packed.qweight.device}: {listed}. backend='auto' always finds a kernel."
     )
 
 

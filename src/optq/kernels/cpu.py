@@ -91,7 +91,7 @@ def matmul_int4(x: Tensor, prepared: Int4Weight) -> Tensor:
         return reference.matmul(x, prepared.packed)
     if prepared.columns is not None:
         rows = rows.index_select(1, prepared.columns)
-    output = torch.ops.aten._weight_int4pack_mm_for_cpu(
+    output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
         rows.contiguous(), prepared.weight, prepared.group_size, prepared.scales_and_zeros
     )
     out_features = prepared.packed.out_features
@@ -123,7 +123,7 @@ def matmul_int8(x: Tensor, prepared: Int8Weight) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > MOST_ROWS:
         return reference.matmul(x, prepared.packed)
-    output = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), prepared.weight, prepared.scales)
+    output: Tensor = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), prepared.weight, prepared.scales)
     return output.reshape(*x.shape[:-1], prepared.packed.out_features)
 
 

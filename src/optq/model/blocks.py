@@ -14,9 +14,9 @@ def find_blocks(model: nn.Module, name: str | None = None) -> dict[str, nn.Modul
 
     Args:
         model: may be on the meta device.
-        name: the `ModuleList` to take, such as "model.layers" (`block_name_to_quantize`). Without it, the list with the
-            most linear parameters is taken among those whose members transformers itself treats as blocks: by their
-            type `GradientCheckpointingLayer` or by the model's `_no_split_modules`.
+        name: the `ModuleList` to take, such as "model.layers" (`block_name_to_quantize`). Without it, the list with
+            the most linear parameters is taken among those whose members transformers itself treats as blocks: by
+            their type `GradientCheckpointingLayer` or by the model's `_no_split_modules`.
     Raises:
         ModelError: there is no such list, or two candidates are of the same size.
     """
@@ -28,8 +28,8 @@ def find_blocks(model: nn.Module, name: str | None = None) -> dict[str, nn.Modul
     if name is not None:
         if name not in lists:
             raise ModelError(
-                f"block_name_to_quantize={name!r} names no list of blocks with linear layers in {type(model).__name__}. "
-                f"Lists found: {_listed(lists)}."
+                f"block_name_to_quantize={name!r} names no list of blocks with linear layers in "
+                f"{type(model).__name__}. Lists found: {_listed(lists)}."
             )
         return _members(name, lists[name])
     unsplit = set(getattr(model, "_no_split_modules", None) or ())

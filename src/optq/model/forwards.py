@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Suspended forwards: the real model runs, and waits wherever it wants a block's output.
 
-Each micro-batch runs `model(**batch)` in a thread of its own. A block's `forward` is replaced by a stand-in that posts
-its arguments and waits; the driver runs the real forward as often as it likes and hands the output back. So every block
-gets exactly the masks, rotary embeddings and extra arguments that the model computes for it, on any architecture.
+Each micro-batch runs `model(**batch)` in a thread of its own. A block's `forward` is replaced by a stand-in that
+posts its arguments and waits; the driver runs the real forward as often as it likes and hands the output back. So
+every block gets exactly the masks, rotary embeddings and extra arguments that the model computes for it, on any
+architecture.
 
 The threads take turns: one runs at a time, in a fixed order, so the result does not depend on scheduling.
 """
@@ -139,7 +140,7 @@ class SuspendedForwards:
         return calls
 
     def resume(self, call: BlockCall, output: Any) -> BlockCall | None:
-        """Hand a block's output to the forward that waits for it, and run it up to its next block, or None at its end."""
+        """Hand a block's output to the forward that waits for it, and run it to its next block; None at its end."""
         thread = self._threads[call.batch]
         thread.answer(output)
         del output

@@ -5,7 +5,7 @@ q, k and v share an input, and so do gate and up; o and down have their own. Eac
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +91,5 @@ def feed_stages(stages: list[Stage], run: Callable[[], Any], feed: Callable[[Sta
         if not any(due.values()):
             raise _StageReached
 
-    with _watching(list(stage_of), seen):
-        try:
-            run()
-        except _StageReached:
-            pass
+    with _watching(list(stage_of), seen), suppress(_StageReached):
+        run()

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optq.quantize`: a finished folder, or no model at all."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import optq
+from optq import GPTQConfig
+from optq.errors import ConfigError, OutputError
+from optq.hf import api
+
+
+@pytest.fixture
+def source(tiny_llama, tmp_path):
+    """A model folder with everything that may lie beside the weights."""
+    folder = tmp_path / "source"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": 2})
+    )
+    (folder / "modeling_custom.py").write_text("# custom code\n")
+    (folder / "LICENSE").write_text("free\n")
+    (folder / "README.md").write_text("the original's model card\n")
+    (folder / "pytorch_model.bin").write_bytes(b"not to be copied")
+    (folder / ".hidden.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def config(token_rows):
+    return GPTQConfig(bits=4, group_size=32, dataset=token_rows)
+
+
+def test_writes_a_folder_that_loads_with_all_that_belongs_to_it(source, config, tmp_path, probe_ids):
+    output = optq.quantize(source, config, output_dir=tmp_path / "out")
+    assert {path.name for path in output.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "modeling_custom.py",
+        "LICENSE",
+        "quantization_log.jsonl",
+    }
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja", "modeling_custom.py"):
+        assert (output / name).read_bytes() == (source / name).read_bytes(), name
+    model = AutoModelForCausalLM.from_pretrained(output)
+    same = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    with torch.no_grad():
+        assert torch.equal(model(probe_ids).logits, same(probe_ids).logits)
+    assert AutoTokenizer.from_pretrained(output).chat_template
+
+
+def test_the_events_lie_beside_the_weights(source, config, tmp_path):
+    output = optq.quantize(source, config, output_dir=tmp_path / "out")
+    events = [json.loads(line)["event"] for line in (output / api.LOG_NAME).read_text().splitlines()]
+    assert events == ["started", *["linear"] * 14, "finished"]
+    assert config.log_file is None
+
+
+def test_a_failure_leaves_no_model_behind_and_the_same_call_can_be_repeated(source, config, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+
+    def full_disk(*arguments):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "_copy_companions", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            optq.quantize(source, config, output_dir=output)
+    assert [path.name for path in output.iterdir()] == [api.LOG_NAME]
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        AutoModelForCausalLM.from_pretrained(output)
+    optq.quantize(source, config, output_dir=output)
+    assert (output / "config.json").exists()
+
+
+def test_a_crash_while_files_get_their_names_leaves_no_config(source, config, tmp_path, monkeypatch):
+    output, moved = tmp_path / "out", []
+
+    def crash(old, new):
+        if old.name == "model.safetensors":
+            raise KeyboardInterrupt
+        moved.append(old.name)
+        original(old, new)
+
+    original = api.os.replace
+    monkeypatch.setattr(api.os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        optq.quantize(source, config, output_dir=output)
+    assert moved
+    assert not (output / "config.json").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_refused_untouched(source, config, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.txt").write_text("three years of work")
+    with pytest.raises(OutputError, match=r"thesis\.txt"):
+        optq.quantize(source, config, output_dir=output)
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+    with pytest.raises(OutputError, match="is a file"):
+        optq.quantize(source, config, output_dir=output / "thesis.txt")
+
+
+def test_a_config_that_cannot_work_writes_nothing(source, token_rows, tmp_path):
+    config = GPTQConfig(bits=4, group_size=100, dataset=token_rows)
+    with pytest.raises(ConfigError, match="group_size 100"):
+        optq.quantize(source, config, output_dir=tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_shards(source, config, tmp_path):
+    output = optq.quantize(source, config, output_dir=tmp_path / "out", max_shard_size="40KB")
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert {path.name for path in output.glob("*.safetensors")} == set(index["weight_map"].values())
