@@ -3,6 +3,7 @@
 
 import ctypes
 import sys
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,11 @@ def peak_gib(device: torch.device | str) -> float | None:
     """Peak memory so far: what torch allocated on an accelerator, or the process's resident set on a CPU; GiB."""
     if torch.device(device).type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / GIB
+    if sys.platform == "linux":
+        # Not getrusage: its figure survives exec, so a child process starts with its parent's.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / GIB
     if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
