@@ -44,7 +44,7 @@ CHAT_IDS = encoded("<user>hi<assistant>yo")[:16]
 
 
 def test_texts_chats_ids_and_datasets_give_the_same_tokens(prepare, tmp_path):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     texts = ["hello", "good day"]
     expected = sorted(encoded(text) for text in texts)
@@ -66,7 +66,7 @@ def test_texts_chats_ids_and_datasets_give_the_same_tokens(prepare, tmp_path):
 
 
 def test_chats_go_through_the_chat_template(prepare, tmp_path):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
     for source in (
@@ -122,7 +122,7 @@ def test_the_recipe_holds_no_text(prepare):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_names_are_loaded_through_datasets(prepare, monkeypatch, name):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     asked = []
 
