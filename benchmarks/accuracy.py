@@ -25,16 +25,8 @@ WINDOW, CALIBRATION_WINDOWS, EVALUATION_WINDOWS, SEED = 512, 64, 40, 0
 ROWS: dict[str, dict[str, Any]] = {
     "original": {"method": "original"},
     "4-bit g64 sym, round to nearest": {"method": "nearest", "bits": 4, "group_size": 64, "sym": True},
-    "4-bit g64 sym, static act-order": {"method": "gptq", "bits": 4, "group_size": 64, "sym": True},
-    "4-bit g64 sym, natural order": {
-        "method": "gptq",
-        "bits": 4,
-        "group_size": 64,
-        "sym": True,
-        "static_groups": False,
-    },
-    "4-bit g64 sym, desc_act": {"method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": True},
-    "4-bit g64 asym, static act-order": {"method": "gptq", "bits": 4, "group_size": 64, "sym": False},
+    "4-bit g64 sym, min–max grid": {"method": "gptq", "bits": 4, "group_size": 64, "sym": True, "grid": "minmax"},
+    "4-bit g64 sym": {"method": "gptq", "bits": 4, "group_size": 64, "sym": True},
 }
 
 

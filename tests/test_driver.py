@@ -171,6 +171,17 @@ def test_the_log_tells_every_linear(model, token_rows, tmp_path):
         assert {"seconds", "peak_gib", "dead_columns", "bits"} <= set(event)
 
 
+def test_one_line_tells_a_blocks_loss_and_size(model, token_rows, caplog):
+    log = RunLog(bar=False)
+    with caplog.at_level("INFO", logger="optq.driver"):
+        quantize_model(model, plan(model), calibrate(token_rows), device=CPU, log=log)
+    blocks = [event for event in log.events if event["event"] == "block"]
+    assert [event["block"] for event in blocks] == ["model.layers.0", "model.layers.1"]
+    # 4-bit codes, and per group of 32 a float16 scale and a 4-bit zero
+    assert {event["bits_per_weight"] for event in blocks} == {4 + 20 / 32}
+    assert len([record for record in caplog.records if "bits per weight" in record.message]) == 2
+
+
 def test_a_failure_is_the_last_event(model, token_rows, tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     log = RunLog(tmp_path / "log.jsonl", bar=False)

@@ -160,6 +160,7 @@ def quantize_model(
         if not calls:
             raise ModelError(f"{type(model).__name__} never calls {names[0]} on the calibration data.")
         for index, (name, block) in enumerate(plan.blocks.items()):
+            block_started = time.monotonic()
             _check_order(calls, index, names)
             work = _BlockWork(
                 name=name,
@@ -175,10 +176,13 @@ def quantize_model(
                 solved = work.solve(calls, sequential)
                 if index + 1 < len(blocks):
                     calls = _continue(forwards, calls, work.run)
-            for view, quantized in solved:
+            layers = []
+            for view, quantized, _ in solved:
                 layer = QuantLinear(pack(quantized, checkpoint_format), view.bias, backend)
                 _replace(model, view, layer.to(view.weight.device))
+                layers.append(layer)
             release_free_memory()
+            work.report(layers, [loss for _, _, loss in solved], time.monotonic() - block_started)
     log.emit("finished", seconds=round(time.monotonic() - started, 3), peak_gib=_rounded(peak_gib(device)))
 
 
@@ -242,8 +246,29 @@ class _BlockWork:
                     f"{call.batch}. Load the model in float32 or bfloat16, or look for a damaged layer before it."
                 )
 
-    def solve(self, calls: list[BlockCall], sequential: bool) -> list[tuple[LinearView, QuantizedWeight]]:
-        """Quantize the block's linears, writing the rounded values into them."""
+    def report(self, layers: list[QuantLinear], losses: list[float], seconds: float) -> None:
+        """One line for a finished block."""
+        if not layers:
+            return
+        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        facts = {
+            "relative_loss": sum(losses) / len(losses),
+            "bits_per_weight": round(sum(layer.stored_bits for layer in layers) / weights, 4),
+            "seconds": round(seconds, 2),
+            "peak_gib": _rounded(peak_gib(self.device)),
+        }
+        self.log.emit("block", block=self.name, **facts)
+        logger.info(
+            "%s: relative loss %.2e, %.2f bits per weight, %.1f s, peak %.2f GiB",
+            self.name,
+            facts["relative_loss"],
+            facts["bits_per_weight"],
+            facts["seconds"],
+            facts["peak_gib"] or math.nan,
+        )
+
+    def solve(self, calls: list[BlockCall], sequential: bool) -> list[tuple[LinearView, QuantizedWeight, float]]:
+        """Quantize the block's linears, writing the rounded values into them; with each one's relative loss."""
         if not self.targets:
             return []
         scheme_of = {target.view.name: target.scheme for target in self.targets}
@@ -256,9 +281,8 @@ class _BlockWork:
         for group in [[stage] for stage in stages] if sequential else [stages]:
             hessians = self._observe(group, calls)
             for stage, hessian in zip(group, hessians, strict=True):
-                results, loss = self._solve_stage(stage, hessian, scheme_of)
-                solved += results
-                self.log.advance(1 / len(stages), stage=stage.name, loss=f"{loss:.2e}")
+                solved += self._solve_stage(stage, hessian, scheme_of)
+                self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1][2]:.2e}")
         return solved
 
     def _observe(self, stages: list[Stage], calls: list[BlockCall]) -> list[Hessian]:
@@ -277,10 +301,10 @@ class _BlockWork:
 
     def _solve_stage(
         self, stage: Stage, hessian: Hessian, scheme_of: dict[str, LayerScheme]
-    ) -> tuple[list[tuple[LinearView, QuantizedWeight]], float]:
-        """Solve the stage's linears, stacked where they have the same scheme; also the last one's relative loss."""
+    ) -> list[tuple[LinearView, QuantizedWeight, float]]:
+        """Solve the stage's linears, stacked where they have the same scheme."""
         mean = hessian.mean()
-        solved, loss = [], math.nan
+        solved = []
         for scheme in dict.fromkeys(scheme_of[view.name] for view in stage.views):
             views = [view for view in stage.views if scheme_of[view.name] == scheme]
             rows = [view.shape[0] for view in views]
@@ -296,8 +320,8 @@ class _BlockWork:
             )
             for view, quantized, lost, energy in parts:
                 view.write(quantized.decode())
-                solved.append((view, quantized))
                 loss = float(lost.sum() / energy.sum()) if float(energy.sum()) > 0 else 0.0
+                solved.append((view, quantized, loss))
                 self.log.emit(
                     "linear",
                     block=self.name,
@@ -311,7 +335,7 @@ class _BlockWork:
                     seconds=round(seconds * view.shape[0] / sum(rows), 4),  # its share of the stacked solve
                     peak_gib=_rounded(peak_gib(self.device)),
                 )
-        return solved, loss
+        return solved
 
 
 def _check_weights(plan: Plan) -> None:

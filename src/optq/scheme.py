@@ -31,6 +31,14 @@ def divisors_of(in_features: int) -> list[int]:
     return [size for size in range(in_features, 15, -1) if in_features % size == 0]
 
 
+GridFit = Literal["minmax", "weighted"]
+"""How a group's grid is fitted.
+
+minmax    from the smallest to the largest weight.
+weighted  clipped to the span with the least squared error, each column weighted by its activation energy. The default.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerScheme:
     """How one linear layer is quantized.
@@ -40,6 +48,7 @@ class LayerScheme:
         group_size: columns that share a scale and a zero; -1 for one group per row.
         symmetric: zeros fixed at the middle of the grid.
         act_order: see `ActOrder`.
+        grid: see `GridFit`.
         damping: fraction of the Hessian's mean diagonal that is added to it before it is inverted.
     """
 
@@ -47,6 +56,7 @@ class LayerScheme:
     group_size: int = 128
     symmetric: bool = True
     act_order: ActOrder = "static"
+    grid: GridFit = "weighted"
     damping: float = 0.1
 
     def __post_init__(self) -> None:
@@ -64,6 +74,8 @@ class LayerScheme:
             raise ConfigError(
                 f"act_order={self.act_order!r} was asked for; allowed are {', '.join(get_args(ActOrder))}."
             )
+        if self.grid not in get_args(GridFit):
+            raise ConfigError(f"grid={self.grid!r} was asked for; allowed are {', '.join(get_args(GridFit))}.")
         if not 0 < self.damping < 1:
             raise ConfigError(
                 f"damping={self.damping} was asked for; it is a fraction, 0 < damping < 1 (0.1 is usual)."

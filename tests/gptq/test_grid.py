@@ -40,6 +40,41 @@ def test_every_weight_is_within_a_step_of_its_value(bits, symmetric, sign):
     assert ((decoded - weight).abs() <= grid.scales[:, groups.long()] * 1.02).all()
 
 
+def weighted_error(grid, weight, groups, importance):
+    columns = groups.long()
+    decoded = (grid.encode(weight, groups) - grid.zeros[:, columns]) * grid.scales[:, columns]
+    return ((decoded - weight).square() * importance).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [16, 32, -1])
+def test_the_searched_grid_has_the_lower_weighted_error(bits, symmetric, group_size):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(8, 80, generator=generator)  # 32 leaves a narrower last group
+    weight[:, 7] *= 10  # an outlier in a column that hardly matters
+    importance = torch.rand(80, generator=generator) + 0.1
+    importance[7] = 1e-3
+    scheme = LayerScheme(bits=bits, group_size=group_size, symmetric=symmetric)
+    groups = trivial_groups(80, scheme.group_width(80))
+    span, searched = fit_grid(weight, groups, scheme), fit_grid(weight, groups, scheme, importance)
+    assert weighted_error(searched, weight, groups, importance) < 0.7 * weighted_error(
+        span, weight, groups, importance
+    )
+    assert torch.equal(searched.scales.half().float(), searched.scales)
+    assert ((searched.zeros >= 1) & (searched.zeros <= 2**bits - 1)).all()
+
+
+def test_groups_that_are_not_runs_of_neighbours_are_fitted_like_those_that_are():
+    weight, importance = torch.randn(4, 32), torch.rand(32)
+    scheme = LayerScheme(group_size=16)
+    shuffle = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    groups = trivial_groups(32, 16)
+    straight = fit_grid(weight, groups, scheme, importance)
+    shuffled = fit_grid(weight[:, shuffle], groups[shuffle], scheme, importance[shuffle])
+    torch.testing.assert_close(shuffled.scales, straight.scales)
+
+
 def test_a_group_of_zeros_decodes_to_zeros():
     weight = torch.zeros(2, 32)
     for symmetric in (True, False):

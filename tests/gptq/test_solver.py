@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optq.errors import SolveError
-from optq.gptq import fit_grid, round_to_nearest, solve
+from optq.gptq import Grid, fit_grid, round_to_nearest, solve
 from optq.gptq.solver import output_energy
 from optq.scheme import LayerScheme
 
@@ -33,7 +33,8 @@ def brute_force_codes(weight: Tensor, hessian: Tensor, scheme: LayerScheme) -> t
     group_of_column = torch.tensor(
         [(positions[column] if scheme.act_order == "desc_act" else column) // width for column in range(in_features)]
     )
-    grid = fit_grid(weight.float(), group_of_column, scheme)
+    importance = hessian.diagonal().float() if scheme.grid == "weighted" else None
+    grid = fit_grid(weight.float(), group_of_column, scheme, importance)
     codes = torch.zeros(weight.shape, dtype=torch.float64)
     for step, column in enumerate(order):
         still_open = order[step:]
@@ -47,12 +48,14 @@ def brute_force_codes(weight: Tensor, hessian: Tensor, scheme: LayerScheme) -> t
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "act_order"),
-    list(itertools.product((2, 3, 4, 8), (True, False), ("none", "static", "desc_act"))),
+    ("bits", "symmetric", "act_order", "grid"),
+    list(itertools.product((2, 3, 4, 8), (True, False), ("none", "static", "desc_act"), ("minmax", "weighted"))),
 )
-def test_codes_are_those_of_brute_force_obq(correlated_problem, bits, symmetric, act_order):
+def test_codes_are_those_of_brute_force_obq(correlated_problem, bits, symmetric, act_order, grid):
     weight, hessian = correlated_problem(OUT, IN)
-    scheme = LayerScheme(bits=bits, group_size=GROUP, symmetric=symmetric, act_order=act_order, damping=0.01)
+    scheme = LayerScheme(
+        bits=bits, group_size=GROUP, symmetric=symmetric, act_order=act_order, grid=grid, damping=0.01
+    )
     expected, groups = brute_force_codes(weight, hessian, scheme)
     found = solve(weight, hessian, scheme).quantized
     assert torch.equal(found.group_of_column.long(), groups)
@@ -63,7 +66,7 @@ def test_codes_are_those_of_brute_force_obq(correlated_problem, bits, symmetric,
 def test_brute_force_differs_from_rounding_to_nearest(correlated_problem):
     """Negative control: the comparison above can fail."""
     weight, hessian = correlated_problem(OUT, IN)
-    scheme = LayerScheme(bits=4, group_size=GROUP, act_order="none", damping=0.01)
+    scheme = LayerScheme(bits=4, group_size=GROUP, act_order="none", grid="minmax", damping=0.01)
     expected, _ = brute_force_codes(weight, hessian, scheme)
     assert (round_to_nearest(weight, scheme).codes != expected).float().mean() > 0.1
 
@@ -111,7 +114,9 @@ def test_dead_columns_are_counted_and_rounded_to_nearest(correlated_problem):
     scheme = LayerScheme(bits=4, group_size=GROUP)
     solution = solve(weight, hessian, scheme)
     assert solution.dead_columns == 2
-    assert torch.equal(solution.quantized.codes[:, dead], round_to_nearest(weight, scheme).codes[:, dead])
+    found = solution.quantized
+    grid = Grid(scales=found.scales, zeros=found.zeros.float(), max_code=15)
+    assert torch.equal(found.codes[:, dead].float(), grid.encode(weight, found.group_of_column)[:, dead])
 
 
 def test_a_singular_hessian_is_damped_more_and_said(correlated_problem, caplog):

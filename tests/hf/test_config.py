@@ -28,6 +28,13 @@ def test_keys_that_are_not_known_survive():
     assert written.items() <= found.items()
 
 
+def test_a_checkpoint_of_others_does_not_claim_our_settings():
+    found = GPTQConfig.from_dict({"quant_method": "gptq", "bits": 4, "group_size": 32})
+    assert not {"grid", "static_groups"} & set(found.to_dict())
+    ours = found.for_checkpoint({"tokens": 1}, []).to_dict()
+    assert {"grid": "weighted", "static_groups": True}.items() <= ours.items()
+
+
 def test_json_holds_no_tokenizer_and_no_text():
     config = GPTQConfig(bits=4, tokenizer=object(), dataset=["a secret text"], log_file="run.jsonl")
     written = json.dumps(config.to_dict())
@@ -130,6 +137,7 @@ def test_orders(desc_act, static_groups, act_order):
         ({"bits": 5}, "bits=5"),
         ({"bits": 4, "group_size": 0}, "group_size=0"),
         ({"bits": 4, "damp_percent": 2}, "fraction"),
+        ({"bits": 4, "grid": "best"}, "minmax, weighted"),
         ({"bits": 4, "format": "marlin"}, "gptq_v2"),
         ({"bits": 4, "pack_dtype": "int64"}, "int32"),
         ({"bits": 4, "batch_size": 0}, "batch_size"),

@@ -78,7 +78,7 @@ def test_the_stock_config_class_works(tiny_llama, token_rows):
 def test_quantization_changes_the_outputs_a_little(tiny_llama, quantized, probe_ids):
     original = logits(AutoModelForCausalLM.from_pretrained(tiny_llama), probe_ids)
     change = (logits(quantized, probe_ids) - original).norm() / original.norm()
-    assert 0.001 < change < 0.2
+    assert 0.001 < change < 0.3
 
 
 def test_text_is_encoded_with_the_tokenizer_of_the_models_folder(tiny_llama):

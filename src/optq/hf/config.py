@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from optq.calibration import DATASETS
 from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
-from optq.scheme import ActOrder, LayerScheme
+from optq.scheme import ActOrder, GridFit, LayerScheme
 from optq.version import __version__
 
 DEFAULT_DAMPING = 0.1
@@ -51,7 +51,10 @@ class GPTQConfig(transformers.GPTQConfig):
         desc_act: store groups in activation order (non-trivial g_idx). vLLM no longer reads such checkpoints.
         sym: zeros fixed at the middle of the grid. vLLM reads only symmetric checkpoints.
         true_sequential: calibrate later linears of a block on the already quantized earlier ones.
-        static_groups: solve columns in activation order while groups keep their layout (ignored with desc_act=True).
+        grid: "weighted" clips every group's span where that costs the outputs less, "minmax" never clips.
+        static_groups: solve columns in activation order while groups keep their layout, by default; False: left to
+            right. Without effect with desc_act=True.
+        grid: "weighted", the default, clips every group's span where that costs the outputs less; "minmax" never.
         format: "gptq" (v1, zeros stored minus one) or "gptq_v2"; also accepted as `checkpoint_format`.
         dynamic: per-layer overrides in GPTQModel's form: {"-:regex": {}} leaves matching layers alone,
             {"+:regex": {"bits": 8, "group_size": 64}} changes their settings; the first match counts.
@@ -79,7 +82,8 @@ class GPTQConfig(transformers.GPTQConfig):
         act_group_aware: bool | None = None,
         sym: bool = True,
         true_sequential: bool = True,
-        static_groups: bool = True,
+        static_groups: bool | None = None,
+        grid: GridFit | None = None,
         format: str | None = None,
         checkpoint_format: str | None = None,
         meta: dict[str, Any] | None = None,
@@ -112,7 +116,8 @@ class GPTQConfig(transformers.GPTQConfig):
         self.act_group_aware = act_group_aware
         self.sym = bool(sym)
         self.true_sequential = bool(true_sequential)
-        self.static_groups = bool(static_groups)
+        self.static_groups = static_groups  # None until we quantize: a checkpoint of others must not claim ours
+        self.grid = grid
         self.format = (checkpoint_format or format or "gptq").lower()
         self.meta = meta
         self.backend = (backend or "auto").lower()
@@ -183,7 +188,7 @@ class GPTQConfig(transformers.GPTQConfig):
     def act_order(self) -> ActOrder:
         if self.desc_act:
             return "desc_act"
-        return "static" if self.static_groups else "none"
+        return "none" if self.static_groups is False else "static"
 
     def _base_scheme(self) -> LayerScheme:
         return LayerScheme(
@@ -191,6 +196,7 @@ class GPTQConfig(transformers.GPTQConfig):
             group_size=self.group_size,
             symmetric=self.sym,
             act_order=self.act_order,
+            grid=self.grid or "weighted",
             damping=self.damp_percent or DEFAULT_DAMPING,  # some checkpoints on the Hub hold 0 or null
         )
 
@@ -213,11 +219,11 @@ class GPTQConfig(transformers.GPTQConfig):
         config.tokenizer = None
         config.dataset = self.dataset if isinstance(self.dataset, str) and self.dataset in DATASETS else None
         config.unknown = dict(self.unknown)
+        config.static_groups, config.grid = self.act_order == "static", self._base_scheme().grid
         meta = {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
         config.meta = {
             **meta,
             "quantizer": [f"optq:{__version__}"],
-            "act_order": self.act_order,
             "calibration": recipe,
         }
         if left_out:
