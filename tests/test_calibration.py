@@ -83,6 +83,7 @@ def test_a_text_file_is_one_document_cut_into_windows(prepare, tmp_path):
     calibration = prepare(str(tmp_path / "book.txt"))
     assert rows_of(calibration) == [encoded("abcdefgh" * 2)] * 3
     assert calibration.recipe["tokens"] == 48
+    assert calibration.recipe["source"] == ".txt file"
 
 
 def test_padding_is_masked_and_padded_samples_are_unpadded(prepare):

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from conftest import VOCABULARY
 from optq import driver
@@ -225,6 +225,24 @@ def test_a_group_size_that_fits_no_layer_is_refused_before_any_work(model):
         ConfigError, match=r"model\.layers\.0\.self_attn\.q_proj.*64 is not a multiple of group_size 48"
     ):
         plan(model, lambda name: LayerScheme(group_size=48))
+
+
+def test_fused_experts_are_refused_instead_of_left_out():
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj.*mixture"):
+        plan(model)
 
 
 def test_a_ragged_last_group_is_warned_about_once_with_what_vllm_reads(model, caplog):

@@ -142,7 +142,7 @@ def prepare_calibration(
         )
     tokens = sum(map(len, chosen))
     recipe = {
-        "source": dataset if isinstance(dataset, str) and dataset in DATASETS else type(dataset).__name__,
+        "source": _source_name(dataset),
         "samples": len(chosen),
         "tokens": tokens,
         "longest": max(map(len, chosen)),
@@ -167,6 +167,13 @@ def _read(dataset: Any, load_tokenizer: Callable[[], Any]) -> tuple[list[list[in
         raise CalibrationError(f"dataset= is a {type(dataset).__name__}; pass {_accepted()}.")
     encode = _Encoder(load_tokenizer)
     return [encode(row, index) for index, row in enumerate(rows)], bounded
+
+
+def _source_name(dataset: Any) -> str:
+    """What the recipe calls the data: its name on the Hub, the kind of file, or the type of the object."""
+    if not isinstance(dataset, (str, Path)):
+        return type(dataset).__name__
+    return str(dataset) if dataset in DATASETS else f"{Path(dataset).suffix} file"
 
 
 def _accepted() -> str:

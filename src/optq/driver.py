@@ -77,6 +77,7 @@ def plan_quantization(blocks: dict[str, nn.Module], scheme_for: Callable[[str], 
     skipped: dict[str, str] = {}
     ragged: dict[int, set[int]] = {}
     for block_name, block in blocks.items():
+        _refuse_fused_experts(block_name, block)
         chosen = []
         for name, view in find_linears(block, block_name).items():
             out_features, in_features = view.shape
@@ -150,6 +151,7 @@ def quantize_model(
     )
     log.expect(len(blocks))
     started = time.monotonic()
+    release_free_memory()  # encoding the calibration texts leaves a lot behind
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(model))
@@ -181,7 +183,6 @@ def quantize_model(
                 layer = QuantLinear(pack(quantized, checkpoint_format), view.bias, backend)
                 _replace(model, view, layer.to(view.weight.device))
                 layers.append(layer)
-            release_free_memory()
             work.report(layers, [loss for _, _, loss in solved], time.monotonic() - block_started)
     log.emit("finished", seconds=round(time.monotonic() - started, 3), peak_gib=_rounded(peak_gib(device)))
 
@@ -282,6 +283,7 @@ class _BlockWork:
             hessians = self._observe(group, calls)
             for stage, hessian in zip(group, hessians, strict=True):
                 solved += self._solve_stage(stage, hessian, scheme_of)
+                release_free_memory()
                 self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1][2]:.2e}")
         return solved
 
@@ -336,6 +338,19 @@ class _BlockWork:
                     peak_gib=_rounded(peak_gib(self.device)),
                 )
         return solved
+
+
+def _refuse_fused_experts(block_name: str, block: nn.Module) -> None:
+    """Experts fused into one 3-D parameter hold most weights of a block; leaving them out silently would be a lie."""
+    for module_name, module in block.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and parameter.shape[0] > 1:
+                raise ModelError(
+                    f"{block_name}.{module_name}.{name} is a parameter of shape {tuple(parameter.shape)}: experts "
+                    "of a mixture, fused into one tensor. Such models are not supported yet; nothing was quantized."
+                )
 
 
 def _check_weights(plan: Plan) -> None:

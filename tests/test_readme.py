@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README is short, its table is made from the benchmarks' JSON, and its links lead somewhere."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_is_at_most_150_lines():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_table_is_what_the_benchmarks_measured():
+    subprocess.run([sys.executable, str(ROOT / "benchmarks/readme_table.py"), "--check"], check=True)
+
+
+def test_the_code_parses_and_names_what_exists():
+    import optq
+
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "optq":
+                assert all(hasattr(optq, alias.name) for alias in node.names)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "optq":
+                assert hasattr(optq, node.attr)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+)
+def test_links_to_files_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{page}: {target}"
