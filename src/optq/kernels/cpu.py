@@ -4,7 +4,8 @@
 torch's int4 product takes bfloat16 activations fast (others 10–100 times slower than dense float32) and computes
 y = x @ ((q - 8) * scale + zero)ᵀ per group of 32, 64, 128 or 256 columns. With zero = (8 - z) * scale that is GPTQ's
 (q - z) * scale. 2- and 3-bit codes are shifted into the middle of the 4-bit range first: otherwise (8 - z) * scale is
-large, and its rounding to bfloat16 cancels badly. For many rows it loses to dequantizing and multiplying densely.
+large, and its rounding to bfloat16 cancels badly. Its time grows with the rows from the first one on, so for very many
+of them dequantizing and multiplying densely catches up (benchmarks/results/kernels-cpu.json).
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from . import reference
 
 INT4_GROUP_SIZES = (256, 128, 64, 32)
 OUT_MULTIPLE = 16  # outputs are padded to this
-MOST_ROWS = 32  # above, dequantizing and multiplying densely is faster
+MOST_ROWS = 1024  # above, dequantizing with `reference` and multiplying densely is about as fast, and more exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +90,17 @@ def matmul_int4(x: Tensor, prepared: Int4Weight) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > MOST_ROWS:
         return reference.matmul(x, prepared.packed)
+    return int4_product(rows, prepared).reshape(*x.shape[:-1], prepared.packed.out_features)
+
+
+def int4_product(rows: Tensor, prepared: Int4Weight) -> Tensor:
+    """(rows, in) bfloat16 -> (rows, out), however many rows."""
     if prepared.columns is not None:
         rows = rows.index_select(1, prepared.columns)
     output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
         rows.contiguous(), prepared.weight, prepared.group_size, prepared.scales_and_zeros
     )
-    out_features = prepared.packed.out_features
-    return output[:, :out_features].reshape(*x.shape[:-1], out_features)
+    return output[:, : prepared.packed.out_features]
 
 
 def why_not_int8(packed: PackedWeight, dtype: torch.dtype) -> str | None:
