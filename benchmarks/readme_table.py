@@ -3,11 +3,13 @@
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- results: made by benchmarks/readme_table.py from benchmarks/results/*.json; do not edit by hand -->"
+WIDTH = 119
 END = "<!-- end of results -->"
 
 
@@ -15,10 +17,13 @@ def table() -> str:
     accuracy = _read("accuracy-smollm2")
     decode = _read("decode-cpu-smollm2")
     settings, environment = accuracy["settings"], accuracy["environment"]
-    lines = [
-        f"SmolLM2-135M-Instruct, calibrated on {settings['calibration']}; perplexity on {settings['evaluation']}, in",
+    caption = (
+        f"SmolLM2-135M-Instruct, calibrated on {settings['calibration']}; perplexity on {settings['evaluation']}, in "
         f"float32; {environment['cores']} CPU cores, torch {environment['torch']}, transformers "
-        f"{environment['transformers']}.",
+        f"{environment['transformers']}."
+    )
+    lines = [
+        textwrap.fill(caption, WIDTH),
         "",
         "| weights | perplexity | CPU-seconds | peak MB |",
         "|---|---|---|---|",
@@ -27,12 +32,12 @@ def table() -> str:
         seconds, memory = row.get("cpu_seconds", ""), row.get("peak_rss_mb", "")
         lines.append(f"| {name} | {row['perplexity']:.2f} | {seconds} | {memory} |")
     results = decode["results"]
-    lines += [
-        "",
-        f"`generate` at batch 1 with the 4-bit model: {results['ratio_to_bfloat16']:.2f}× the speed of the bfloat16 "
-        f"original and {results['ratio_to_float32']:.2f}× that",
-        f"of the float32 one ({decode['environment']['device']}).",
-    ]
+    speed = (
+        f"`generate` at batch 1 with the 4-bit model and bfloat16 activations: {results['ratio_to_bfloat16']:.2f}× the "
+        f"speed of the bfloat16 original and {results['ratio_to_float32']:.2f}× that of the float32 one "
+        f"({decode['environment']['device']})."
+    )
+    lines += ["", textwrap.fill(speed, WIDTH)]
     return "\n".join(lines)
 
 
