@@ -33,7 +33,8 @@ def table() -> str:
         lines.append(f"| {name} | {row['perplexity']:.2f} | {seconds} | {memory} |")
     results = decode["results"]
     speed = (
-        f"`generate` at batch 1 with the 4-bit model and bfloat16 activations: {results['ratio_to_bfloat16']:.2f}× the "
+        "`generate` at batch 1 with the 4-bit model and bfloat16 activations: "
+        f"{results['ratio_to_bfloat16']:.2f}× the "
         f"speed of the bfloat16 original and {results['ratio_to_float32']:.2f}× that of the float32 one "
         f"({decode['environment']['device']})."
     )
