@@ -153,10 +153,15 @@ def prepare_calibration(
     return Calibration(batches=tuple(_batches(chosen, batch_size, pad_token_id or 0)), recipe=recipe)
 
 
-def _read(dataset: Any, load_tokenizer: Callable[[], Any]) -> tuple[list[list[int]], bool]:
-    """The samples as token ids, and whether the user bounded their number by listing them."""
+def require_dataset(dataset: Any) -> None:
+    """Raise a `CalibrationError` if there is none at all, which is known before anything is loaded."""
     if dataset is None:
         raise CalibrationError(f"Quantizing needs calibration data: pass dataset= with {_accepted()}.")
+
+
+def _read(dataset: Any, load_tokenizer: Callable[[], Any]) -> tuple[list[list[int]], bool]:
+    """The samples as token ids, and whether the user bounded their number by listing them."""
+    require_dataset(dataset)
     if isinstance(dataset, (str, Path)):
         rows, bounded = _read_source(str(dataset)), False
     elif hasattr(dataset, "column_names"):

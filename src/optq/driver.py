@@ -386,8 +386,7 @@ def _tensors_outside(model: nn.Module, blocks: list[nn.Module]) -> list[Tensor]:
 
 
 def _replace(model: nn.Module, view: LinearView, layer: QuantLinear) -> None:
-    parent, _, name = view.name.rpartition(".")
-    setattr(model.get_submodule(parent), name, layer)
+    model.set_submodule(view.name, layer)
     view.module.to("meta")  # the plan still refers to it: without this, every dense weight would live to the end
 
 

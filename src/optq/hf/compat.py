@@ -5,16 +5,12 @@ import logging
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
 from optq.errors import CalibrationError
 
 logger = logging.getLogger(__name__)
-
-LINEAR_TYPES = (nn.Linear, Conv1D)
 
 Value = TypeVar("Value")
 

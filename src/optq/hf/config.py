@@ -190,6 +190,11 @@ class GPTQConfig(transformers.GPTQConfig):
             return "desc_act"
         return "none" if self.static_groups is False else "static"
 
+    @property
+    def _dataset_name(self) -> str | None:
+        """The dataset if it is one of the known names: all of the calibration data that may reach config.json."""
+        return self.dataset if isinstance(self.dataset, str) and self.dataset in DATASETS else None
+
     def _base_scheme(self) -> LayerScheme:
         return LayerScheme(
             bits=self.bits,
@@ -217,7 +222,7 @@ class GPTQConfig(transformers.GPTQConfig):
         """
         config = copy.copy(self)
         config.tokenizer = None
-        config.dataset = self.dataset if isinstance(self.dataset, str) and self.dataset in DATASETS else None
+        config.dataset = self._dataset_name
         config.unknown = dict(self.unknown)
         config.static_groups, config.grid = self.act_order == "static", self._base_scheme().grid
         meta = {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
@@ -236,8 +241,8 @@ class GPTQConfig(transformers.GPTQConfig):
         written = {
             key: value for key, value in vars(self).items() if key not in (*RUN_ONLY, "unknown") and value is not None
         }
-        if isinstance(self.dataset, str) and self.dataset in DATASETS:
-            written["dataset"] = self.dataset
+        if self._dataset_name is not None:
+            written["dataset"] = self._dataset_name
         written["quant_method"] = QuantizationMethod.GPTQ.value
         written["checkpoint_format"] = self.format
         return copy.deepcopy({**self.unknown, **written})

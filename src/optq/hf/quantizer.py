@@ -15,12 +15,12 @@ import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from optq.calibration import Calibration, prepare_calibration
+from optq.calibration import Calibration, prepare_calibration, require_dataset
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.driver import Plan, plan_quantization, quantize_model
-from optq.errors import CalibrationError, CheckpointError, ConfigError
+from optq.errors import CheckpointError, ConfigError
 from optq.layers import QuantLinear
-from optq.model import find_blocks
+from optq.model import LINEAR_TYPES, find_blocks
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
 
@@ -52,11 +52,7 @@ class OptqHfQuantizer(HfQuantizer):
         """Refuse, before anything is downloaded, what can never be quantized."""
         if self.pre_quantized:
             return
-        if self.quantization_config.dataset is None:
-            raise CalibrationError(
-                "Quantizing needs calibration data: GPTQConfig(..., dataset=...) with a list of strings, of chats or "
-                "of dicts with input_ids, a datasets.Dataset, a path to a file, or a name such as 'wikitext2'."
-            )
+        require_dataset(self.quantization_config.dataset)
         if self.quantization_config.lm_head:
             raise ConfigError(
                 "lm_head=True was asked for, but quantizing the output head is not supported; leave it False."
@@ -107,7 +103,7 @@ class OptqHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         for name, layer in _quantized_layers(model).items():
-            _set_module(model, name, layer.dense(dtype or torch.get_default_dtype()))
+            model.set_submodule(name, layer.dense(dtype or torch.get_default_dtype()))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -156,7 +152,7 @@ class OptqHfQuantizer(HfQuantizer):
                 "*.qweight. It is not a GPTQ checkpoint, or its config.json belongs to another one."
             )
         modules = dict(model.named_modules())
-        strangers = [name for name in found if not isinstance(modules.get(name), compat.LINEAR_TYPES)]
+        strangers = [name for name in found if not isinstance(modules.get(name), LINEAR_TYPES)]
         if strangers:
             raise CheckpointError(
                 f"{len(strangers)} quantized tensors of the checkpoint, such as {strangers[0]}, belong to no "
@@ -169,7 +165,7 @@ class OptqHfQuantizer(HfQuantizer):
             _check_label(tensors, scheme)
             if "g_idx" not in tensors.headers:
                 self._without_g_idx.add(name)
-            _set_module(model, name, QuantLinear.empty(tensors, config.format, config.backend, dtype))
+            model.set_submodule(name, QuantLinear.empty(tensors, config.format, config.backend, dtype))
 
     def _prepare_layers(self, model: nn.Module) -> None:
         """Let every layer choose its kernel; fill in a g_idx that the checkpoint left out."""
@@ -188,11 +184,6 @@ class OptqHfQuantizer(HfQuantizer):
 
 def _quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:

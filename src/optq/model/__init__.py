@@ -4,6 +4,7 @@
 from .blocks import find_blocks as find_blocks
 from .forwards import BlockCall as BlockCall
 from .forwards import SuspendedForwards as SuspendedForwards
+from .linears import LINEAR_TYPES as LINEAR_TYPES
 from .linears import LinearView as LinearView
 from .linears import find_linears as find_linears
 from .stages import Stage as Stage

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearView:
@@ -52,7 +54,7 @@ def find_linears(module: nn.Module, prefix: str = "") -> dict[str, LinearView]:
     views = {}
     for name, child in module.named_modules():
         # Exact types: a subclass of nn.Linear may compute something else than a product with its weight.
-        if type(child) in (nn.Linear, Conv1D):
+        if type(child) in LINEAR_TYPES:
             full_name = f"{prefix}.{name}" if prefix else name
             views[full_name] = LinearView(name=full_name, module=child)
     return views
