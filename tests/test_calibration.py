@@ -111,8 +111,44 @@ def test_batch_size_and_number_of_samples(prepare):
 def test_a_file_is_drawn_from_and_a_list_is_used_whole(prepare, tmp_path):
     texts = [f"sample {index}" for index in range(DEFAULT_SAMPLES + 20)]
     (tmp_path / "rows.json").write_text(json.dumps(texts))
-    assert prepare(texts).recipe["samples"] == len(texts)
-    assert prepare(str(tmp_path / "rows.json")).recipe["samples"] == DEFAULT_SAMPLES
+    whole, drawn = prepare(texts).recipe, prepare(str(tmp_path / "rows.json")).recipe
+    assert whole["samples"] + whole["held_out"] == len(texts)
+    assert drawn["samples"] + drawn["held_out"] == DEFAULT_SAMPLES
+    assert whole["held_out"] == drawn["held_out"] == 8
+
+
+def test_held_out_samples_are_not_calibrated_on(prepare):
+    rows = [{"input_ids": [index + 1, *range(50, 80)]} for index in range(32)]
+    for seed in (0, 1):
+        calibration = prepare(rows, seed=seed, window=64)
+        fitted = {int(ids[0]) for batch in calibration.batches for ids in batch.input_ids}
+        probes = {int(batch.input_ids[0, 0]) for batch in calibration.probes}
+        assert calibration.probes_held_out
+        assert len(probes) == 2
+        assert fitted | probes == set(range(1, 33))
+        assert not fitted & probes
+    assert prepare(rows, probe=False).probes == ()
+
+
+def test_of_few_samples_none_is_held_out(prepare):
+    calibration = prepare([{"input_ids": [5] * length} for length in (4, 600, 9)], window=1000)
+    assert not calibration.probes_held_out
+    assert [batch.input_ids.shape for batch in calibration.probes] == [(1, 512)]
+    assert sum(batch.input_ids.shape[0] for batch in calibration.batches) == 3
+
+
+def test_next_ids_end_with_the_sample(prepare):
+    (batch,) = prepare([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}], batch_size=2).batches
+    assert batch.next_ids.tolist() == [[2, 3, -1], [5, -1, -1]]
+
+
+def test_weak_data_is_named(prepare):
+    weak = prepare([{"input_ids": [1, 2, 3]}] * 3, samples=5, window=1024).weak_for(1000)
+    for words in ("9 tokens in all", "2 of 3 samples", "3 samples of the 5", "longest sample"):
+        assert words in str(weak)
+    assert "1000 x 1000 Hessian" in weak[-1]
+    strong = prepare([{"input_ids": [index, *range(1, 128)] * 8} for index in range(20)], window=1024)
+    assert strong.weak_for(1000) == ()
 
 
 def test_the_recipe_holds_no_text(prepare):

@@ -13,7 +13,7 @@ from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
         ({"group_size": 0}, "group_size=0"),
         ({"group_size": -2}, "group_size=-2"),
         ({"group_size": 12.5}, "not an integer"),
-        ({"act_order": "random"}, "none, static, desc_act"),
+        ({"act_order": "random"}, "none, static, group_aware, desc_act"),
         ({"damping": 0}, "fraction"),
         ({"damping": 1.5}, "fraction"),
     ],

@@ -25,6 +25,11 @@ SHORTEST_SAMPLE = 2  # tokens
 DEFAULT_WINDOW = 2048  # tokens
 DEFAULT_SAMPLES = 128  # windows drawn from a source that is larger than a calibration set
 TOKENS_PER_MICRO_BATCH = 2048
+FEW_TOKENS = 16384
+SHORT_SAMPLES = 128  # tokens
+SAMPLES_PER_PROBE = 16  # one sample in so many is held out to judge the result …
+MOST_PROBES = 8
+PROBE_TOKENS = 512  # … by its first tokens, so that the logits stay small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,15 @@ class MicroBatch:
     input_ids: Tensor
     attention_mask: Tensor | None
 
+    @property
+    def next_ids(self) -> Tensor:
+        """The token that follows each, (samples, longest) int64; -1 where none does."""
+        following = torch.full_like(self.input_ids, -1)
+        following[:, :-1] = self.input_ids[:, 1:]
+        if self.attention_mask is not None:
+            following[:, :-1].masked_fill_(self.attention_mask[:, 1:] == 0, -1)
+        return following
+
     def as_model_inputs(self, device: torch.device | str) -> dict[str, Tensor]:
         """Keyword arguments for the model."""
         inputs = {"input_ids": self.input_ids.to(device)}
@@ -87,10 +101,27 @@ class Calibration:
     Args:
         batches: micro-batches, longest samples first.
         recipe: what was used, for the checkpoint and the log: counts and a hash, never the texts.
+        probes: micro-batches on which the quantized model is compared with the original one.
+        probes_held_out: whether they are kept out of `batches`.
+        weaknesses: what makes this data a poor basis, in words.
     """
 
     batches: tuple[MicroBatch, ...]
     recipe: dict[str, Any]
+    probes: tuple[MicroBatch, ...] = ()
+    probes_held_out: bool = False
+    weaknesses: tuple[str, ...] = ()
+
+    def weak_for(self, in_features: int) -> tuple[str, ...]:
+        """`weaknesses`, and whether the tokens suffice for a linear of so many inputs."""
+        tokens = self.recipe["tokens"]
+        if tokens >= in_features:
+            return self.weaknesses
+        return (
+            *self.weaknesses,
+            f"{tokens} tokens cannot determine the {in_features} x {in_features} Hessian of the widest linear: "
+            f"use at least {in_features}, better {8 * in_features}",
+        )
 
 
 def prepare_calibration(
@@ -103,6 +134,7 @@ def prepare_calibration(
     batch_size: int | None = None,
     pad_token_id: int | None = None,
     seed: int = 0,
+    probe: bool = True,
 ) -> Calibration:
     """Turn whatever `GPTQConfig.dataset` accepts into micro-batches.
 
@@ -115,6 +147,8 @@ def prepare_calibration(
         samples: windows to use at most, drawn with `seed`; by default all of a list, and 128 of anything else.
         batch_size: samples per micro-batch; by default as many as fit in 2048 tokens.
         pad_token_id: fills up shorter samples; they are masked, so any id of the vocabulary does.
+        probe: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
+            samples none is held out; the longest is then used for both.
     Raises:
         CalibrationError: the data is missing, empty, too short, of an unknown form, or does not fit the vocabulary.
     """
@@ -140,17 +174,56 @@ def prepare_calibration(
             "The tokenizer does not belong to this model; pass tokenizer= with the right one, or leave it out to take "
             "the one in the model's folder."
         )
-    tokens = sum(map(len, chosen))
+    fitted, probes = _set_apart(chosen, seed) if probe else (chosen, [])
+    tokens = sum(map(len, fitted))
+    held_out = len(chosen) - len(fitted)
     recipe = {
         "source": _source_name(dataset),
-        "samples": len(chosen),
+        "samples": len(fitted),
+        "held_out": held_out,
         "tokens": tokens,
-        "longest": max(map(len, chosen)),
+        "longest": max(map(len, fitted)),
         "seed": seed,
         "sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
     }
-    logger.info("Calibration: %d samples, %d tokens, at most %d each.", recipe["samples"], tokens, recipe["longest"])
-    return Calibration(batches=tuple(_batches(chosen, batch_size, pad_token_id or 0)), recipe=recipe)
+    logger.info(
+        "Calibration: %d samples, %d tokens, at most %d each; %d more samples are held out to judge the result.",
+        recipe["samples"],
+        tokens,
+        recipe["longest"],
+        held_out,
+    )
+    return Calibration(
+        batches=tuple(_batches(fitted, batch_size, pad_token_id or 0)),
+        recipe=recipe,
+        probes=tuple(_batches([ids[:PROBE_TOKENS] for ids in probes], 1, pad_token_id or 0)),
+        probes_held_out=held_out > 0,
+        weaknesses=tuple(_weaknesses(chosen, window, samples)),
+    )
+
+
+def _set_apart(samples: list[list[int]], seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The samples to calibrate on, and those to judge the result with."""
+    count = min(len(samples) // SAMPLES_PER_PROBE, MOST_PROBES)
+    if count == 0:
+        return samples, [max(samples, key=len)]
+    drawn = set(random.Random(seed).sample(range(len(samples)), count))
+    return (
+        [ids for index, ids in enumerate(samples) if index not in drawn],
+        [ids for index, ids in enumerate(samples) if index in drawn],
+    )
+
+
+def _weaknesses(samples: list[list[int]], window: int, asked: int | None) -> Iterable[str]:
+    tokens = sum(map(len, samples))
+    if tokens < FEW_TOKENS:
+        yield f"{tokens} tokens in all are few: {FEW_TOKENS} or more are usual"
+    if repeated := len(samples) - len(set(map(tuple, samples))):
+        yield f"{repeated} of {len(samples)} samples are exact repetitions of others and add nothing"
+    if asked is not None and len(samples) < asked:
+        yield f"only {len(samples)} samples of the {asked} asked for were found"
+    if (longest := max(map(len, samples))) < min(window, SHORT_SAMPLES):
+        yield f"the longest sample has {longest} tokens, so the model is never seen reading long texts"
 
 
 def require_dataset(dataset: Any) -> None:

@@ -5,112 +5,29 @@ The model runs on the calibration data and pauses at its first block. The block'
 input they share. Stage by stage, the inputs are summed into a Hessian, the weights are solved and written back, so
 that later stages see what the quantized model will really compute. Then the block's outputs carry the model on to the
 next block.
+
+Beside it the original model runs on the same data, through the same blocks with their original weights: it says how
+far the inputs of every stage have drifted, and at the end, on rows kept apart, how good the quantized model is.
 """
 
-import logging
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from .block import BlockWork, working_dtype
 from .calibration import Calibration
 from .checkpoint import pack
-from .errors import CalibrationError, ConfigError, ModelError
-from .gptq import Hessian, solve
+from .errors import ModelError
+from .evaluation import Comparer, Comparison
 from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory
-from .model import (
-    BlockCall,
-    LinearView,
-    Stage,
-    SuspendedForwards,
-    feed_stages,
-    find_linears,
-    observe_stages,
-)
-from .progress import RunLog
-from .scheme import LayerScheme, QuantizedWeight
-
-logger = logging.getLogger(__name__)
-
-SERVABLE_GROUP_SIZES = (128, 64, 32)  # what vLLM accepts besides -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A linear that will be quantized, and how."""
-
-    view: LinearView
-    scheme: LayerScheme
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What will be done, decided and checked before the work.
-
-    Args:
-        blocks: name and module, in order.
-        targets: per block, its linears to quantize.
-        skipped: name of each linear of a block that is left as it is, with the reason.
-    """
-
-    blocks: dict[str, nn.Module]
-    targets: dict[str, tuple[Target, ...]]
-    skipped: dict[str, str]
-
-
-def plan_quantization(blocks: dict[str, nn.Module], scheme_for: Callable[[str], LayerScheme | None]) -> Plan:
-    """Decide what happens to every linear of `blocks`, which may be on the meta device.
-
-    Args:
-        scheme_for: name of a linear -> its scheme, or None to leave it alone.
-    Raises:
-        ConfigError: a group size does not fit a layer, or nothing is left to quantize.
-    """
-    targets: dict[str, tuple[Target, ...]] = {}
-    skipped: dict[str, str] = {}
-    ragged: dict[int, set[int]] = {}
-    for block_name, block in blocks.items():
-        _refuse_fused_experts(block_name, block)
-        chosen = []
-        for name, view in find_linears(block, block_name).items():
-            out_features, in_features = view.shape
-            scheme = scheme_for(name)
-            if scheme is None:
-                skipped[name] = "excluded by the configuration"
-            elif reason := scheme.why_not_packed(in_features, out_features):
-                skipped[name] = reason
-            elif reason := scheme.why_not_grouped(in_features):
-                raise ConfigError(
-                    f"{name}: {reason}. Choose another group_size, or leave this layer in full precision with "
-                    f"dynamic={{'-:{name}': {{}}}}."
-                )
-            else:
-                chosen.append(Target(view=view, scheme=scheme))
-                if in_features % scheme.group_width(in_features):
-                    ragged.setdefault(scheme.group_size, set()).add(in_features)
-        targets[block_name] = tuple(chosen)
-    if not any(targets.values()):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise ConfigError(f"No linear layer is left to quantize ({len(skipped)} skipped; {reasons or 'none found'}).")
-    for name, reason in skipped.items():
-        if reason != "excluded by the configuration":
-            logger.warning("%s stays in full precision: %s.", name, reason)
-    for group_size, widths in ragged.items():
-        logger.warning(
-            "group_size=%d does not divide in_features %s: the last group of each row is narrower. vLLM does not read "
-            "such a checkpoint; it would accept group_size %s.",
-            group_size,
-            ", ".join(map(str, sorted(widths))),
-            ", ".join(str(size) for size in (*SERVABLE_GROUP_SIZES, -1) if all(width % size == 0 for width in widths)),
-        )
-    return Plan(blocks=blocks, targets=targets, skipped=skipped)
+from .model import BlockCall, Finished, LinearView, SuspendedForwards
+from .plan import Plan
+from .progress import RunLog, rounded
 
 
 def quantize_model(
@@ -123,7 +40,7 @@ def quantize_model(
     backend: str = "auto",
     device: torch.device | str | None = None,
     log: RunLog | None = None,
-) -> None:
+) -> Comparison | None:
     """Quantize the planned linears of `model` in place: each becomes a `QuantLinear`.
 
     Args:
@@ -131,6 +48,9 @@ def quantize_model(
         sequential: calibrate later stages of a block on the already quantized earlier ones (true_sequential).
         device: where blocks are run and solved, one at a time; by default the accelerator, if there is one.
         log: receives the events of the run.
+    Returns:
+        How the quantized model compares with the original on `calibration.probes`; None without probes, or for models
+        that return no logits.
     Raises:
         ModelError: weights are not finite; the layer is named.
         CalibrationError: activations are not finite; the block is named.
@@ -152,205 +72,116 @@ def quantize_model(
     log.expect(len(blocks))
     started = time.monotonic()
     release_free_memory()  # encoding the calibration texts leaves a lot behind
+    fitted = len(calibration.batches)
+    batches = [*calibration.batches, *calibration.probes]
+    # The original model always runs the probes, and the rest if layers are to make up for the drift of their inputs.
+    followed = range(0 if plan.propagates else fitted, len(batches))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(model))
         stack.enter_context(_placed(_tensors_outside(model, blocks), device, None))
-        batches = [batch.as_model_inputs(device) for batch in calibration.batches]
-        forwards = stack.enter_context(SuspendedForwards(model, blocks, batches))
-        calls = forwards.start()
-        if not calls:
+        inputs = [batch.as_model_inputs(device) for batch in batches]
+        forwards = stack.enter_context(
+            SuspendedForwards(model, blocks, inputs + [inputs[number] for number in followed])
+        )
+        twin_of = {len(batches) + position: number for position, number in enumerate(followed)}
+        waiting = forwards.start()
+        if not waiting:
             raise ModelError(f"{type(model).__name__} never calls {names[0]} on the calibration data.")
         for index, (name, block) in enumerate(plan.blocks.items()):
             block_started = time.monotonic()
-            _check_order(calls, index, names)
-            work = _BlockWork(
-                name=name,
-                targets=plan.targets[name],
-                forward=forwards.original_forwards[index],
-                masks=[batch.attention_mask for batch in calibration.batches],
-                device=device,
-                log=log,
-            )
-            with _placed([*block.parameters(), *block.buffers()], device, work.dtype):
-                calls = [work.moved(call) for call in calls]
-                work.check_finite(calls)
-                solved = work.solve(calls, sequential)
-                if index + 1 < len(blocks):
-                    calls = _continue(forwards, calls, work.run)
+            last = index + 1 == len(blocks)
+            _check_order(waiting, index, names)
+            with ExitStack() as placement:
+                placement.enter_context(_placed(_tensors_of(block), device, working_dtype(device)))
+                work = BlockWork(
+                    name=name,
+                    targets=plan.targets[name],
+                    forward=forwards.original_forwards[index],
+                    masks=[batch.attention_mask for batch in batches],
+                    device=device,
+                    log=log,
+                )
+                waiting = [work.moved(call) for call in waiting]
+                work.check_finite(waiting)
+                twins = {twin_of[call.batch]: call for call in waiting if call.batch in twin_of}
+                calls = [call for call in waiting if call.batch < fitted]
+                solved, outputs = work.solve(calls, twins if plan.propagates else {}, sequential)
+                del calls, twins
+                if last:
+                    waiting = [call for call in waiting if twin_of.get(call.batch, call.batch) >= fitted]
+                    placement.enter_context(_placed(_tensors_outside(model, blocks), device, working_dtype(device)))
+                    comparison = _compare(forwards, waiting, twin_of, work, calibration, model)
+                else:
+                    waiting = _continue(forwards, waiting, twin_of, work, outputs)
             layers = []
-            for view, quantized, _ in solved:
-                layer = QuantLinear(pack(quantized, checkpoint_format), view.bias, backend)
-                _replace(model, view, layer.to(view.weight.device))
+            for done in solved:
+                layer = QuantLinear(pack(done.quantized, checkpoint_format), done.view.bias, backend)
+                _replace(model, done.view, layer.to(done.view.weight.device))
                 layers.append(layer)
-            work.report(layers, [loss for _, _, loss in solved], time.monotonic() - block_started)
-    log.emit("finished", seconds=round(time.monotonic() - started, 3), peak_gib=_rounded(peak_gib(device)))
+            work.report(layers, [done.relative_loss for done in solved], time.monotonic() - block_started)
+    if comparison is not None:
+        log.emit("quality", held_out=calibration.probes_held_out, **comparison.facts())
+    log.emit("finished", seconds=round(time.monotonic() - started, 3), peak_gib=rounded(peak_gib(device)))
+    return comparison
 
 
-def _continue(forwards: SuspendedForwards, calls: list[BlockCall], run: Callable[[BlockCall], Any]) -> list[BlockCall]:
-    """Run a finished block on every micro-batch and carry the model on; empties `calls`, so that inputs are freed."""
+def _continue(
+    forwards: SuspendedForwards,
+    waiting: list[BlockCall],
+    twin_of: dict[int, int],
+    work: BlockWork,
+    outputs: dict[int, Any],
+) -> list[BlockCall]:
+    """Run a finished block on every micro-batch and carry the model on; empties `waiting`, so that inputs are freed.
+
+    Args:
+        outputs: of the original block, by the number of the call, where they are known already.
+    """
     following = []
-    while calls:
-        call = calls.pop(0)
-        if (next_call := forwards.resume(call, run(call))) is not None:
-            following.append(next_call)
+    while waiting:
+        call = waiting.pop(0)
+        if call.batch in outputs:
+            output = outputs.pop(call.batch)
+        else:
+            output = work.run_original(call) if call.batch in twin_of else work.run(call)
+        if isinstance(posted := forwards.resume(call, output), BlockCall):
+            following.append(posted)
+        del output
     return following
+
+
+def _compare(
+    forwards: SuspendedForwards,
+    waiting: list[BlockCall],
+    twin_of: dict[int, int],
+    work: BlockWork,
+    calibration: Calibration,
+    model: nn.Module,
+) -> Comparison | None:
+    """Run the probes to their end, through the original last block and the quantized one, and compare the logits."""
+    comparer, generates = Comparer(), getattr(model, "can_generate", lambda: False)()
+    call_of = {call.batch: call for call in waiting}
+    compared = False
+    for twin, number in twin_of.items():
+        if number < len(calibration.batches) or twin not in call_of:
+            continue
+        ended = [
+            forwards.resume(call_of[twin], work.run_original(call_of[twin])),
+            forwards.resume(call_of[number], work.run(call_of[number])),
+        ]
+        logits = [getattr(end.output, "logits", None) for end in ended if isinstance(end, Finished)]
+        probe = calibration.probes[number - len(calibration.batches)]
+        if len(logits) == 2 and all(x is not None and x.shape[:-1] == probe.input_ids.shape for x in logits):
+            comparer.add(*logits, probe.next_ids if generates else None, probe.attention_mask)
+            compared = True
+    return comparer.result() if compared else None
 
 
 def execution_device() -> torch.device:
     """The accelerator, if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator if accelerator is not None else torch.device("cpu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BlockWork:
-    """What is needed to quantize one block.
-
-    Args:
-        forward: the block's own forward.
-        masks: per micro-batch, which tokens are real.
-    """
-
-    name: str
-    targets: tuple[Target, ...]
-    forward: Callable[..., Any]
-    masks: list[Tensor | None]
-    device: torch.device
-    log: RunLog
-
-    def run(self, call: BlockCall) -> Any:
-        return self.forward(*call.args, **call.kwargs)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """float32 on CPUs, where 16-bit products are slow and less exact; elsewhere None, the model's own."""
-        return torch.float32 if self.device.type == "cpu" else None
-
-    def moved(self, call: BlockCall) -> BlockCall:
-        """The call with its tensors where, and as, the block is."""
-
-        def move(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None)
-
-        args, kwargs = tree_map(move, (call.args, call.kwargs))
-        return BlockCall(batch=call.batch, block=call.block, args=args, kwargs=kwargs)
-
-    def check_finite(self, calls: list[BlockCall]) -> None:
-        for call in calls:
-            states = next((leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, Tensor)), None)
-            if states is not None and not bool(states.isfinite().all()):
-                raise CalibrationError(
-                    f"The inputs of {self.name} are not finite (NaN or infinity) on calibration micro-batch "
-                    f"{call.batch}. Load the model in float32 or bfloat16, or look for a damaged layer before it."
-                )
-
-    def report(self, layers: list[QuantLinear], losses: list[float], seconds: float) -> None:
-        """One line for a finished block."""
-        if not layers:
-            return
-        weights = sum(layer.in_features * layer.out_features for layer in layers)
-        facts = {
-            "relative_loss": sum(losses) / len(losses),
-            "bits_per_weight": round(sum(layer.stored_bits for layer in layers) / weights, 4),
-            "seconds": round(seconds, 2),
-            "peak_gib": _rounded(peak_gib(self.device)),
-        }
-        self.log.emit("block", block=self.name, **facts)
-        logger.info(
-            "%s: relative loss %.2e, %.2f bits per weight, %.1f s, peak %.2f GiB",
-            self.name,
-            facts["relative_loss"],
-            facts["bits_per_weight"],
-            facts["seconds"],
-            facts["peak_gib"] or math.nan,
-        )
-
-    def solve(self, calls: list[BlockCall], sequential: bool) -> list[tuple[LinearView, QuantizedWeight, float]]:
-        """Quantize the block's linears, writing the rounded values into them; with each one's relative loss."""
-        if not self.targets:
-            return []
-        scheme_of = {target.view.name: target.scheme for target in self.targets}
-        stages = observe_stages([target.view for target in self.targets], lambda: self.run(calls[0]))
-        reached = {view.name for stage in stages for view in stage.views}
-        for name in scheme_of.keys() - reached:
-            logger.warning("%s stays in full precision: the calibration data never reaches it.", name)
-            self.log.emit("unreached", linear=name)
-        solved = []
-        for group in [[stage] for stage in stages] if sequential else [stages]:
-            hessians = self._observe(group, calls)
-            for stage, hessian in zip(group, hessians, strict=True):
-                solved += self._solve_stage(stage, hessian, scheme_of)
-                release_free_memory()
-                self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1][2]:.2e}")
-        return solved
-
-    def _observe(self, stages: list[Stage], calls: list[BlockCall]) -> list[Hessian]:
-        """One Hessian per stage, over all micro-batches."""
-        hessians = {id(stage): Hessian(stage.in_features, self.device) for stage in stages}
-        for call in calls:
-            mask = self.masks[call.batch]
-
-            def feed(stage: Stage, x: Tensor, mask: Tensor | None = mask) -> None:
-                # A mask only fits inputs that still have one row per token.
-                fits = mask is not None and mask.numel() * x.shape[-1] == x.numel()
-                hessians[id(stage)].add(x, mask.bool().to(x.device) if mask is not None and fits else None)
-
-            feed_stages(stages, lambda call=call: self.run(call), feed)  # type: ignore[misc]
-        return [hessians[id(stage)] for stage in stages]
-
-    def _solve_stage(
-        self, stage: Stage, hessian: Hessian, scheme_of: dict[str, LayerScheme]
-    ) -> list[tuple[LinearView, QuantizedWeight, float]]:
-        """Solve the stage's linears, stacked where they have the same scheme."""
-        mean = hessian.mean()
-        solved = []
-        for scheme in dict.fromkeys(scheme_of[view.name] for view in stage.views):
-            views = [view for view in stage.views if scheme_of[view.name] == scheme]
-            rows = [view.shape[0] for view in views]
-            started = time.monotonic()
-            solution = solve(torch.cat([view.weight for view in views]), mean, scheme, name=views[0].name)
-            seconds = time.monotonic() - started
-            parts = zip(
-                views,
-                solution.quantized.split_rows(rows),
-                solution.lost.split(rows),
-                solution.energy.split(rows),
-                strict=True,
-            )
-            for view, quantized, lost, energy in parts:
-                view.write(quantized.decode())
-                loss = float(lost.sum() / energy.sum()) if float(energy.sum()) > 0 else 0.0
-                solved.append((view, quantized, loss))
-                self.log.emit(
-                    "linear",
-                    block=self.name,
-                    linear=view.name,
-                    bits=scheme.bits,
-                    group_size=scheme.group_size,
-                    relative_loss=loss,
-                    damping=solution.damping,
-                    dead_columns=solution.dead_columns,
-                    tokens=hessian.tokens,
-                    seconds=round(seconds * view.shape[0] / sum(rows), 4),  # its share of the stacked solve
-                    peak_gib=_rounded(peak_gib(self.device)),
-                )
-        return solved
-
-
-def _refuse_fused_experts(block_name: str, block: nn.Module) -> None:
-    """Experts fused into one 3-D parameter hold most weights of a block; leaving them out silently would be a lie."""
-    for module_name, module in block.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and parameter.shape[0] > 1:
-                raise ModelError(
-                    f"{block_name}.{module_name}.{name} is a parameter of shape {tuple(parameter.shape)}: experts "
-                    "of a mixture, fused into one tensor. Such models are not supported yet; nothing was quantized."
-                )
 
 
 def _check_weights(plan: Plan) -> None:
@@ -383,6 +214,10 @@ def _tensors_outside(model: nn.Module, blocks: list[nn.Module]) -> list[Tensor]:
         if id(module) not in inside
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
+
+
+def _tensors_of(block: nn.Module) -> list[Tensor]:
+    return [*block.parameters(), *block.buffers()]
 
 
 def _replace(model: nn.Module, view: LinearView, layer: QuantLinear) -> None:
@@ -419,7 +254,3 @@ def _placed(tensors: list[Tensor], device: torch.device, dtype: torch.dtype | No
     finally:
         for tensor, home, own_dtype in homes:
             tensor.data = tensor.data.to(home, own_dtype)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else round(value, 3)

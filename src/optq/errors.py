@@ -22,6 +22,10 @@ class SolveError(OptqError, RuntimeError):
     """The Hessian of a layer could not be factorised, whatever the damping."""
 
 
+class QualityError(OptqError, RuntimeError):
+    """The finished model is too far from the original to be used."""
+
+
 class CheckpointError(OptqError, ValueError):
     """A checkpoint's bytes, names or labels contradict one another or are not supported."""
 

@@ -2,6 +2,7 @@
 """The events of a run: a bar on the screen, JSON lines in a file, and a list in memory for whoever reports."""
 
 import json
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -59,3 +60,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(blocks)
+
+
+def rounded(value: float | None) -> float | None:
+    """For the log: three decimals; None where there is nothing to say."""
+    return None if value is None or math.isnan(value) else round(value, 3)

@@ -17,12 +17,13 @@ from .errors import ConfigError
 BITS = (2, 3, 4, 8)
 PACKED_WORD_BITS = 32
 
-ActOrder = Literal["none", "static", "desc_act"]
+ActOrder = Literal["none", "static", "group_aware", "desc_act"]
 """In which order columns are solved, and what that does to the groups.
 
-none      left to right.
-static    by decreasing activation energy; groups keep their layout, so g_idx stays trivial. The default.
-desc_act  the same order, but groups are made of columns that are neighbours in it: a non-trivial g_idx on disk.
+none         left to right.
+static       by decreasing activation energy; groups keep their layout, so g_idx stays trivial. The default.
+group_aware  whole groups by decreasing mean energy, and so inside each group; g_idx stays trivial. Known as GAR.
+desc_act     as static, but groups are made of columns that are neighbours in that order: a non-trivial g_idx on disk.
 """
 
 
@@ -50,6 +51,8 @@ class LayerScheme:
         act_order: see `ActOrder`.
         grid: see `GridFit`.
         damping: fraction of the Hessian's mean diagonal that is added to it before it is inverted.
+        propagation: how much of the output error that earlier layers' errors cause is compensated, 0 … 1.
+        refinement: rounds of re-fitting scales and codes after the solve.
     """
 
     bits: int = 4
@@ -58,6 +61,8 @@ class LayerScheme:
     act_order: ActOrder = "static"
     grid: GridFit = "weighted"
     damping: float = 0.1
+    propagation: float = 0.5
+    refinement: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -80,6 +85,11 @@ class LayerScheme:
             raise ConfigError(
                 f"damping={self.damping} was asked for; it is a fraction, 0 < damping < 1 (0.1 is usual)."
             )
+
+        if not 0 <= self.propagation <= 1:
+            raise ConfigError(f"propagation={self.propagation} was asked for; it is a fraction from 0 (off) to 1.")
+        if isinstance(self.refinement, bool) or not isinstance(self.refinement, int) or self.refinement < 0:
+            raise ConfigError(f"refinement={self.refinement!r} was asked for; it is a number of rounds, 0 or more.")
 
     @property
     def max_code(self) -> int:

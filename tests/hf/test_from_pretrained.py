@@ -122,7 +122,8 @@ def test_config_json_holds_no_calibration_data(saved):
     written = json.loads((saved / "config.json").read_text())["quantization_config"]
     assert not {"dataset", "tokenizer", "log_file"} & set(written)
     assert written["meta"]["quantizer"][0].startswith("optq:")
-    assert written["meta"]["calibration"]["tokens"] == 16 * 48
+    assert written["meta"]["calibration"]["tokens"] == 15 * 48
+    assert written["meta"]["calibration"]["held_out"] == 1
     assert (saved / "generation_config.json").exists()
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_llama_config
-from optq.model import SuspendedForwards, feed_stages, find_blocks, find_linears, observe_stages
+from optq.model import BlockCall, SuspendedForwards, feed_stages, find_blocks, find_linears, observe_stages
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def run_to_the_end(model, blocks, batches):
             calls = [
                 following
                 for call in calls
-                if (following := forwards.resume(call, block(*call.args, **call.kwargs))) is not None
+                if isinstance(following := forwards.resume(call, block(*call.args, **call.kwargs)), BlockCall)
             ]
     return list(logits.values())
 

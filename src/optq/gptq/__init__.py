@@ -4,6 +4,8 @@
 from .grid import Grid as Grid
 from .grid import fit_grid as fit_grid
 from .hessian import Hessian as Hessian
+from .hessian import InputDrift as InputDrift
+from .hessian import output_energy as output_energy
 from .solver import Solution as Solution
 from .solver import round_to_nearest as round_to_nearest
 from .solver import solve as solve

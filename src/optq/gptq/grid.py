@@ -19,6 +19,7 @@ from optq.errors import ModelError
 from optq.scheme import LayerScheme
 
 SCALE_DTYPE = torch.float16
+LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; a scale of 0 would lose the group's sign and divide by zero
 
 SHRINK_FACTORS = tuple(1.1 - 0.02 * step for step in range(41))  # 1.1 … 0.3 of the span
@@ -94,21 +95,20 @@ def _cost(grouped: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme:
 def _spanning(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
     """Scales and zeros of grids from `low` to `high`."""
     if scheme.symmetric:
-        scales = _stored(2 * torch.maximum(-low, high) / scheme.max_code)
+        scales = stored_scales(2 * torch.maximum(-low, high) / scheme.max_code)
         return scales, torch.full_like(scales, (scheme.max_code + 1) / 2)
-    scales = _stored((high - low) / scheme.max_code)
+    scales = stored_scales((high - low) / scheme.max_code)
     zeros = (-low / scales).round()
     # A group without negative weights wants zero = 0. It gets 1, and the remaining max_code - 1 steps span it.
-    scales = torch.where(zeros < 1, _stored(high / (scheme.max_code - 1)), scales)
+    scales = torch.where(zeros < 1, stored_scales(high / (scheme.max_code - 1)), scales)
     return scales, zeros.clamp_(1, scheme.max_code)
 
 
-def _stored(scales: Tensor) -> Tensor:
+def stored_scales(scales: Tensor) -> Tensor:
     """Round to the dtype of the checkpoint, keeping float32 for arithmetic."""
-    largest = torch.finfo(SCALE_DTYPE).max
-    if scales.max() > largest:
+    if scales.max() > LARGEST_SCALE:
         raise ModelError(
-            f"A group's scale is {scales.max():.3g}, above float16's largest value {largest:.5g}. "
+            f"A group's scale is {scales.max():.3g}, above float16's largest value {LARGEST_SCALE:.5g}. "
             "Check the weights for outliers, or leave this layer in full precision with dynamic={'-:NAME': {}}."
         )
     return scales.to(SCALE_DTYPE).float().clamp_(min=SMALLEST_SCALE)

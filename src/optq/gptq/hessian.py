@@ -13,6 +13,17 @@ from optq.errors import CalibrationError
 UPPER_CHUNKS = 4  # computing the upper triangle in 4 strips costs 62.5 % of the full product
 
 
+def _rows(inputs: Tensor, keep: Tensor | None) -> Tensor:
+    """(tokens, features) float32, without the tokens that `keep` leaves out."""
+    rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    return rows if keep is None else rows[keep.reshape(-1)]
+
+
+def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Per row w of `weight` (out, in), wᵀHw: the mean square of its outputs on calibration data; (out,) float32."""
+    return ((weight @ hessian) * weight).sum(1)
+
+
 class Hessian:
     """A running sum of x·xᵀ in float32.
 
@@ -33,9 +44,7 @@ class Hessian:
             keep: bool, one entry per token (any shape with as many entries as `inputs` has rows); False entries,
                 such as padding, are left out.
         """
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        if keep is not None:
-            rows = rows[keep.reshape(-1)]
+        rows = _rows(inputs, keep)
         self.tokens += rows.shape[0]
         features = rows.shape[1]
         strip = -(-features // UPPER_CHUNKS)
@@ -58,3 +67,33 @@ class Hessian:
                 "The inputs of this layer are not finite (NaN or infinity) on the calibration data."
             )
         return mean
+
+
+class InputDrift:
+    """A running sum of (x - x̃)·x̃ᵀ: how the inputs x of the original model differ from the x̃ of the quantized one.
+
+    Arai & Ichikawa, "Quantization Error Propagation" (arXiv:2504.09629).
+
+    Args:
+        features: width of the inputs.
+        device: where the sum lives and the products are made.
+    """
+
+    def __init__(self, features: int, device: torch.device | str) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+
+    def add(self, originals: Tensor, inputs: Tensor, keep: Tensor | None = None) -> None:
+        """Add a batch: the same tokens seen by the original model and by the quantized one.
+
+        Args:
+            originals, inputs: (..., features), any float dtype, of equal shape.
+            keep: as in `Hessian.add`.
+        """
+        rows = _rows(inputs, keep)
+        self.tokens += rows.shape[0]
+        self._sum.addmm_((_rows(originals, keep) - rows).T, rows)
+
+    def mean(self) -> Tensor:
+        """The (features, features) float32 mean over all tokens added so far; not symmetric."""
+        return self._sum / max(self.tokens, 1)

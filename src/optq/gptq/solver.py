@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from optq.errors import SolveError
 from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
 
 from .grid import Grid, fit_grid
+from .hessian import output_energy
+from .refinement import better_rows, refine
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,9 @@ class Solution:
 
     Args:
         quantized: the codes and grids.
-        lost: per row, δᵀHδ with δ = weight - rounded and H undamped: the energy of the output error, (out,) float32.
+        lost: per row, δᵀHδ with δ = target - rounded and H undamped: the energy of the output error, (out,) float32.
+            The target is the weight, or the compensated weight where earlier errors are propagated.
+        nearest_lost: the same of rounding to nearest, which a row never exceeds under the damped Hessian.
         energy: per row, wᵀHw: the energy of the outputs, (out,) float32.
         damping: the fraction that was really used.
         dead_columns: inputs that were always zero during calibration; their weights are rounded to nearest.
@@ -37,13 +42,20 @@ class Solution:
 
     quantized: QuantizedWeight
     lost: Tensor
+    nearest_lost: Tensor
     energy: Tensor
     damping: float
     dead_columns: int
 
 
 def solve(
-    weight: Tensor, hessian: Tensor, scheme: LayerScheme, *, column_block: int = COLUMN_BLOCK, name: str = "this layer"
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: LayerScheme,
+    *,
+    drift: Tensor | None = None,
+    column_block: int = COLUMN_BLOCK,
+    name: str = "this layer",
 ) -> Solution:
     """Round `weight` to `scheme`'s grid, minimising the change of its outputs on the calibration data.
 
@@ -51,34 +63,50 @@ def solve(
         weight: (out, in), any float dtype, on the device where the work should happen. Not modified. Rows are
             independent, so matrices that share an input may be stacked.
         hessian: mean of x·xᵀ over calibration tokens, (in, in) float32. Not modified.
+        drift: mean of (x in the original model - x)·xᵀ, (in, in) float32; with it, `scheme.propagation` of what
+            earlier layers' errors change in the outputs is compensated.
         column_block: columns whose updates are applied eagerly; speed only.
         name: for error messages.
     Raises:
         SolveError: the Hessian stays singular after three tenfold increases of damping.
-    Cost: O(out · in²) time; (3 · in² + 3 · out · in) · 4 bytes beyond the inputs.
+    Cost: O(out · in²) time; (4 · in² + 6 · out · in) · 4 bytes beyond the inputs.
     """
     weight = weight.float()
     energy = hessian.diagonal()
     dead = energy == 0
     order, group_of_column = _order_and_groups(energy, scheme)
+    inverted = _invert(hessian, dead, order, scheme.damping, name)
+    damped = inverted.hessian
+    target = weight
+    if drift is not None and scheme.propagation:
+        # E[W x] = E[W' x̃] in the least-squares sense for W' = W (I + drift · H⁻¹); eq. 6 of arXiv:2504.09629.
+        target = weight + scheme.propagation * (weight @ drift) @ inverted.inverse
     # Weighted by the diagonal, although the solver's pivots are closer to what rounding a column costs after its error
     # is compensated: they gave lower losses of the layers and a worse perplexity (docs/accuracy.md).
     grid = fit_grid(weight, group_of_column, scheme, energy if scheme.grid == "weighted" else None)
-    factor, damping = _inverse_factor(hessian, dead, order, scheme.damping, name)
-    codes = _round_columns(weight, factor, grid, order, group_of_column, column_block)
-    quantized = QuantizedWeight(
-        codes=codes,
+    codes = _round_columns(target, inverted.factor, grid, order, group_of_column, column_block)
+    quantized = _on_grid(codes, grid, group_of_column, scheme)
+    quantized = refine(target, damped, quantized, scheme.refinement)
+    nearest = _on_grid(grid.encode(weight, group_of_column), grid, group_of_column, scheme)
+    lost = output_energy(target - quantized.decode(), damped)
+    quantized, _ = better_rows(target, damped, quantized, lost, nearest)
+    return Solution(
+        quantized=quantized,
+        lost=output_energy(target - quantized.decode(), hessian),
+        nearest_lost=output_energy(target - nearest.decode(), hessian),
+        energy=output_energy(weight, hessian),
+        damping=inverted.damping,
+        dead_columns=int(dead.sum()),
+    )
+
+
+def _on_grid(codes: Tensor, grid: Grid, group_of_column: Tensor, scheme: LayerScheme) -> QuantizedWeight:
+    return QuantizedWeight(
+        codes=codes.to(torch.uint8),
         scales=grid.scales,
         zeros=grid.zeros.to(torch.int16),
         group_of_column=group_of_column,
         bits=scheme.bits,
-    )
-    return Solution(
-        quantized=quantized,
-        lost=output_energy(weight - quantized.decode(), hessian),
-        energy=output_energy(weight, hessian),
-        damping=damping,
-        dead_columns=int(dead.sum()),
     )
 
 
@@ -87,19 +115,7 @@ def round_to_nearest(weight: Tensor, scheme: LayerScheme) -> QuantizedWeight:
     weight = weight.float()
     group_of_column = trivial_groups(weight.shape[1], scheme.group_width(weight.shape[1]), weight.device)
     grid = fit_grid(weight, group_of_column, scheme)
-    codes = grid.encode(weight, group_of_column).to(torch.uint8)
-    return QuantizedWeight(
-        codes=codes,
-        scales=grid.scales,
-        zeros=grid.zeros.to(torch.int16),
-        group_of_column=group_of_column,
-        bits=scheme.bits,
-    )
-
-
-def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Per row w of `weight` (out, in), wᵀHw: the mean square of its outputs on calibration data; (out,) float32."""
-    return ((weight @ hessian) * weight).sum(1)
+    return _on_grid(grid.encode(weight, group_of_column), grid, group_of_column, scheme)
 
 
 def _order_and_groups(energy: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
@@ -111,28 +127,42 @@ def _order_and_groups(energy: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tens
     order = torch.argsort(energy, descending=True, stable=True)
     if scheme.act_order == "desc_act":
         groups = torch.empty_like(groups).scatter_(0, order, groups)
+    elif scheme.act_order == "group_aware":
+        # Groups by their mean energy, then columns inside each: both sorts are stable, so the second keeps the first.
+        width, counts = scheme.group_width(in_features), torch.bincount(groups)
+        filled = pad(energy, (0, counts.numel() * width - in_features))
+        mean = filled.view(-1, width).sum(1) / counts
+        order = order[torch.argsort(mean[groups[order].long()], descending=True, stable=True)]
     return order, groups
 
 
-def _inverse_factor(hessian: Tensor, dead: Tensor, order: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
-    """The upper Cholesky factor of the inverse of the damped Hessian, columns in `order`, and the damping used."""
+@dataclass(frozen=True, kw_only=True)
+class _Inverted:
+    """The damped Hessian, its inverse, the inverse's upper Cholesky factor with columns in solving order."""
+
+    hessian: Tensor
+    inverse: Tensor
+    factor: Tensor
+    damping: float
+
+
+def _invert(hessian: Tensor, dead: Tensor, order: Tensor, damping: float, name: str) -> _Inverted:
     mean_energy = hessian.diagonal().mean()
-    hessian = hessian[order][:, order]  # a copy: modified below
-    diagonal = hessian.diagonal()
-    diagonal += torch.where(
-        dead[order], mean_energy.clamp(min=torch.finfo(hessian.dtype).tiny), torch.zeros_like(mean_energy)
-    )
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal += torch.where(dead, mean_energy.clamp(min=torch.finfo(damped.dtype).tiny), torch.zeros_like(mean_energy))
     undamped = diagonal.clone()
     for step in range(DAMPING_STEPS + 1):
         tried = damping * 10**step
         diagonal.copy_(undamped + tried * mean_energy)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            factor, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
             if not failed and bool(factor.isfinite().all()):
                 if step:
                     logger.warning("%s: the Hessian was singular at damping %g; solved with %g.", name, damping, tried)
-                return factor, tried
+                return _Inverted(hessian=damped, inverse=inverse, factor=factor, damping=tried)
     raise SolveError(
         f"{name}: the Hessian of {hessian.shape[0]} inputs stays singular with damping up to {tried:g} "
         f"(asked for: {damping:g}). Use more or more varied calibration data, or leave this layer in full precision "

@@ -9,7 +9,8 @@ tokenizers or calibration texts to disk.
 import copy
 import re
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import transformers
 from transformers.utils.quantization_config import QuantizationMethod
@@ -17,12 +18,33 @@ from transformers.utils.quantization_config import QuantizationMethod
 from optq.calibration import DATASETS
 from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
+from optq.evaluation import GOOD_PERPLEXITY_RATIO
 from optq.scheme import ActOrder, GridFit, LayerScheme
 from optq.version import __version__
 
 DEFAULT_DAMPING = 0.1
 
+Effort = Literal["fast", "default", "max"]
+QualityGate = Literal["warn", "raise", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pieces:
+    """What an effort switches on."""
+
+    propagation: float
+    refinement: int
+
+
+EFFORTS: dict[str, _Pieces] = {
+    "fast": _Pieces(propagation=0.0, refinement=0),
+    "default": _Pieces(propagation=0.5, refinement=1),
+    "max": _Pieces(propagation=0.5, refinement=3),
+}
+
 RUN_ONLY = (
+    "quality_gate",
+    "max_perplexity_ratio",
     "tokenizer",
     "dataset",
     "backend",
@@ -51,10 +73,14 @@ class GPTQConfig(transformers.GPTQConfig):
         desc_act: store groups in activation order (non-trivial g_idx). vLLM no longer reads such checkpoints.
         sym: zeros fixed at the middle of the grid. vLLM reads only symmetric checkpoints.
         true_sequential: calibrate later linears of a block on the already quantized earlier ones.
-        grid: "weighted" clips every group's span where that costs the outputs less, "minmax" never clips.
         static_groups: solve columns in activation order while groups keep their layout, by default; False: left to
             right. Without effect with desc_act=True.
+        act_group_aware: with desc_act=False, solve whole groups in activation order, and columns in it inside them.
+        effort: "fast", "default" or "max": how much time may be spent; sets the defaults of `propagation` and
+            `refinement`.
         grid: "weighted", the default, clips every group's span where that costs the outputs less; "minmax" never.
+        propagation: 0 … 1, how much of the output error that earlier layers' errors cause is compensated.
+        refinement: rounds of re-fitting scales and codes once a layer is solved.
         format: "gptq" (v1, zeros stored minus one) or "gptq_v2"; also accepted as `checkpoint_format`.
         dynamic: per-layer overrides in GPTQModel's form: {"-:regex": {}} leaves matching layers alone,
             {"+:regex": {"bits": 8, "group_size": 64}} changes their settings; the first match counts.
@@ -63,6 +89,9 @@ class GPTQConfig(transformers.GPTQConfig):
         num_samples: most calibration sequences to use; by default all of a list and 128 of anything else.
         batch_size: calibration sequences per forward; by default as many as fit in 2048 tokens.
         seed: chooses which calibration sequences are used when there are more than num_samples.
+        quality_gate: "warn" or "raise" if the finished model is too far from the original on held-out calibration
+            rows; "off": hold none out and do not compare.
+        max_perplexity_ratio: how many times the original's perplexity counts as too far.
         log_file: a path to which the run's events are appended as JSON lines.
         backend: a kernel by name, or "auto".
         block_name_to_quantize: the list of blocks, such as "model.layers"; found by itself in most models.
@@ -83,7 +112,10 @@ class GPTQConfig(transformers.GPTQConfig):
         sym: bool = True,
         true_sequential: bool = True,
         static_groups: bool | None = None,
+        effort: Effort | None = None,
         grid: GridFit | None = None,
+        propagation: float | None = None,
+        refinement: int | None = None,
         format: str | None = None,
         checkpoint_format: str | None = None,
         meta: dict[str, Any] | None = None,
@@ -95,6 +127,8 @@ class GPTQConfig(transformers.GPTQConfig):
         batch_size: int | None = None,
         pad_token_id: int | None = None,
         seed: int = 0,
+        quality_gate: QualityGate = "warn",
+        max_perplexity_ratio: float = GOOD_PERPLEXITY_RATIO,
         log_file: str | None = None,
         max_input_length: int | None = None,
         cache_block_outputs: bool = True,
@@ -117,7 +151,10 @@ class GPTQConfig(transformers.GPTQConfig):
         self.sym = bool(sym)
         self.true_sequential = bool(true_sequential)
         self.static_groups = static_groups  # None until we quantize: a checkpoint of others must not claim ours
+        self.effort = effort
         self.grid = grid
+        self.propagation = propagation
+        self.refinement = refinement
         self.format = (checkpoint_format or format or "gptq").lower()
         self.meta = meta
         self.backend = (backend or "auto").lower()
@@ -128,6 +165,8 @@ class GPTQConfig(transformers.GPTQConfig):
         self.batch_size = batch_size
         self.pad_token_id = pad_token_id
         self.seed = seed
+        self.quality_gate = quality_gate
+        self.max_perplexity_ratio = max_perplexity_ratio
         self.log_file = log_file
         self.max_input_length = max_input_length
         self.cache_block_outputs = cache_block_outputs
@@ -140,16 +179,21 @@ class GPTQConfig(transformers.GPTQConfig):
 
     @classmethod
     def from_stock(cls, config: transformers.GPTQConfig) -> "GPTQConfig":
-        """Ours from transformers' own class. Its batch_size=1 is a default, not a wish, and becomes ours."""
+        """Ours from transformers' own class. What is a default there, not a wish, becomes our default."""
         if isinstance(config, cls):
             return config
         fields = dict(vars(config))
-        if fields.get("batch_size") == 1:
-            del fields["batch_size"]
+        for field, default in (("batch_size", 1), ("act_group_aware", True)):
+            if fields.get(field) == default:
+                del fields[field]
         return cls(**fields)
 
     def post_init(self) -> None:
         """Check everything that can be checked without a model."""
+        for field, allowed in (("effort", (None, *EFFORTS)), ("quality_gate", get_args(QualityGate))):
+            if getattr(self, field) not in allowed:
+                shown = ", ".join(repr(value) for value in allowed if value)
+                raise ConfigError(f"{field}={getattr(self, field)!r} was asked for; allowed are {shown}.")
         self._base_scheme()  # LayerScheme validates itself
         if self.format not in CHECKPOINT_FORMATS:
             raise ConfigError(f"format={self.format!r} was asked for; allowed are {', '.join(CHECKPOINT_FORMATS)}.")
@@ -188,7 +232,13 @@ class GPTQConfig(transformers.GPTQConfig):
     def act_order(self) -> ActOrder:
         if self.desc_act:
             return "desc_act"
-        return "none" if self.static_groups is False else "static"
+        if self.static_groups is False:
+            return "none"
+        return "group_aware" if self.act_group_aware else "static"
+
+    @property
+    def _pieces(self) -> _Pieces:
+        return EFFORTS[self.effort or "default"]
 
     @property
     def _dataset_name(self) -> str | None:
@@ -203,6 +253,8 @@ class GPTQConfig(transformers.GPTQConfig):
             act_order=self.act_order,
             grid=self.grid or "weighted",
             damping=self.damp_percent or DEFAULT_DAMPING,  # some checkpoints on the Hub hold 0 or null
+            propagation=self._pieces.propagation if self.propagation is None else self.propagation,
+            refinement=self._pieces.refinement if self.refinement is None else self.refinement,
         )
 
     def _scheme_with(self, override: dict[str, Any]) -> LayerScheme:
@@ -224,7 +276,9 @@ class GPTQConfig(transformers.GPTQConfig):
         config.tokenizer = None
         config.dataset = self._dataset_name
         config.unknown = dict(self.unknown)
-        config.static_groups, config.grid = self.act_order == "static", self._base_scheme().grid
+        scheme = self._base_scheme()
+        config.static_groups, config.grid = self.act_order in ("static", "group_aware"), scheme.grid
+        config.propagation, config.refinement = scheme.propagation, scheme.refinement
         meta = {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
         config.meta = {
             **meta,

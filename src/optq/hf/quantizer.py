@@ -17,10 +17,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from optq.calibration import Calibration, prepare_calibration, require_dataset
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
-from optq.driver import Plan, plan_quantization, quantize_model
+from optq.driver import quantize_model
 from optq.errors import CheckpointError, ConfigError
+from optq.evaluation import Comparison, judge
 from optq.layers import QuantLinear
 from optq.model import LINEAR_TYPES, find_blocks
+from optq.plan import Plan, plan_quantization
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
 
@@ -35,6 +37,7 @@ class OptqHfQuantizer(HfQuantizer):
 
     Attributes:
         log: the events of the run that quantized the model, or None for a loaded checkpoint.
+        quality: how the quantized model compared with the original at the end of that run, or None.
     """
 
     requires_calibration = False
@@ -43,6 +46,7 @@ class OptqHfQuantizer(HfQuantizer):
         super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
         self.quantization_config: GPTQConfig
         self.log: RunLog | None = None
+        self.quality: Comparison | None = None
         self._device_map: Any = None
         self._plan: Plan | None = None
         self._calibration: Calibration | None = None
@@ -75,6 +79,8 @@ class OptqHfQuantizer(HfQuantizer):
         self._plan = plan_quantization(find_blocks(model, config.block_name_to_quantize), config.scheme_for)
         with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
             self._calibration = self._prepare_calibration(model)
+        for weakness in self._calibration.weak_for(self._plan.widest):
+            logger.warning("Weak calibration data: %s.", weakness)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -85,7 +91,7 @@ class OptqHfQuantizer(HfQuantizer):
         config = self.quantization_config
         self.log = RunLog(Path(config.log_file) if config.log_file else None)
         with self.log:
-            quantize_model(
+            self.quality = quantize_model(
                 model,
                 self._plan,
                 self._calibration,
@@ -94,6 +100,13 @@ class OptqHfQuantizer(HfQuantizer):
                 backend=config.backend,
                 log=self.log,
             )
+            if self.quality is not None:
+                judge(
+                    self.quality,
+                    config.max_perplexity_ratio,
+                    held_out=self._calibration.probes_held_out,
+                    strict=config.quality_gate == "raise",
+                )
         self._record(model)
         self.pre_quantized = True  # from here on it is like a loaded checkpoint
         compat.dispatch(model, self._device_map, self)
@@ -127,6 +140,7 @@ class OptqHfQuantizer(HfQuantizer):
             batch_size=config.batch_size,
             pad_token_id=pad_token_id,
             seed=config.seed,
+            probe=config.quality_gate != "off",
         )
 
     def _record(self, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 
 from .blocks import find_blocks as find_blocks
 from .forwards import BlockCall as BlockCall
+from .forwards import Finished as Finished
 from .forwards import SuspendedForwards as SuspendedForwards
 from .linears import LINEAR_TYPES as LINEAR_TYPES
 from .linears import LinearView as LinearView

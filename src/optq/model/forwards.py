@@ -37,6 +37,13 @@ class BlockCall:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A forward that has ended, with what the model returned."""
+
+    output: Any
+
+
 class _Abandoned(BaseException):
     """Ends a suspended thread. Not an `Exception`, so that no model code catches it."""
 
@@ -53,15 +60,15 @@ class _Thread:
 
     def __init__(self, run: Callable[[], Any], index: int) -> None:
         self.index = index
-        self._to_driver: queue.SimpleQueue[BlockCall | _Failure | None] = queue.SimpleQueue()
+        self._to_driver: queue.SimpleQueue[BlockCall | Finished | _Failure] = queue.SimpleQueue()
         self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, args=(run,), name=f"optq-batch-{index}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def next_call(self) -> BlockCall | None:
-        """Wait until the forward calls a block; None when it has ended."""
+    def wait(self) -> BlockCall | Finished:
+        """Wait until the forward calls a block or ends."""
         posted = self._to_driver.get()
         if isinstance(posted, _Failure):
             raise posted.error
@@ -87,8 +94,7 @@ class _Thread:
     def _main(self, run: Callable[[], Any]) -> None:
         try:
             with torch.no_grad():  # grad mode is per thread
-                run()
-            self._to_driver.put(None)
+                self._to_driver.put(Finished(run()))
         except _Abandoned:
             pass
         except BaseException as error:
@@ -135,21 +141,21 @@ class SuspendedForwards:
         calls = []
         for thread in self._threads:
             thread.start()
-            if (call := thread.next_call()) is not None:
+            if isinstance(call := thread.wait(), BlockCall):
                 calls.append(call)
         return calls
 
-    def resume(self, call: BlockCall, output: Any) -> BlockCall | None:
-        """Hand a block's output to the forward that waits for it, and run it to its next block; None at its end."""
+    def resume(self, call: BlockCall, output: Any) -> BlockCall | Finished:
+        """Hand a block's output to the forward that waits for it, and run it to its next block or its end."""
         thread = self._threads[call.batch]
         thread.answer(output)
         del output
-        return thread.next_call()
+        return thread.wait()
 
     def _bound(self, model: nn.Module, batch: dict[str, Any], index: int) -> Callable[[], Any]:
-        def run() -> None:
+        def run() -> Any:
             self._current.thread = self._threads[index]
-            model(**batch)
+            return model(**batch)
 
         return run
 

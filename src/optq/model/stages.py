@@ -77,10 +77,13 @@ def observe_stages(views: list[LinearView], run: Callable[[], Any]) -> list[Stag
     return [Stage(views=tuple(group), calls=calls[group[0].module]) for group in members.values()]
 
 
-def feed_stages(stages: list[Stage], run: Callable[[], Any], feed: Callable[[Stage, Tensor], None]) -> None:
+def feed_stages(
+    stages: list[Stage], run: Callable[[], Any], feed: Callable[[Stage, Tensor], None], *, to_the_end: bool = False
+) -> Any:
     """Hand the inputs of `stages` to `feed(stage, input)` while `run` executes the block.
 
-    The forward is cut off as soon as the last of these inputs has been seen.
+    Unless `to_the_end`, the forward is cut off as soon as the last of these inputs has been seen, and None returned
+    instead of what `run` returns.
     """
     stage_of = {stage.views[0].module: stage for stage in stages}
     due = {stage.views[0].module: stage.calls for stage in stages}
@@ -88,8 +91,9 @@ def feed_stages(stages: list[Stage], run: Callable[[], Any], feed: Callable[[Sta
     def seen(module: nn.Module, x: Tensor) -> None:
         feed(stage_of[module], x)
         due[module] -= 1
-        if not any(due.values()):
+        if not to_the_end and not any(due.values()):
             raise _StageReached
 
     with _watching(list(stage_of), seen), suppress(_StageReached):
-        run()
+        return run()
+    return None

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize one block: stage by stage, each calibrated on what the already quantized ones really compute."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .errors import CalibrationError
+from .gptq import Hessian, InputDrift, Solution, solve
+from .layers import QuantLinear
+from .memory import peak_gib, release_free_memory
+from .model import BlockCall, LinearView, Stage, feed_stages, observe_stages
+from .plan import Target
+from .progress import RunLog, rounded
+from .scheme import LayerScheme, QuantizedWeight
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A linear that is done."""
+
+    view: LinearView
+    quantized: QuantizedWeight
+    relative_loss: float
+
+
+def working_dtype(device: torch.device) -> torch.dtype | None:
+    """float32 on CPUs, where 16-bit products are slow and less exact; elsewhere None, the model's own."""
+    return torch.float32 if device.type == "cpu" else None
+
+
+@dataclass(kw_only=True)
+class BlockWork:
+    """One block, on the device where it is quantized.
+
+    Args:
+        forward: the block's own forward.
+        masks: per micro-batch, which tokens are real.
+    """
+
+    name: str
+    targets: tuple[Target, ...]
+    forward: Callable[..., Any]
+    masks: list[Tensor | None]
+    device: torch.device
+    log: RunLog
+    _originals: dict[LinearView, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._originals = {target.view: target.view.module.weight.data for target in self.targets}  # type: ignore[union-attr]
+
+    def run(self, call: BlockCall) -> Any:
+        return self.forward(*call.args, **call.kwargs)
+
+    def run_original(self, call: BlockCall) -> Any:
+        """As the block was before it was quantized."""
+        with self._original_weights():
+            return self.run(call)
+
+    @contextmanager
+    def _original_weights(self) -> Iterator[None]:
+        present = {view: view.module.weight.data for view in self._originals}  # type: ignore[union-attr]
+        for view, weight in self._originals.items():
+            view.module.weight.data = weight  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            for view, weight in present.items():
+                view.module.weight.data = weight  # type: ignore[union-attr]
+
+    def moved(self, call: BlockCall) -> BlockCall:
+        """The call with its tensors where, and as, the block is."""
+        dtype = working_dtype(self.device)
+
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(self.device, dtype if leaf.is_floating_point() else None)
+
+        args, kwargs = tree_map(move, (call.args, call.kwargs))
+        return BlockCall(batch=call.batch, block=call.block, args=args, kwargs=kwargs)
+
+    def check_finite(self, calls: list[BlockCall]) -> None:
+        for call in calls:
+            states = next((leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, Tensor)), None)
+            if states is not None and not bool(states.isfinite().all()):
+                raise CalibrationError(
+                    f"The inputs of {self.name} are not finite (NaN or infinity) on calibration micro-batch "
+                    f"{call.batch}. Load the model in float32 or bfloat16, or look for a damaged layer before it."
+                )
+
+    def solve(
+        self, calls: list[BlockCall], twins: dict[int, BlockCall], sequential: bool
+    ) -> tuple[list[Solved], dict[int, Any]]:
+        """Quantize the block's linears, writing the rounded values into them.
+
+        Args:
+            calls: the micro-batches to calibrate on, as the quantized model computes them.
+            twins: the same micro-batches as the original model computes them, by number; empty if earlier layers'
+                errors are not to be propagated.
+            sequential: calibrate later stages on the already quantized earlier ones.
+        Returns:
+            What was solved, and the original block's outputs for the twins, by number.
+        """
+        if not self.targets:
+            return [], {}
+        scheme_of = {target.view.name: target.scheme for target in self.targets}
+        stages = observe_stages([target.view for target in self.targets], lambda: self.run(calls[0]))
+        reached = {view.name for stage in stages for view in stage.views}
+        for name in scheme_of.keys() - reached:
+            logger.warning("%s stays in full precision: the calibration data never reaches it.", name)
+            self.log.emit("unreached", linear=name)
+        solved: list[Solved] = []
+        outputs: dict[int, Any] = {}
+        groups = [[stage] for stage in stages] if sequential else [stages]
+        for group in groups:
+            # Nothing of the original block changes in between, so its last run is also the one that goes on.
+            outputs_wanted = outputs if group is groups[-1] else None
+            for stage, hessian, drift in self._observe(group, calls, twins, outputs_wanted):
+                solved += self._solve_stage(stage, hessian, drift, scheme_of)
+                release_free_memory()
+                self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1].relative_loss:.2e}")
+        return solved, outputs
+
+    def _observe(
+        self, stages: list[Stage], calls: list[BlockCall], twins: dict[int, BlockCall], outputs: dict[int, Any] | None
+    ) -> list[tuple[Stage, Hessian, InputDrift | None]]:
+        """The statistics of each stage's inputs over all micro-batches; the twins' outputs go to `outputs`."""
+        hessians = {stage: Hessian(stage.in_features, self.device) for stage in stages}
+        drifts = {stage: InputDrift(stage.in_features, self.device) for stage in stages if twins}
+        for call in calls:
+            originals: dict[Stage, list[Tensor]] = {stage: [] for stage in stages}
+            if twins:
+                self._feed_originals(stages, twins[call.batch], originals, outputs)
+            mask = self.masks[call.batch]
+
+            def feed(
+                stage: Stage,
+                x: Tensor,
+                mask: Tensor | None = mask,
+                originals: dict[Stage, list[Tensor]] = originals,
+            ) -> None:
+                # A mask only fits inputs that still have one row per token.
+                fits = mask is not None and mask.numel() * x.shape[-1] == x.numel()
+                keep = mask.bool().to(x.device) if mask is not None and fits else None
+                hessians[stage].add(x, keep)
+                if twins:
+                    drifts[stage].add(originals[stage].pop(0), x, keep)
+
+            feed_stages(stages, lambda call=call: self.run(call), feed)  # type: ignore[misc]
+        return [(stage, hessians[stage], drifts.get(stage)) for stage in stages]
+
+    def _feed_originals(
+        self,
+        stages: list[Stage],
+        twin: BlockCall,
+        originals: dict[Stage, list[Tensor]],
+        outputs: dict[int, Any] | None,
+    ) -> None:
+        def keep(stage: Stage, x: Tensor) -> None:
+            originals[stage].append(x)
+
+        output = feed_stages(stages, lambda: self.run_original(twin), keep, to_the_end=outputs is not None)
+        if outputs is not None:
+            outputs[twin.batch] = output
+
+    def _solve_stage(
+        self, stage: Stage, hessian: Hessian, drift: InputDrift | None, scheme_of: dict[str, LayerScheme]
+    ) -> list[Solved]:
+        """Solve the stage's linears, stacked where they have the same scheme."""
+        mean = hessian.mean()
+        mean_drift = None if drift is None else drift.mean()
+        solved = []
+        for scheme in dict.fromkeys(scheme_of[view.name] for view in stage.views):
+            views = [view for view in stage.views if scheme_of[view.name] == scheme]
+            started = time.monotonic()
+            stacked = torch.cat([view.weight for view in views])
+            solution = solve(stacked, mean, scheme, drift=mean_drift, name=views[0].name)
+            seconds = (time.monotonic() - started) / stacked.shape[0]  # per row: its share of the stacked solve
+            solved += self._write(views, scheme, solution, hessian.tokens, seconds)
+        return solved
+
+    def _write(
+        self, views: list[LinearView], scheme: LayerScheme, solution: Solution, tokens: int, seconds_per_row: float
+    ) -> list[Solved]:
+        rows = [view.shape[0] for view in views]
+        parts = zip(
+            views,
+            solution.quantized.split_rows(rows),
+            *(values.split(rows) for values in (solution.lost, solution.nearest_lost, solution.energy)),
+            strict=True,
+        )
+        solved = []
+        for view, quantized, lost, nearest_lost, energy in parts:
+            view.write(quantized.decode())
+            total = float(energy.sum())
+            loss, nearest_loss = (float(part.sum()) / total if total > 0 else 0.0 for part in (lost, nearest_lost))
+            solved.append(Solved(view=view, quantized=quantized, relative_loss=loss))
+            self.log.emit(
+                "linear",
+                block=self.name,
+                linear=view.name,
+                bits=scheme.bits,
+                group_size=scheme.group_size,
+                relative_loss=loss,
+                nearest_relative_loss=nearest_loss,
+                damping=solution.damping,
+                dead_columns=solution.dead_columns,
+                tokens=tokens,
+                seconds=round(seconds_per_row * view.shape[0], 4),
+                peak_gib=rounded(peak_gib(self.device)),
+            )
+        return solved
+
+    def report(self, layers: list[QuantLinear], losses: list[float], seconds: float) -> None:
+        """One line for a finished block."""
+        if not layers:
+            return
+        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        facts = {
+            "relative_loss": sum(losses) / len(losses),
+            "bits_per_weight": round(sum(layer.stored_bits for layer in layers) / weights, 4),
+            "seconds": round(seconds, 2),
+            "peak_gib": rounded(peak_gib(self.device)),
+        }
+        self.log.emit("block", block=self.name, **facts)
+        logger.info(
+            "%s: relative loss %.2e, %.2f bits per weight, %.1f s, peak %.2f GiB",
+            self.name,
+            facts["relative_loss"],
+            facts["bits_per_weight"],
+            facts["seconds"],
+            facts["peak_gib"] or math.nan,
+        )

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate at the end of a run: is this model good enough to use?"""
+
+import logging
+
+from optq.errors import QualityError
+
+from .comparison import Comparison
+
+logger = logging.getLogger(__name__)
+
+GOOD_PERPLEXITY_RATIO = 1.5
+"""Above it the gate is red. 4-bit models stay below 1.1, 3-bit ones of 135M parameters near 1.3 (docs/accuracy.md)."""
+
+
+def judge(comparison: Comparison, limit: float, *, held_out: bool, strict: bool) -> None:
+    """The gate at the end: say how good the model is; warn, or raise, if it is not good enough to use.
+
+    Args:
+        limit: perplexity ratio above which the gate is red.
+        held_out: whether the rows compared on were kept out of the calibration.
+        strict: raise when red. Outputs that are not finite always raise.
+    Raises:
+        QualityError: see `strict`.
+    """
+    where = "held-out calibration rows" if held_out else "calibration rows (too few to hold some out)"
+    ratio = comparison.perplexity_ratio
+    perplexity = "" if ratio is None else f"perplexity {ratio:.3f} × the original's, "
+    verdict = (
+        f"On {comparison.tokens} tokens of {where}: {perplexity}KL divergence {comparison.divergence:.4f} nats per "
+        f"token, same top token {comparison.agreement:.1%}."
+    )
+    if not comparison.finite:
+        raise QualityError(
+            "The quantized model's outputs are not finite (NaN or infinity), so it is of no use. Quantize with "
+            "dtype=torch.float32 or torch.bfloat16, and look at the losses of the layers in the log."
+        )
+    if ratio is None or ratio <= limit:
+        logger.info("%s", verdict)
+        return
+    advice = (
+        f"{verdict} That is above the limit of {limit:g}. More bits, smaller groups, effort='max' or more calibration "
+        "text that resembles what the model will read lower it; max_perplexity_ratio moves the limit."
+    )
+    if strict:
+        raise QualityError(advice)
+    logger.warning("%s", advice)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What will be done to which linear, decided and checked before any work."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .errors import ConfigError, ModelError
+from .model import LinearView, find_linears
+from .scheme import LayerScheme
+
+logger = logging.getLogger(__name__)
+
+SERVABLE_GROUP_SIZES = (128, 64, 32)  # what vLLM accepts besides -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A linear that will be quantized, and how."""
+
+    view: LinearView
+    scheme: LayerScheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be done, decided and checked before the work.
+
+    Args:
+        blocks: name and module, in order.
+        targets: per block, its linears to quantize.
+        skipped: name of each linear of a block that is left as it is, with the reason.
+    """
+
+    blocks: dict[str, nn.Module]
+    targets: dict[str, tuple[Target, ...]]
+    skipped: dict[str, str]
+
+    @property
+    def widest(self) -> int:
+        """The largest in_features of a linear that will be quantized."""
+        return max(target.view.shape[1] for targets in self.targets.values() for target in targets)
+
+    @property
+    def propagates(self) -> bool:
+        """Whether any layer makes up for the errors of earlier ones, so that the original model must run as well."""
+        return any(target.scheme.propagation > 0 for targets in self.targets.values() for target in targets)
+
+
+def plan_quantization(blocks: dict[str, nn.Module], scheme_for: Callable[[str], LayerScheme | None]) -> Plan:
+    """Decide what happens to every linear of `blocks`, which may be on the meta device.
+
+    Args:
+        scheme_for: name of a linear -> its scheme, or None to leave it alone.
+    Raises:
+        ConfigError: a group size does not fit a layer, or nothing is left to quantize.
+    """
+    targets: dict[str, tuple[Target, ...]] = {}
+    skipped: dict[str, str] = {}
+    ragged: dict[int, set[int]] = {}
+    for block_name, block in blocks.items():
+        _refuse_fused_experts(block_name, block)
+        chosen = []
+        for name, view in find_linears(block, block_name).items():
+            out_features, in_features = view.shape
+            scheme = scheme_for(name)
+            if scheme is None:
+                skipped[name] = "excluded by the configuration"
+            elif reason := scheme.why_not_packed(in_features, out_features):
+                skipped[name] = reason
+            elif reason := scheme.why_not_grouped(in_features):
+                raise ConfigError(
+                    f"{name}: {reason}. Choose another group_size, or leave this layer in full precision with "
+                    f"dynamic={{'-:{name}': {{}}}}."
+                )
+            else:
+                chosen.append(Target(view=view, scheme=scheme))
+                if in_features % scheme.group_width(in_features):
+                    ragged.setdefault(scheme.group_size, set()).add(in_features)
+        targets[block_name] = tuple(chosen)
+    if not any(targets.values()):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ConfigError(f"No linear layer is left to quantize ({len(skipped)} skipped; {reasons or 'none found'}).")
+    for name, reason in skipped.items():
+        if reason != "excluded by the configuration":
+            logger.warning("%s stays in full precision: %s.", name, reason)
+    for group_size, widths in ragged.items():
+        logger.warning(
+            "group_size=%d does not divide in_features %s: the last group of each row is narrower. vLLM does not read "
+            "such a checkpoint; it would accept group_size %s.",
+            group_size,
+            ", ".join(map(str, sorted(widths))),
+            ", ".join(str(size) for size in (*SERVABLE_GROUP_SIZES, -1) if all(width % size == 0 for width in widths)),
+        )
+    return Plan(blocks=blocks, targets=targets, skipped=skipped)
+
+
+def _refuse_fused_experts(block_name: str, block: nn.Module) -> None:
+    """Experts fused into one 3-D parameter hold most weights of a block; leaving them out silently would be a lie."""
+    for module_name, module in block.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and parameter.shape[0] > 1:
+                raise ModelError(
+                    f"{block_name}.{module_name}.{name} is a parameter of shape {tuple(parameter.shape)}: experts "
+                    "of a mixture, fused into one tensor. Such models are not supported yet; nothing was quantized."
+                )
