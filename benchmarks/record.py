@@ -13,13 +13,14 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write(name: str, settings: dict[str, Any], results: dict[str, Any]) -> Path:
+def write(name: str, settings: dict[str, Any], results: dict[str, Any], *, quiet: bool = False) -> Path:
     """benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {"settings": settings, "results": results, "environment": environment()}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(content["results"], indent=2))
+    if not quiet:
+        print(json.dumps(content["results"], indent=2))
     return path
 
 

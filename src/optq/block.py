@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory
 from .model import BlockCall, LinearView, Stage, feed_stages, observe_stages
 from .plan import Target
+from .polish import Example, hidden_states, polish
 from .progress import RunLog, rounded
 from .scheme import LayerScheme, QuantizedWeight
 
@@ -57,7 +58,7 @@ class BlockWork:
     _originals: dict[LinearView, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._originals = {target.view: target.view.module.weight.data for target in self.targets}  # type: ignore[union-attr]
+        self._originals = {target.view: target.view.parameter.data for target in self.targets}
 
     def run(self, call: BlockCall) -> Any:
         return self.forward(*call.args, **call.kwargs)
@@ -69,14 +70,14 @@ class BlockWork:
 
     @contextmanager
     def _original_weights(self) -> Iterator[None]:
-        present = {view: view.module.weight.data for view in self._originals}  # type: ignore[union-attr]
+        present = {view: view.parameter.data for view in self._originals}
         for view, weight in self._originals.items():
-            view.module.weight.data = weight  # type: ignore[union-attr]
+            view.parameter.data = weight
         try:
             yield
         finally:
             for view, weight in present.items():
-                view.module.weight.data = weight  # type: ignore[union-attr]
+                view.parameter.data = weight
 
     def moved(self, call: BlockCall) -> BlockCall:
         """The call with its tensors where, and as, the block is."""
@@ -221,6 +222,48 @@ class BlockWork:
                 peak_gib=rounded(peak_gib(self.device)),
             )
         return solved
+
+    def polish(
+        self,
+        solved: list[Solved],
+        calls: list[BlockCall],
+        probes: list[BlockCall],
+        outputs: dict[int, Any],
+        passes: int,
+    ) -> list[Solved]:
+        """Tune the finished block's scales and codes towards the original block's outputs.
+
+        Args:
+            calls, probes: the micro-batches to tune on, and those to judge by, as the quantized model computes them.
+            outputs: of the original block, by the number of the quantized model's micro-batch.
+            passes: over `calls`, at most.
+        """
+        started = time.monotonic()
+        examples = [
+            Example(call=call, target=hidden_states(outputs[call.batch]), mask=self._mask_for(call, outputs))
+            for call in (*calls, *probes)
+        ]
+        polished = polish(
+            [done.view for done in solved],
+            [done.quantized for done in solved],
+            self.run,
+            examples[: len(calls)],
+            examples[len(calls) :],
+            passes,
+        )
+        self.log.emit(
+            "polished",
+            block=self.name,
+            held_out_loss_before=polished.loss_before,
+            held_out_loss=polished.loss,
+            passes=polished.passes,
+            seconds=round(time.monotonic() - started, 2),
+        )
+        return [replace(done, quantized=quantized) for done, quantized in zip(solved, polished.quantized, strict=True)]
+
+    def _mask_for(self, call: BlockCall, outputs: dict[int, Any]) -> Tensor | None:
+        mask, states = self.masks[call.batch], hidden_states(outputs[call.batch])
+        return mask.to(states.device) if mask is not None and mask.shape == states.shape[:-1] else None
 
     def report(self, layers: list[QuantLinear], losses: list[float], seconds: float) -> None:
         """One line for a finished block."""

@@ -36,6 +36,7 @@ def quantize_model(
     calibration: Calibration,
     *,
     sequential: bool = True,
+    polish_passes: int = 0,
     checkpoint_format: str = "gptq",
     backend: str = "auto",
     device: torch.device | str | None = None,
@@ -46,6 +47,7 @@ def quantize_model(
     Args:
         model: its weights loaded, on any device.
         sequential: calibrate later stages of a block on the already quantized earlier ones (true_sequential).
+        polish_passes: over the calibration data, at most, to tune each finished block by gradient; 0: none.
         device: where blocks are run and solved, one at a time; by default the accelerator, if there is one.
         log: receives the events of the run.
     Returns:
@@ -75,7 +77,8 @@ def quantize_model(
     fitted = len(calibration.batches)
     batches = [*calibration.batches, *calibration.probes]
     # The original model always runs the probes, and the rest if layers are to make up for the drift of their inputs.
-    followed = range(0 if plan.propagates else fitted, len(batches))
+    follows_all = plan.propagates or polish_passes > 0
+    followed = range(0 if follows_all else fitted, len(batches))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(model))
@@ -106,7 +109,13 @@ def quantize_model(
                 work.check_finite(waiting)
                 twins = {twin_of[call.batch]: call for call in waiting if call.batch in twin_of}
                 calls = [call for call in waiting if call.batch < fitted]
-                solved, outputs = work.solve(calls, twins if plan.propagates else {}, sequential)
+                solved, outputs = work.solve(calls, twins if follows_all else {}, sequential)
+                if polish_passes and solved:
+                    probes = [call for call in waiting if fitted <= call.batch < len(batches)]
+                    original = {number: outputs[call.batch] for number, call in twins.items() if call.batch in outputs}
+                    original |= {call.batch: work.run_original(twins[call.batch]) for call in probes}
+                    solved = work.polish(solved, calls, probes or calls[-1:], original, polish_passes)
+                    del probes, original
                 del calls, twins
                 if last:
                     waiting = [call for call in waiting if twin_of.get(call.batch, call.batch) >= fitted]

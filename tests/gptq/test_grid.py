@@ -27,6 +27,17 @@ def test_scales_are_float16_and_zeros_are_storable(bits, symmetric, shift, sprea
     assert torch.equal(grid.zeros, grid.zeros.round())
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_sign_of_a_symmetric_scale_points_the_longer_side_of_the_grid(sign):
+    """-4 … 3: four steps reach the outlier, three the other side."""
+    weight = sign * torch.tensor([[-4.0, 3.0, 1.0, -2.0] * 4])
+    groups = trivial_groups(16, 16)
+    grid = fit_grid(weight, groups, LayerScheme(bits=3, group_size=16), torch.ones(16))
+    assert grid.scales.sign().tolist() == [[sign]]
+    decoded = (grid.encode(weight, groups) - grid.zeros[:, groups.long()]) * grid.scales[:, groups.long()]
+    torch.testing.assert_close(decoded, weight, rtol=0.03, atol=0)
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("sign", [-1, 0, 1])

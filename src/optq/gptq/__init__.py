@@ -3,6 +3,7 @@
 
 from .grid import Grid as Grid
 from .grid import fit_grid as fit_grid
+from .grid import stored_scales as stored_scales
 from .hessian import Hessian as Hessian
 from .hessian import InputDrift as InputDrift
 from .hessian import output_energy as output_energy

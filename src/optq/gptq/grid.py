@@ -7,8 +7,12 @@ at once, so that what is solved for is what is stored.
 A grid that spans a group from its smallest to its largest weight spends codes on outliers. Clipping them a little
 costs less than the coarser steps cost everyone else; how much is searched per row and group, with each column's
 squared error weighted by how much it matters to the outputs.
+
+A symmetric grid has one more step on one side of its zero: codes - zero run from -4 to 3 with 3 bits. Which side of
+the group gets it is the sign of the scale, so both signs are tried.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +26,7 @@ SCALE_DTYPE = torch.float16
 LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; a scale of 0 would lose the group's sign and divide by zero
 
+FEW_BITS = 3
 SHRINK_FACTORS = tuple(1.1 - 0.02 * step for step in range(41))  # 1.1 … 0.3 of the span
 
 
@@ -48,8 +53,9 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
         importance: (in,) float32, what a squared error of each column costs; the grid that minimises the weighted sum
             is searched among `SHRINK_FACTORS` of the group's span. None: the whole span.
     Returns:
-        A `Grid` with float16-representable scales. Symmetric zeros are 2 ** (bits - 1); asymmetric ones lie in
-        [1, max_code], because a zero of 0 cannot be stored safely in the v1 format (it is stored minus one).
+        A `Grid` with float16-representable scales, never zero, and negative ones among the symmetric. Symmetric zeros
+        are 2 ** (bits - 1); asymmetric ones lie in [1, max_code], because a zero of 0 cannot be stored safely in the v1
+        format (it is stored minus one).
     Raises:
         ModelError: a weight is so large that its scale overflows float16.
     """
@@ -59,8 +65,7 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
     scales, zeros = _spanning(low, high, scheme)
     if importance is not None:
         best = _cost(grouped, costs, scales, zeros, scheme)
-        for factor in SHRINK_FACTORS:
-            tried_scales, tried_zeros = _spanning(low * factor, high * factor, scheme)
+        for tried_scales, tried_zeros in _candidates(low, high, scheme):
             cost = _cost(grouped, costs, tried_scales, tried_zeros, scheme)
             better = cost < best
             best = torch.where(better, cost, best)
@@ -82,6 +87,19 @@ def _grouped(weight: Tensor, group_of_column: Tensor, importance: Tensor | None)
         filling = groups * width - weight.shape[1]
         weight, costs = pad(weight, (0, filling)), pad(costs, (0, filling))
     return weight.reshape(-1, groups, width), costs.reshape(groups, width)
+
+
+def _candidates(low: Tensor, high: Tensor, scheme: LayerScheme) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scales and zeros to try."""
+    for factor in SHRINK_FACTORS:
+        scales, zeros = _spanning(low * factor, high * factor, scheme)
+        yield scales, zeros
+        if scheme.symmetric:
+            yield -scales, zeros
+        elif scheme.bits <= FEW_BITS:
+            # A span's ends say where zero should be, but with few levels one step to either side may be better.
+            for shift in (-1, 1):
+                yield scales, (zeros + shift).clamp_(1, scheme.max_code)
 
 
 def _cost(grouped: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: LayerScheme) -> Tensor:
@@ -106,9 +124,10 @@ def _spanning(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tensor, T
 
 def stored_scales(scales: Tensor) -> Tensor:
     """Round to the dtype of the checkpoint, keeping float32 for arithmetic."""
-    if scales.max() > LARGEST_SCALE:
+    if scales.abs().max() > LARGEST_SCALE:
         raise ModelError(
-            f"A group's scale is {scales.max():.3g}, above float16's largest value {LARGEST_SCALE:.5g}. "
+            f"A group's scale is {scales.abs().max():.3g}, above float16's largest value {LARGEST_SCALE:.5g}. "
             "Check the weights for outliers, or leave this layer in full precision with dynamic={'-:NAME': {}}."
         )
-    return scales.to(SCALE_DTYPE).float().clamp_(min=SMALLEST_SCALE)
+    rounded = scales.to(SCALE_DTYPE).float()
+    return torch.where(rounded.abs() < SMALLEST_SCALE, torch.full_like(rounded, SMALLEST_SCALE), rounded)

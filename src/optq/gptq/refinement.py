@@ -54,7 +54,7 @@ def refit_scales(target: Tensor, hessian: Tensor, quantized: QuantizedWeight) ->
     """The scales that minimise δᵀHδ with the codes as they are.
 
     With q_g the codes minus zeros of group g, a row's optimum s solves A s = b, A_gg' = q_gᵀ H_gg' q_g' and
-    b_g = q_gᵀ (H w)_g. Scales that would come out as zero or below keep their value.
+    b_g = q_gᵀ (H w)_g. Scales that would vanish or change their sign keep their value.
     """
     order = torch.argsort(quantized.group_of_column, stable=True)
     hessian = hessian[order][:, order]
@@ -76,7 +76,8 @@ def refit_scales(target: Tensor, hessian: Tensor, quantized: QuantizedWeight) ->
         ridge = RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(left.dtype).tiny
         diagonal += ridge
         solved, failed = torch.linalg.solve_ex(left, right + ridge * scales)
-        usable = (solved > SMALLEST_SCALE) & (solved < LARGEST_SCALE) & (failed == 0)[:, None]  # False for NaN
+        size = solved * scales.sign()
+        usable = (size > SMALLEST_SCALE) & (size < LARGEST_SCALE) & (failed == 0)[:, None]  # False for NaN
         refitted.append(torch.where(usable, solved, scales))
     return QuantizedWeight(
         codes=quantized.codes,

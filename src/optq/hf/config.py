@@ -34,12 +34,13 @@ class _Pieces:
 
     propagation: float
     refinement: int
+    polish: int
 
 
 EFFORTS: dict[str, _Pieces] = {
-    "fast": _Pieces(propagation=0.0, refinement=0),
-    "default": _Pieces(propagation=0.5, refinement=1),
-    "max": _Pieces(propagation=0.5, refinement=3),
+    "fast": _Pieces(propagation=0.0, refinement=0, polish=0),
+    "default": _Pieces(propagation=0.5, refinement=2, polish=0),
+    "max": _Pieces(propagation=0.5, refinement=4, polish=3),
 }
 
 RUN_ONLY = (
@@ -89,6 +90,8 @@ class GPTQConfig(transformers.GPTQConfig):
         num_samples: most calibration sequences to use; by default all of a list and 128 of anything else.
         batch_size: calibration sequences per forward; by default as many as fit in 2048 tokens.
         seed: chooses which calibration sequences are used when there are more than num_samples.
+        polish: passes over the calibration data, at most, in which every finished block's scales and codes are tuned
+            by gradient.
         quality_gate: "warn" or "raise" if the finished model is too far from the original on held-out calibration
             rows; "off": hold none out and do not compare.
         max_perplexity_ratio: how many times the original's perplexity counts as too far.
@@ -116,6 +119,7 @@ class GPTQConfig(transformers.GPTQConfig):
         grid: GridFit | None = None,
         propagation: float | None = None,
         refinement: int | None = None,
+        polish: int | None = None,
         format: str | None = None,
         checkpoint_format: str | None = None,
         meta: dict[str, Any] | None = None,
@@ -155,6 +159,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.grid = grid
         self.propagation = propagation
         self.refinement = refinement
+        self.polish = polish
         self.format = (checkpoint_format or format or "gptq").lower()
         self.meta = meta
         self.backend = (backend or "auto").lower()
@@ -241,6 +246,10 @@ class GPTQConfig(transformers.GPTQConfig):
         return EFFORTS[self.effort or "default"]
 
     @property
+    def polish_passes(self) -> int:
+        return self._pieces.polish if self.polish is None else self.polish
+
+    @property
     def _dataset_name(self) -> str | None:
         """The dataset if it is one of the known names: all of the calibration data that may reach config.json."""
         return self.dataset if isinstance(self.dataset, str) and self.dataset in DATASETS else None
@@ -278,7 +287,11 @@ class GPTQConfig(transformers.GPTQConfig):
         config.unknown = dict(self.unknown)
         scheme = self._base_scheme()
         config.static_groups, config.grid = self.act_order in ("static", "group_aware"), scheme.grid
-        config.propagation, config.refinement = scheme.propagation, scheme.refinement
+        config.propagation, config.refinement, config.polish = (
+            scheme.propagation,
+            scheme.refinement,
+            self.polish_passes,
+        )
         meta = {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
         config.meta = {
             **meta,

@@ -96,6 +96,7 @@ class OptqHfQuantizer(HfQuantizer):
                 self._plan,
                 self._calibration,
                 sequential=config.true_sequential,
+                polish_passes=config.polish_passes,
                 checkpoint_format=config.format,
                 backend=config.backend,
                 log=self.log,

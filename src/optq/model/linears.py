@@ -24,8 +24,17 @@ class LinearView:
     @property
     def weight(self) -> Tensor:
         """(out, in), sharing storage with the module."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[union-attr,operator,assignment]
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        return self.as_rows(self.parameter.detach())
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The module's own weight."""
+        parameter: nn.Parameter = self.module.weight  # type: ignore[assignment]
+        return parameter
+
+    def as_rows(self, tensor: Tensor) -> Tensor:
+        """A tensor of the shape of the module's own weight, such as its gradient, as (out, in)."""
+        return tensor.T if isinstance(self.module, Conv1D) else tensor
 
     @property
     def bias(self) -> Tensor | None:
@@ -44,9 +53,8 @@ class LinearView:
         In new memory: a loaded weight is a view of the mapped checkpoint file, whose pages, once written to, stay
         allocated until the last weight of the file is gone.
         """
-        weight: nn.Parameter = self.module.weight  # type: ignore[assignment]
-        stored = values.T if isinstance(self.module, Conv1D) else values
-        weight.data = stored.to(weight.dtype, copy=True).contiguous()
+        parameter = self.parameter
+        parameter.data = self.as_rows(values).to(parameter.dtype, copy=True).contiguous()
 
 
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, LinearView]:

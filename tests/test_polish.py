@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning a finished block by gradient."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from optq.gptq import solve
+from optq.model import BlockCall, find_linears
+from optq.polish import Example, polish
+from optq.scheme import LayerScheme
+
+WIDTH = 64
+SCHEME = LayerScheme(bits=2, group_size=32, symmetric=False)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), Conv1D(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return (x + self.down(torch.tanh(self.up(x))),)
+
+
+@pytest.fixture
+def setting():
+    """A block solved without looking at any data, and what it should return."""
+    torch.manual_seed(0)
+    block = Block()
+    block.up.weight.data *= 8
+    block.down.weight.data *= 20
+    inputs = torch.randn(12, 2, 40, 6) @ torch.randn(6, WIDTH) / 2 + 0.2 * torch.randn(12, 2, 40, WIDTH)
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[1, 30:] = 0
+    with torch.no_grad():
+        examples = [
+            Example(call=BlockCall(batch=index, block=0, args=(x,), kwargs={}), target=block(x)[0], mask=mask)
+            for index, x in enumerate(inputs)
+        ]
+        views = list(find_linears(block).values())
+        start = [solve(view.weight, torch.eye(WIDTH), SCHEME).quantized for view in views]
+        for view, quantized in zip(views, start, strict=True):
+            view.write(quantized.decode())
+    return block, views, start, examples
+
+
+def run_of(block):
+    return lambda call: block(*call.args, **call.kwargs)
+
+
+def test_held_out_loss_falls_and_the_weights_are_on_the_grid(setting):
+    block, views, start, examples = setting
+    block.up.weight.requires_grad_(False)
+    with torch.no_grad():
+        polished = polish(views, start, run_of(block), examples[:10], examples[10:], passes=8)
+    assert polished.loss < 0.95 * polished.loss_before
+    for view, before, after in zip(views, start, polished.quantized, strict=True):
+        assert torch.equal(view.weight, after.decode())
+        assert not torch.equal(after.codes, before.codes)
+        assert not torch.equal(after.scales, before.scales)
+        assert torch.equal(after.zeros, before.zeros)
+        assert torch.equal(after.scales.half().float(), after.scales)
+        assert after.codes.max() <= 3
+    assert not block.up.weight.requires_grad
+    assert block.down.weight.requires_grad
+
+
+def test_what_does_not_help_is_not_kept(setting):
+    block, views, start, examples = setting
+    unreachable = [
+        Example(call=example.call, target=block(*example.call.args)[0].detach(), mask=None) for example in examples
+    ]
+    with torch.no_grad():
+        polished = polish(views, start, run_of(block), examples[:10], unreachable[10:], passes=8)
+    assert polished.loss == polished.loss_before == 0
+    assert polished.passes == 2  # gives up after two passes without improvement
+    assert all(torch.equal(before.codes, after.codes) for before, after in zip(start, polished.quantized, strict=True))
+    assert all(torch.equal(view.weight, after.decode()) for view, after in zip(views, start, strict=True))
+
+
+def test_padding_does_not_count(setting):
+    block, views, start, examples = setting
+    results = []
+    for garbage in (0.0, 1e3):
+        for view, quantized in zip(views, start, strict=True):
+            view.write(quantized.decode())
+        changed = []
+        for example in examples:
+            target = example.target.clone()
+            target[1, 30:] = garbage
+            changed.append(Example(call=example.call, target=target, mask=example.mask))
+        with torch.no_grad():
+            results.append(polish(views, start, run_of(block), changed[:10], changed[10:], passes=2))
+    assert results[0].loss == results[1].loss
