@@ -4,7 +4,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from .gptq import Hessian, InputDrift, Solution, solve
 from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory
 from .model import BlockCall, LinearView, Stage, feed_stages, observe_stages
+from .placement import working_dtype
 from .plan import Target
 from .polish import Example, hidden_states, polish
 from .progress import RunLog, rounded
@@ -33,11 +34,6 @@ class Solved:
     view: LinearView
     quantized: QuantizedWeight
     relative_loss: float
-
-
-def working_dtype(device: torch.device) -> torch.dtype | None:
-    """float32 on CPUs, where 16-bit products are slow and less exact; elsewhere None, the model's own."""
-    return torch.float32 if device.type == "cpu" else None
 
 
 @dataclass(kw_only=True)
@@ -67,6 +63,11 @@ class BlockWork:
         """As the block was before it was quantized."""
         with self._original_weights():
             return self.run(call)
+
+    def restore(self, views: Iterable[LinearView]) -> None:
+        """Give linears their original weights back."""
+        for view in views:
+            view.parameter.data = self._originals[view]
 
     @contextmanager
     def _original_weights(self) -> Iterator[None]:

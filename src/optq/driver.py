@@ -11,14 +11,13 @@ far the inputs of every stage have drifted, and at the end, on rows kept apart, 
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .block import BlockWork, working_dtype
+from .block import BlockWork
 from .calibration import Calibration
 from .checkpoint import pack
 from .errors import ModelError
@@ -26,6 +25,7 @@ from .evaluation import Comparer, Comparison
 from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory
 from .model import BlockCall, Finished, LinearView, SuspendedForwards
+from .placement import evaluating, execution_device, placed, tensors_of, tensors_outside, working_dtype
 from .plan import Plan
 from .progress import RunLog, rounded
 
@@ -81,8 +81,8 @@ def quantize_model(
     followed = range(0 if follows_all else fitted, len(batches))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(_placed(_tensors_outside(model, blocks), device, None))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(placed(tensors_outside(model, blocks), device, None))
         inputs = [batch.as_model_inputs(device) for batch in batches]
         forwards = stack.enter_context(
             SuspendedForwards(model, blocks, inputs + [inputs[number] for number in followed])
@@ -96,7 +96,7 @@ def quantize_model(
             last = index + 1 == len(blocks)
             _check_order(waiting, index, names)
             with ExitStack() as placement:
-                placement.enter_context(_placed(_tensors_of(block), device, working_dtype(device)))
+                placement.enter_context(placed(tensors_of(block), device, working_dtype(device)))
                 work = BlockWork(
                     name=name,
                     targets=plan.targets[name],
@@ -119,7 +119,7 @@ def quantize_model(
                 del calls, twins
                 if last:
                     waiting = [call for call in waiting if twin_of.get(call.batch, call.batch) >= fitted]
-                    placement.enter_context(_placed(_tensors_outside(model, blocks), device, working_dtype(device)))
+                    placement.enter_context(placed(tensors_outside(model, blocks), device, working_dtype(device)))
                     comparison = _compare(forwards, waiting, twin_of, work, calibration, model)
                 else:
                     waiting = _continue(forwards, waiting, twin_of, work, outputs)
@@ -187,12 +187,6 @@ def _compare(
     return comparer.result() if compared else None
 
 
-def execution_device() -> torch.device:
-    """The accelerator, if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None else torch.device("cpu")
-
-
 def _check_weights(plan: Plan) -> None:
     for targets in plan.targets.values():
         for target in targets:
@@ -214,52 +208,6 @@ def _check_order(calls: list[BlockCall], index: int, names: list[str]) -> None:
         )
 
 
-def _tensors_outside(model: nn.Module, blocks: list[nn.Module]) -> list[Tensor]:
-    """The parameters and buffers of the model that belong to no block: embeddings, norms, heads."""
-    inside = {id(module) for block in blocks for module in block.modules()}
-    return [
-        tensor
-        for module in model.modules()
-        if id(module) not in inside
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    ]
-
-
-def _tensors_of(block: nn.Module) -> list[Tensor]:
-    return [*block.parameters(), *block.buffers()]
-
-
 def _replace(model: nn.Module, view: LinearView, layer: QuantLinear) -> None:
     model.set_submodule(view.name, layer)
     view.module.to("meta")  # the plan still refers to it: without this, every dense weight would live to the end
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout and the like; restore every module's own flag."""
-    training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():  # by name: a quantized layer takes over its predecessor's flag
-            module.training = training[name]
-
-
-@contextmanager
-def _placed(tensors: list[Tensor], device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Move parameters and buffers to `device`, floating ones to `dtype` if given; back again after.
-
-    Values written in between are kept: they come back cast to the tensor's own dtype.
-    """
-    homes: list[tuple[Tensor, torch.device, torch.dtype]] = []
-    try:
-        for tensor in tensors:
-            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            if tensor.device.type != device.type or tensor.dtype != wanted:
-                homes.append((tensor, tensor.device, tensor.dtype))
-                tensor.data = tensor.data.to(device, wanted)
-        yield
-    finally:
-        for tensor, home, own_dtype in homes:
-            tensor.data = tensor.data.to(home, own_dtype)

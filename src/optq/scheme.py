@@ -103,6 +103,10 @@ class LayerScheme:
         """Groups per row; the last one is narrower when group_size does not divide in_features."""
         return -(-in_features // self.group_width(in_features))
 
+    def stored_bits(self, out_features: int, in_features: int) -> int:
+        """What the codes, the float16 scales and the zeros of a layer of this shape take."""
+        return out_features * (in_features * self.bits + self.group_count(in_features) * (16 + self.bits))
+
     def why_not_grouped(self, in_features: int) -> str | None:
         """Why rows of `in_features` columns cannot be cut into this scheme's groups, or None."""
         if self.group_size == -1 or in_features % self.group_size == 0 or self.group_size % PACKED_WORD_BITS == 0:

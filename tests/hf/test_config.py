@@ -31,7 +31,7 @@ def test_keys_that_are_not_known_survive():
 def test_a_checkpoint_of_others_does_not_claim_our_settings():
     found = GPTQConfig.from_dict({"quant_method": "gptq", "bits": 4, "group_size": 32})
     assert not {"grid", "static_groups"} & set(found.to_dict())
-    ours = found.for_checkpoint({"tokens": 1}, []).to_dict()
+    ours = found.for_checkpoint({"tokens": 1}, [], {}).to_dict()
     assert {"grid": "weighted", "static_groups": True}.items() <= ours.items()
 
 

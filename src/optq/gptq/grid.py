@@ -54,8 +54,8 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
             is searched among `SHRINK_FACTORS` of the group's span. None: the whole span.
     Returns:
         A `Grid` with float16-representable scales, never zero, and negative ones among the symmetric. Symmetric zeros
-        are 2 ** (bits - 1); asymmetric ones lie in [1, max_code], because a zero of 0 cannot be stored safely in the v1
-        format (it is stored minus one).
+        are 2 ** (bits - 1); asymmetric ones lie in [1, max_code], because a zero of 0 cannot be stored safely in v1
+        (it is stored minus one).
     Raises:
         ModelError: a weight is so large that its scale overflows float16.
     """

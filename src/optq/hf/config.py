@@ -8,8 +8,9 @@ tokenizers or calibration texts to disk.
 
 import copy
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import transformers
@@ -19,13 +20,14 @@ from optq.calibration import DATASETS
 from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
 from optq.evaluation import GOOD_PERPLEXITY_RATIO
-from optq.scheme import ActOrder, GridFit, LayerScheme
+from optq.scheme import BITS, ActOrder, GridFit, LayerScheme
 from optq.version import __version__
 
 DEFAULT_DAMPING = 0.1
 
 Effort = Literal["fast", "default", "max"]
 QualityGate = Literal["warn", "raise", "off"]
+Serving = Literal["vllm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,9 @@ EFFORTS: dict[str, _Pieces] = {
 }
 
 RUN_ONLY = (
+    "target_bits_per_weight",
+    "target_size_gib",
+    "serving",
     "quality_gate",
     "max_perplexity_ratio",
     "tokenizer",
@@ -83,6 +88,10 @@ class GPTQConfig(transformers.GPTQConfig):
         propagation: 0 … 1, how much of the output error that earlier layers' errors cause is compensated.
         refinement: rounds of re-fitting scales and codes once a layer is solved.
         format: "gptq" (v1, zeros stored minus one) or "gptq_v2"; also accepted as `checkpoint_format`.
+        target_bits_per_weight: instead of `bits` everywhere, choose 2, 3, 4 or 8 for every linear so that all together
+            take at most so many bits per weight, scales and zeros included, and lose the least.
+        target_size_gib: the same, as the size of all of the model's weights.
+        serving: "vllm" refuses what vLLM does not read, and lets the two fields above choose only what it reads.
         dynamic: per-layer overrides in GPTQModel's form: {"-:regex": {}} leaves matching layers alone,
             {"+:regex": {"bits": 8, "group_size": 64}} changes their settings; the first match counts.
         lm_head: whether the checkpoint's output head is quantized. Must be False when quantizing.
@@ -137,6 +146,9 @@ class GPTQConfig(transformers.GPTQConfig):
         max_input_length: int | None = None,
         cache_block_outputs: bool = True,
         modules_in_block_to_quantize: list[list[str]] | None = None,
+        target_bits_per_weight: float | None = None,
+        target_size_gib: float | None = None,
+        serving: Serving | None = None,
         dynamic: dict[str, dict[str, Any]] | None = None,
         lm_head: bool = False,
         pack_dtype: str = "int32",
@@ -176,6 +188,9 @@ class GPTQConfig(transformers.GPTQConfig):
         self.max_input_length = max_input_length
         self.cache_block_outputs = cache_block_outputs
         self.modules_in_block_to_quantize = modules_in_block_to_quantize
+        self.target_bits_per_weight = target_bits_per_weight
+        self.target_size_gib = target_size_gib
+        self.serving = serving
         self.dynamic = dynamic
         self.lm_head = bool(lm_head)
         self.pack_dtype = str(pack_dtype or "int32").removeprefix("torch.")
@@ -195,7 +210,11 @@ class GPTQConfig(transformers.GPTQConfig):
 
     def post_init(self) -> None:
         """Check everything that can be checked without a model."""
-        for field, allowed in (("effort", (None, *EFFORTS)), ("quality_gate", get_args(QualityGate))):
+        for field, allowed in (
+            ("effort", (None, *EFFORTS)),
+            ("quality_gate", get_args(QualityGate)),
+            ("serving", (None, *get_args(Serving))),
+        ):
             if getattr(self, field) not in allowed:
                 shown = ", ".join(repr(value) for value in allowed if value)
                 raise ConfigError(f"{field}={getattr(self, field)!r} was asked for; allowed are {shown}.")
@@ -210,13 +229,46 @@ class GPTQConfig(transformers.GPTQConfig):
                 raise ConfigError(
                     f"{field}={value!r} was asked for; it is a positive integer, or None for the default."
                 )
+        for field in ("target_bits_per_weight", "target_size_gib", "max_perplexity_ratio"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+                raise ConfigError(f"{field}={value!r} was asked for; it is a positive number, or None.")
+        if self.target_bits_per_weight is not None and self.target_size_gib is not None:
+            raise ConfigError("Pass target_bits_per_weight or target_size_gib, not both: they may contradict.")
+        self._check_serving(self._base_scheme())
         for pattern, override in (self.dynamic or {}).items():
             try:
                 re.compile(_pattern(pattern))
             except re.error as error:
                 raise ConfigError(f"dynamic: {pattern!r} is not a regular expression: {error}.") from error
             if not pattern.startswith("-:"):
-                self._scheme_with(override)
+                self._check_serving(self._scheme_with(override))
+
+    def _check_serving(self, scheme: LayerScheme) -> None:
+        if self.serving is not None and (reason := why_not_served(scheme)):
+            raise ConfigError(f"serving={self.serving!r} was asked for, but vLLM does not read {reason}.")
+
+    def candidates_for(self, name: str, out_features: int, in_features: int) -> list[LayerScheme]:
+        """The schemes that a budget may choose from for one linear; only one if `dynamic` names it."""
+        base = self.scheme_for(name)
+        assert base is not None  # it is planned
+        if any(re.match(_pattern(pattern), name) for pattern in self.dynamic or {}):
+            return [base]
+        found = []
+        for bits in BITS:
+            # With two bits, only a grid that need not be centred on zero is of use.
+            symmetric = base.symmetric and (bits > 2 or self.serving is not None)
+            sizes = (base.group_size,) if self.serving is None else dict.fromkeys((base.group_size, *SERVED_GROUPS))
+            for size in sizes:
+                scheme = replace(base, bits=bits, symmetric=symmetric, group_size=size)
+                fits = not scheme.why_not_grouped(in_features) and not scheme.why_not_packed(in_features, out_features)
+                if fits and not (self.serving is not None and why_not_served(scheme, in_features)):
+                    found.append(scheme)
+        return found
+
+    @property
+    def has_budget(self) -> bool:
+        return self.target_bits_per_weight is not None or self.target_size_gib is not None
 
     def scheme_for(self, name: str) -> LayerScheme | None:
         """How the linear called `name` in the model is quantized; None: not at all."""
@@ -274,11 +326,14 @@ class GPTQConfig(transformers.GPTQConfig):
                 setattr(merged, key, override[key])
         return merged._base_scheme()
 
-    def for_checkpoint(self, recipe: dict[str, Any], left_out: list[str]) -> "GPTQConfig":
+    def for_checkpoint(
+        self, recipe: dict[str, Any], left_out: list[str], scheme_of: dict[str, LayerScheme]
+    ) -> "GPTQConfig":
         """What the finished checkpoint's config.json says: this config without the means, plus what was done.
 
         Args:
             recipe: facts about the calibration.
+            scheme_of: what was done to every quantized linear.
             left_out: linears that stayed in full precision although the config asked for them; readers must know.
         """
         config = copy.copy(self)
@@ -298,9 +353,14 @@ class GPTQConfig(transformers.GPTQConfig):
             "quantizer": [f"optq:{__version__}"],
             "calibration": recipe,
         }
+        if self.has_budget:
+            base = Counter(scheme_of.values()).most_common(1)[0][0]
+            config.bits, config.group_size, config.sym = base.bits, base.group_size, base.symmetric
+            excluded = {key: value for key, value in (self.dynamic or {}).items() if key.startswith("-:")}
+            config.dynamic = {**excluded, **dynamic_rules(scheme_of, base)}
         if left_out:
             # Before the user's own entries, because the first match counts.
-            config.dynamic = {**{f"-:^{re.escape(name)}$": {} for name in left_out}, **(self.dynamic or {})}
+            config.dynamic = {**{f"-:^{re.escape(name)}$": {} for name in left_out}, **(config.dynamic or {})}
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -336,6 +396,51 @@ class GPTQConfig(transformers.GPTQConfig):
         return isinstance(other, GPTQConfig) and self.to_dict() == other.to_dict() and self.backend == other.backend
 
     __hash__ = None  # type: ignore[assignment]  # mutable, compared by value
+
+
+SERVED_GROUPS = (128, 64, 32)
+
+
+def why_not_served(scheme: LayerScheme, in_features: int | None = None) -> str | None:
+    """What vLLM does not read about a layer of this scheme, or None."""
+    if scheme.bits not in (4, 8):
+        return f"{scheme.bits} bits; use 4 or 8"
+    if not scheme.symmetric:
+        return "asymmetric grids; use sym=True"
+    if scheme.act_order == "desc_act":
+        return "desc_act=True; leave it False: columns are still solved in activation order"
+    if scheme.group_size not in (-1, *SERVED_GROUPS):
+        return f"group_size={scheme.group_size}; use {', '.join(map(str, SERVED_GROUPS))} or -1"
+    if in_features is not None and in_features % scheme.group_width(in_features):
+        return f"group_size={scheme.group_size}, which does not divide {in_features}"
+    return None
+
+
+def dynamic_rules(scheme_of: dict[str, LayerScheme], base: LayerScheme) -> dict[str, dict[str, Any]]:
+    """Entries of `dynamic` for the linears whose scheme is not `base`, one per parent module and scheme."""
+    members: dict[tuple[str, LayerScheme], list[str]] = {}
+    for name, scheme in scheme_of.items():
+        if scheme != base:
+            parent, _, child = name.rpartition(".")
+            members.setdefault((parent, scheme), []).append(child)
+    rules = {}
+    for (parent, scheme), children in members.items():
+        # vLLM asks by the name of the fused layer.
+        fused = [whole for whole, parts in FUSED_NAMES.items() if set(parts) <= set(children)]
+        names = "|".join(map(re.escape, (*children, *fused)))
+        override: dict[str, Any] = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+        rules[rf"+:^{re.escape(parent)}\.(?:{names})$"] = {
+            key: value for key, value in override.items() if value != OVERRIDES[key](base)
+        }
+    return rules
+
+
+FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+OVERRIDES: dict[str, Callable[[LayerScheme], Any]] = {
+    "bits": lambda scheme: scheme.bits,
+    "group_size": lambda scheme: scheme.group_size,
+    "sym": lambda scheme: scheme.symmetric,
+}
 
 
 def _pattern(key: str) -> str:

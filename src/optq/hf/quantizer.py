@@ -15,12 +15,14 @@ import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+from optq.allocation import allocate
 from optq.calibration import Calibration, prepare_calibration, require_dataset
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.driver import quantize_model
 from optq.errors import CheckpointError, ConfigError
 from optq.evaluation import Comparison, judge
 from optq.layers import QuantLinear
+from optq.memory import GIB
 from optq.model import LINEAR_TYPES, find_blocks
 from optq.plan import Plan, plan_quantization
 from optq.progress import RunLog
@@ -91,6 +93,15 @@ class OptqHfQuantizer(HfQuantizer):
         config = self.quantization_config
         self.log = RunLog(Path(config.log_file) if config.log_file else None)
         with self.log:
+            if config.has_budget:
+                self._plan = allocate(
+                    model,
+                    self._plan,
+                    self._calibration,
+                    lambda view: config.candidates_for(view.name, *view.shape),
+                    self._budget(model),
+                    log=self.log,
+                )
             self.quality = quantize_model(
                 model,
                 self._plan,
@@ -144,16 +155,34 @@ class OptqHfQuantizer(HfQuantizer):
             probe=config.quality_gate != "off",
         )
 
+    def _budget(self, model: nn.Module) -> float:
+        """How many bits the planned linears may take."""
+        assert self._plan is not None
+        config = self.quantization_config
+        planned = [target.view for targets in self._plan.targets.values() for target in targets]
+        if config.target_bits_per_weight is not None:
+            return config.target_bits_per_weight * sum(view.weight.numel() for view in planned)
+        assert config.target_size_gib is not None
+        quantized = {id(view.parameter) for view in planned}
+        dense = sum(
+            parameter.numel() * parameter.element_size()
+            for parameter in model.parameters()  # each once, however often it is tied
+            if id(parameter) not in quantized
+        )
+        return 8 * (config.target_size_gib * GIB - dense)
+
     def _record(self, model: nn.Module) -> None:
         """Make the model's config say what the checkpoint will be."""
         assert self._plan is not None
         assert self._calibration is not None
         config = self.quantization_config
-        planned = [target.view.name for targets in self._plan.targets.values() for target in targets]
+        planned = {target.view.name: target.scheme for targets in self._plan.targets.values() for target in targets}
         done = _quantized_layers(model)
         asked_for = [name for name in self._plan.skipped if config.scheme_for(name) is not None]
         left_out = [*asked_for, *(name for name in planned if name not in done)]
-        self.quantization_config = config.for_checkpoint(self._calibration.recipe, left_out)
+        self.quantization_config = config.for_checkpoint(
+            self._calibration.recipe, left_out, {name: scheme for name, scheme in planned.items() if name in done}
+        )
         model.config.quantization_config = self.quantization_config
         compat.make_generation_config_savable(model)
         self._plan = self._calibration = None  # free the calibration data
