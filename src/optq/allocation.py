@@ -173,7 +173,7 @@ def measure(
                 work = BlockWork(
                     name=name,
                     targets=plan.targets[name],
-                    forward=forwards.original_forwards[index],
+                    forward=block if name == plan.head else forwards.original_forwards[index],
                     masks=[batch.attention_mask for batch in batches],
                     device=device,
                     log=RunLog(bar=False),

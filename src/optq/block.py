@@ -102,7 +102,7 @@ class BlockWork:
                 )
 
     def solve(
-        self, calls: list[BlockCall], twins: dict[int, BlockCall], sequential: bool
+        self, calls: list[BlockCall], twins: dict[int, BlockCall], sequential: bool, outputs_wanted: bool = True
     ) -> tuple[list[Solved], dict[int, Any]]:
         """Quantize the block's linears, writing the rounded values into them.
 
@@ -112,7 +112,7 @@ class BlockWork:
                 errors are not to be propagated.
             sequential: calibrate later stages on the already quantized earlier ones.
         Returns:
-            What was solved, and the original block's outputs for the twins, by number.
+            What was solved, and, if wanted, the original block's outputs for the twins, by number.
         """
         if not self.targets:
             return [], {}
@@ -127,8 +127,8 @@ class BlockWork:
         groups = [[stage] for stage in stages] if sequential else [stages]
         for group in groups:
             # Nothing of the original block changes in between, so its last run is also the one that goes on.
-            outputs_wanted = outputs if group is groups[-1] else None
-            for stage, hessian, drift in self._observe(group, calls, twins, outputs_wanted):
+            kept = outputs if outputs_wanted and group is groups[-1] else None
+            for stage, hessian, drift in self._observe(group, calls, twins, kept):
                 solved += self._solve_stage(stage, hessian, drift, scheme_of)
                 release_free_memory()
                 self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1].relative_loss:.2e}")

@@ -100,7 +100,8 @@ def quantize_model(
                 work = BlockWork(
                     name=name,
                     targets=plan.targets[name],
-                    forward=forwards.original_forwards[index],
+                    # The head is its own only linear: called as a module, so that its inputs can be watched.
+                    forward=block if name == plan.head else forwards.original_forwards[index],
                     masks=[batch.attention_mask for batch in batches],
                     device=device,
                     log=log,
@@ -109,8 +110,10 @@ def quantize_model(
                 work.check_finite(waiting)
                 twins = {twin_of[call.batch]: call for call in waiting if call.batch in twin_of}
                 calls = [call for call in waiting if call.batch < fitted]
-                solved, outputs = work.solve(calls, twins if follows_all else {}, sequential)
-                if polish_passes and solved:
+                polishes = polish_passes > 0 and name != plan.head
+                wanted = polishes or not last
+                solved, outputs = work.solve(calls, twins if follows_all else {}, sequential, wanted)
+                if polishes and solved:
                     probes = [call for call in waiting if fitted <= call.batch < len(batches)]
                     original = {number: outputs[call.batch] for number, call in twins.items() if call.batch in outputs}
                     original |= {call.batch: work.run_original(twins[call.batch]) for call in probes}

@@ -32,11 +32,13 @@ class Plan:
         blocks: name and module, in order.
         targets: per block, its linears to quantize.
         skipped: name of each linear of a block that is left as it is, with the reason.
+        head: the name of the output head, if that is the last of `blocks`.
     """
 
     blocks: dict[str, nn.Module]
     targets: dict[str, tuple[Target, ...]]
     skipped: dict[str, str]
+    head: str | None = None
 
     @property
     def widest(self) -> int:
@@ -49,11 +51,14 @@ class Plan:
         return any(target.scheme.propagation > 0 for targets in self.targets.values() for target in targets)
 
 
-def plan_quantization(blocks: dict[str, nn.Module], scheme_for: Callable[[str], LayerScheme | None]) -> Plan:
+def plan_quantization(
+    blocks: dict[str, nn.Module], scheme_for: Callable[[str], LayerScheme | None], head: str | None = None
+) -> Plan:
     """Decide what happens to every linear of `blocks`, which may be on the meta device.
 
     Args:
         scheme_for: name of a linear -> its scheme, or None to leave it alone.
+        head: the name of the output head, if that is the last of `blocks`.
     Raises:
         ConfigError: a group size does not fit a layer, or nothing is left to quantize.
     """
@@ -94,7 +99,7 @@ def plan_quantization(blocks: dict[str, nn.Module], scheme_for: Callable[[str], 
             ", ".join(map(str, sorted(widths))),
             ", ".join(str(size) for size in (*SERVABLE_GROUP_SIZES, -1) if all(width % size == 0 for width in widths)),
         )
-    return Plan(blocks=blocks, targets=targets, skipped=skipped)
+    return Plan(blocks=blocks, targets=targets, skipped=skipped, head=head)
 
 
 def _refuse_fused_experts(block_name: str, block: nn.Module) -> None:

@@ -27,6 +27,10 @@ def start(problem, **scheme):
     return solve(weight, hessian, LayerScheme(damping=0.01, **{"bits": 3, "group_size": 16, **scheme})).quantized
 
 
+def unchanged(target, hessian, quantized):
+    return quantized
+
+
 def lost(problem, quantized):
     weight, hessian = problem
     return output_energy(weight - quantized.decode(), hessian)
@@ -74,11 +78,21 @@ def test_no_row_ends_above_where_it_started(problem, bits, symmetric, group_size
     quantized = start(problem, bits=bits, symmetric=symmetric, group_size=group_size)
     before = lost(problem, quantized)
     for rounds in (1, 3):
-        after = lost(problem, refine(*problem, quantized, rounds))
+        after = lost(problem, refine(*problem, quantized, rounds, unchanged))
         assert (after <= before).all()
         assert after.sum() < before.sum()
         before = after
-    assert refine(*problem, quantized, 0) is quantized
+    assert refine(*problem, quantized, 0, unchanged) is quantized
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_solving_again_on_refitted_grids_helps(correlated_problem, bits):
+    weight, hessian = correlated_problem(64, IN)
+    losses = []
+    for refinement in (0, 1, 3):
+        scheme = LayerScheme(bits=bits, group_size=16, damping=0.01, refinement=refinement)
+        losses.append(float(solve(weight, hessian, scheme).lost.sum()))
+    assert losses[0] > 1.05 * losses[1] > 1.05 * losses[2]
 
 
 @pytest.mark.parametrize("refinement", [0, 2])
@@ -91,7 +105,7 @@ def test_no_row_ends_above_rounding_to_nearest(correlated_problem, refinement):
 
 
 def test_refined_scales_are_storable(problem):
-    refined = refine(*problem, start(problem, bits=2, symmetric=False), 2)
+    refined = refine(*problem, start(problem, bits=2, symmetric=False), 2, unchanged)
     assert torch.equal(refined.scales.half().float(), refined.scales)
     assert (refined.scales > 0).all()
     assert ((refined.zeros >= 1) & (refined.zeros <= 3)).all()

@@ -260,10 +260,6 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="not a multiple of group_size 100"):
             quantize(tiny_llama, token_rows, group_size=100)
 
-    def test_a_quantized_head(self, tiny_llama, token_rows):
-        with pytest.raises(ConfigError, match="lm_head"):
-            quantize(tiny_llama, token_rows, lm_head=True)
-
     def test_token_ids_of_another_vocabulary(self, tiny_llama):
         with pytest.raises(CalibrationError, match="token id 5000"):
             quantize(tiny_llama, [{"input_ids": [5000] * 8}])

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Improve a finished solution: re-fit the scales to the codes, then the codes to the scales.
 
-GPTQ never returns to a column. Once all codes are known, the best scales for them are a least-squares problem per
-row, and the best code of one column, all others given, is known in closed form. Both steps only ever lower δᵀHδ; a row
-keeps its former solution wherever rounding to float16 or float error says otherwise.
+GPTQ never returns to a column, and its grids are fitted before it starts. Once all codes are known, the best scales
+for them are a least-squares problem per row; GPTQ can be run again on the grids with these scales; and the best code
+of one column, all others given, is known in closed form. A row takes the result of a step only where that lowers its
+δᵀHδ.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,17 +22,24 @@ ELEMENTS_AT_ONCE = 1 << 24  # of the largest intermediate of `refit_scales`: 64 
 RIDGE = 1e-4  # pulls the scale of a group whose codes hardly matter towards the one it has
 
 
-def refine(target: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds: int) -> QuantizedWeight:
-    """Alternate `refit_scales` and `sweep_codes`; rows on which a step does not lower δᵀHδ keep what they had.
+Step = Callable[[Tensor, Tensor, QuantizedWeight], QuantizedWeight]
+"""(target, damped hessian, quantized) -> an attempt to do better."""
+
+
+def refine(
+    target: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds: int, solve_again: Step
+) -> QuantizedWeight:
+    """Alternate `refit_scales`, `solve_again` and `sweep_codes`; rows that a step does not improve keep what they had.
 
     Args:
         target: (out, in) float32, what the rounded weights should compute.
         hessian: (in, in) float32, damped.
-        rounds: of both steps; 0 returns `quantized` itself.
+        rounds: of all three steps; 0 returns `quantized` itself.
+        solve_again: GPTQ on the grids of its last argument.
     """
     lost = output_energy(target - quantized.decode(), hessian)
     for _ in range(rounds):
-        for step in (refit_scales, sweep_codes):
+        for step in (refit_scales, solve_again, sweep_codes):
             quantized, lost = better_rows(target, hessian, quantized, lost, step(target, hessian, quantized))
     return quantized
 

@@ -7,7 +7,7 @@ Frantar et al., "OPTQ", ICLR 2023 (arXiv:2210.17323), Algorithm 1.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .refinement import better_rows, refine
 logger = logging.getLogger(__name__)
 
 COLUMN_BLOCK = 32
+ELEMENTS_AT_ONCE = 1 << 24  # of the weight: rows are independent, and an output head has a hundred thousand of them
 DAMPING_STEPS = 3  # tenfold increases tried before giving up
 
 
@@ -69,34 +70,61 @@ def solve(
         name: for error messages.
     Raises:
         SolveError: the Hessian stays singular after three tenfold increases of damping.
-    Cost: O(out · in²) time; (4 · in² + 6 · out · in) · 4 bytes beyond the inputs.
+    Cost: O(out · in²) time; (4 · in² + 10 · rows · in) · 4 bytes beyond the inputs, with rows · in up to 16 million.
     """
-    weight = weight.float()
     energy = hessian.diagonal()
     dead = energy == 0
     order, group_of_column = _order_and_groups(energy, scheme)
     inverted = _invert(hessian, dead, order, scheme.damping, name)
-    damped = inverted.hessian
-    target = weight
-    if drift is not None and scheme.propagation:
-        # E[W x] = E[W' x̃] in the least-squares sense for W' = W (I + drift · H⁻¹); eq. 6 of arXiv:2504.09629.
-        target = weight + scheme.propagation * (weight @ drift) @ inverted.inverse
-    # Weighted by the diagonal, although the solver's pivots are closer to what rounding a column costs after its error
-    # is compensated: they gave lower losses of the layers and a worse perplexity (docs/accuracy.md).
-    grid = fit_grid(weight, group_of_column, scheme, energy if scheme.grid == "weighted" else None)
-    codes = _round_columns(target, inverted.factor, grid, order, group_of_column, column_block)
-    quantized = _on_grid(codes, grid, group_of_column, scheme)
-    quantized = refine(target, damped, quantized, scheme.refinement)
-    nearest = _on_grid(grid.encode(weight, group_of_column), grid, group_of_column, scheme)
-    lost = output_energy(target - quantized.decode(), damped)
-    quantized, _ = better_rows(target, damped, quantized, lost, nearest)
-    return Solution(
-        quantized=quantized,
-        lost=output_energy(target - quantized.decode(), hessian),
-        nearest_lost=output_energy(target - nearest.decode(), hessian),
-        energy=output_energy(weight, hessian),
-        damping=inverted.damping,
-        dead_columns=int(dead.sum()),
+    rows_at_once = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    parts = []
+    for rows in weight.split(rows_at_once):
+        original = target = rows.float()
+        if drift is not None and scheme.propagation:
+            # E[W x] = E[W' x̃] in the least-squares sense for W' = W (I + drift · H⁻¹); eq. 6 of arXiv:2504.09629.
+            target = original + scheme.propagation * (original @ drift) @ inverted.inverse
+        # Weighted by the diagonal, although the solver's pivots are closer to what rounding a column costs after its
+        # error is compensated: they gave lower losses of the layers and a worse perplexity (docs/accuracy.md).
+        importance = energy if scheme.grid == "weighted" else None
+        grid = fit_grid(original, group_of_column, scheme, importance)
+        codes = _round_columns(target, inverted.factor, grid, order, group_of_column, column_block)
+        quantized = _on_grid(codes, grid, group_of_column, scheme)
+
+        def solve_again(target: Tensor, hessian: Tensor, present: QuantizedWeight) -> QuantizedWeight:
+            refitted = Grid(scales=present.scales, zeros=present.zeros.float(), max_code=scheme.max_code)
+            codes = _round_columns(target, inverted.factor, refitted, order, group_of_column, column_block)
+            return replace(present, codes=codes)
+
+        quantized = refine(target, inverted.hessian, quantized, scheme.refinement, solve_again)
+        nearest = _on_grid(grid.encode(original, group_of_column), grid, group_of_column, scheme)
+        lost = output_energy(target - quantized.decode(), inverted.hessian)
+        quantized, _ = better_rows(target, inverted.hessian, quantized, lost, nearest)
+        parts.append(
+            Solution(
+                quantized=quantized,
+                lost=output_energy(target - quantized.decode(), hessian),
+                nearest_lost=output_energy(target - nearest.decode(), hessian),
+                energy=output_energy(original, hessian),
+                damping=inverted.damping,
+                dead_columns=int(dead.sum()),
+            )
+        )
+    return parts[0] if len(parts) == 1 else _stacked(parts)
+
+
+def _stacked(parts: list[Solution]) -> Solution:
+    """The solutions of consecutive rows as one."""
+    return replace(
+        parts[0],
+        quantized=replace(
+            parts[0].quantized,
+            codes=torch.cat([part.quantized.codes for part in parts]),
+            scales=torch.cat([part.quantized.scales for part in parts]),
+            zeros=torch.cat([part.quantized.zeros for part in parts]),
+        ),
+        lost=torch.cat([part.lost for part in parts]),
+        nearest_lost=torch.cat([part.nearest_lost for part in parts]),
+        energy=torch.cat([part.energy for part in parts]),
     )
 
 

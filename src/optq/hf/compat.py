@@ -46,6 +46,24 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
         ) from error
 
 
+def untie_head(model: Any) -> None:
+    """Give the output head a weight of its own if it shares the input embedding's, and say so."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight.data_ptr() != embedding.weight.data_ptr():
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
+    tied: dict[str, str] = model.all_tied_weights_keys
+    model.all_tied_weights_keys = {
+        name: source for name, source in tied.items() if model.get_submodule(name.rpartition(".")[0]) is not head
+    }
+    logger.warning(
+        "lm_head=True: the output head shares its weight with the input embedding. It is untied and quantized, and "
+        "the embedding stays as it is, so the checkpoint holds both and is larger than with lm_head=False."
+    )
+
+
 def make_generation_config_savable(model: Any) -> None:
     """Turn sampling on where a generation config sets its parameters; transformers refuses to save it otherwise.
 

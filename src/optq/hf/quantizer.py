@@ -23,7 +23,7 @@ from optq.errors import CheckpointError, ConfigError
 from optq.evaluation import Comparison, judge
 from optq.layers import QuantLinear
 from optq.memory import GIB
-from optq.model import LINEAR_TYPES, find_blocks
+from optq.model import LINEAR_TYPES, find_blocks, find_linears
 from optq.plan import Plan, plan_quantization
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
@@ -59,10 +59,6 @@ class OptqHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             return
         require_dataset(self.quantization_config.dataset)
-        if self.quantization_config.lm_head:
-            raise ConfigError(
-                "lm_head=True was asked for, but quantizing the output head is not supported; leave it False."
-            )
 
     def update_device_map(self, device_map: Any) -> Any:
         """While quantizing, load to the CPU: blocks visit the accelerator one by one. The result goes where asked."""
@@ -78,7 +74,9 @@ class OptqHfQuantizer(HfQuantizer):
             self._insert_empty_layers(model, checkpoint_files or [])
             return
         config = self.quantization_config
-        self._plan = plan_quantization(find_blocks(model, config.block_name_to_quantize), config.scheme_for)
+        blocks = find_blocks(model, config.block_name_to_quantize)
+        head = _find_head(model) if config.lm_head else {}
+        self._plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
         with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
             self._calibration = self._prepare_calibration(model)
         for weakness in self._calibration.weak_for(self._plan.widest):
@@ -92,6 +90,8 @@ class OptqHfQuantizer(HfQuantizer):
         assert self._calibration is not None
         config = self.quantization_config
         self.log = RunLog(Path(config.log_file) if config.log_file else None)
+        if self._plan.head is not None:
+            compat.untie_head(model)
         with self.log:
             if config.has_budget:
                 self._plan = allocate(
@@ -224,6 +224,17 @@ class OptqHfQuantizer(HfQuantizer):
                 layer.prepare(model.dtype)
                 kernels[layer.kernel_name or ""] = kernels.get(layer.kernel_name or "", 0) + 1
         logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))
+
+
+def _find_head(model: nn.Module) -> dict[str, nn.Module]:
+    """The output head by name."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if head is None or name is None or not find_linears(head):
+        raise ConfigError(
+            f"lm_head=True was asked for, but {type(model).__name__} has no linear output head; leave it False."
+        )
+    return {name: head}
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:

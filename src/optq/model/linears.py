@@ -63,6 +63,6 @@ def find_linears(module: nn.Module, prefix: str = "") -> dict[str, LinearView]:
     for name, child in module.named_modules():
         # Exact types: a subclass of nn.Linear may compute something else than a product with its weight.
         if type(child) in LINEAR_TYPES:
-            full_name = f"{prefix}.{name}" if prefix else name
+            full_name = ".".join(part for part in (prefix, name) if part)
             views[full_name] = LinearView(name=full_name, module=child)
     return views
