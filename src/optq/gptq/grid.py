@@ -27,6 +27,7 @@ LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; a scale of 0 would lose the group's sign and divide by zero
 
 FEW_BITS = 3
+ELEMENTS_AT_ONCE = 1 << 18  # of the weight while grids are searched on a CPU: what its caches hold
 SHRINK_FACTORS = tuple(1.1 - 0.02 * step for step in range(41))  # 1.1 … 0.3 of the span
 
 
@@ -60,17 +61,33 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
         ModelError: a weight is so large that its scale overflows float16.
     """
     grouped, costs = _grouped(weight, group_of_column, importance)
+    at_once = ELEMENTS_AT_ONCE if weight.device.type == "cpu" else weight.numel()
+    fitted = [
+        _fit(rows, costs if importance is not None else None, scheme)
+        for rows in grouped.split(max(1, at_once // weight.shape[1]))
+    ]
+    scales, zeros = (torch.cat(parts) for parts in zip(*fitted, strict=True))
+    if (largest := scales.abs().max()) > LARGEST_SCALE:
+        raise ModelError(
+            f"A group's scale is {largest:.3g}, above float16's largest value {LARGEST_SCALE:.5g}. "
+            "Check the weights for outliers, or leave this layer in full precision with dynamic={'-:NAME': {}}."
+        )
+    return Grid(scales=scales, zeros=zeros, max_code=scheme.max_code)
+
+
+def _fit(grouped: Tensor, costs: Tensor | None, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
+    """Scales and zeros, both (rows, groups), of rows cut into groups, (rows, groups, width)."""
     # Zero is always inside the span, so that it is represented exactly.
     low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
     scales, zeros = _spanning(low, high, scheme)
-    if importance is not None:
+    if costs is not None:
         best = _cost(grouped, costs, scales, zeros, scheme)
         for tried_scales, tried_zeros in _candidates(low, high, scheme):
             cost = _cost(grouped, costs, tried_scales, tried_zeros, scheme)
-            better = cost < best
+            better = cost < best  # False for the NaN of a scale that overflows
             best = torch.where(better, cost, best)
             scales, zeros = torch.where(better, tried_scales, scales), torch.where(better, tried_zeros, zeros)
-    return Grid(scales=scales, zeros=zeros, max_code=scheme.max_code)
+    return scales, zeros
 
 
 def _grouped(weight: Tensor, group_of_column: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,10 +121,13 @@ def _candidates(low: Tensor, high: Tensor, scheme: LayerScheme) -> Iterator[tupl
 
 def _cost(grouped: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: LayerScheme) -> Tensor:
     """The weighted squared error of rounding to a grid, (out, groups)."""
-    zeros = zeros[..., None]
-    error = (grouped / scales[..., None]).round_()
-    error = torch.clamp_(error, -zeros, scheme.max_code - zeros).mul_(scales[..., None]).sub_(grouped)
-    return torch.einsum("ogw,gw->og", error.square_(), costs)
+    steps = grouped * scales.reciprocal()[..., None]
+    if scheme.symmetric:  # one zero for all, and clamping to numbers is faster than to tensors
+        middle = (scheme.max_code + 1) / 2
+        steps.round_().clamp_(-middle, scheme.max_code - middle)
+    else:
+        steps.round_().add_(zeros[..., None]).clamp_(0, scheme.max_code).sub_(zeros[..., None])
+    return steps.mul_(scales[..., None]).sub_(grouped).square_().mul_(costs).sum(2)
 
 
 def _spanning(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
@@ -123,11 +143,6 @@ def _spanning(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tensor, T
 
 
 def stored_scales(scales: Tensor) -> Tensor:
-    """Round to the dtype of the checkpoint, keeping float32 for arithmetic."""
-    if scales.abs().max() > LARGEST_SCALE:
-        raise ModelError(
-            f"A group's scale is {scales.abs().max():.3g}, above float16's largest value {LARGEST_SCALE:.5g}. "
-            "Check the weights for outliers, or leave this layer in full precision with dynamic={'-:NAME': {}}."
-        )
+    """Round to the dtype of the checkpoint, keeping float32 for arithmetic; never zero."""
     rounded = scales.to(SCALE_DTYPE).float()
     return torch.where(rounded.abs() < SMALLEST_SCALE, torch.full_like(rounded, SMALLEST_SCALE), rounded)
