@@ -14,6 +14,7 @@ from optq import block as block_module
 from optq.calibration import prepare_calibration
 from optq.driver import quantize_model
 from optq.errors import CalibrationError, ConfigError, ModelError
+from optq.evaluation import Comparer
 from optq.gptq import round_to_nearest
 from optq.layers import QuantLinear
 from optq.model import find_blocks, find_linears
@@ -263,3 +264,71 @@ def test_shapes_without_a_place_in_the_format_are_skipped_and_said(caplog):
         plan_quantization(
             {"b": nn.ModuleDict({"odd": nn.Linear(64, 20)})}, lambda name: LayerScheme(bits=3, group_size=32)
         )
+
+
+def quality_of(model, reference, calibration):
+    """The figures of the gate, computed from outside."""
+    comparer = Comparer()
+    with torch.no_grad():
+        for probe in calibration.probes:
+            inputs = probe.as_model_inputs("cpu")
+            comparer.add(reference(**inputs).logits, model(**inputs).logits, probe.next_ids, probe.attention_mask)
+    return comparer.result()
+
+
+@pytest.mark.parametrize("propagation", [0.0, 0.5])
+@pytest.mark.parametrize("lengths", [(48,), (48, 31, 20)])
+def test_the_gate_compares_with_the_original_model(tiny_llama, model, token_rows, propagation, lengths):
+    rows = [{"input_ids": row["input_ids"][: lengths[index % len(lengths)]]} for index, row in enumerate(token_rows)]
+    calibration = calibrate(rows * 2)
+    scheme = LayerScheme(bits=3, group_size=32, propagation=propagation)
+    log = RunLog(bar=False)
+    found = quantize_model(model, plan(model, lambda name: scheme), calibration, device=CPU, log=log)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    expected = quality_of(model, reference, calibration)
+    assert found.tokens == expected.tokens > 0
+    for name in ("divergence", "agreement", "original_perplexity", "perplexity"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
+    assert found.perplexity != found.original_perplexity
+    (event,) = [event for event in log.events if event["event"] == "quality"]
+    assert event["held_out"]
+    assert event["perplexity_ratio"] == pytest.approx(found.perplexity_ratio, abs=1e-4)
+
+
+def test_without_probes_nothing_is_compared(model, token_rows):
+    calibration = calibrate(token_rows, probe=False)
+    log = RunLog(bar=False)
+    assert quantize_model(model, plan(model), calibration, device=CPU, log=log) is None
+    assert not [event for event in log.events if event["event"] == "quality"]
+
+
+def test_propagation_begins_where_inputs_drift(tiny_llama, token_rows):
+    results = {}
+    for propagation in (0.0, 0.5):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        scheme = LayerScheme(bits=2, group_size=32, propagation=propagation)
+        quantize_model(model, plan(model, lambda name, scheme=scheme: scheme), calibrate(token_rows), device=CPU)
+        results[propagation] = weights(model)
+    same = {name: torch.equal(results[0.0][name], results[0.5][name]) for name in results[0.0]}
+    assert [name for name in same if same[name]] == [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+
+
+def test_polish_brings_the_model_closer(tiny_llama, token_rows):
+    found, logs = {}, {}
+    for passes in (0, 6):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        scheme = LayerScheme(bits=2, group_size=32, symmetric=False)
+        logs[passes] = RunLog(bar=False)
+        found[passes] = quantize_model(
+            model,
+            plan(model, lambda name, scheme=scheme: scheme),
+            calibrate(token_rows * 4, batch_size=4),
+            polish_passes=passes,
+            device=CPU,
+            log=logs[passes],
+        )
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    polished = [event for event in logs[6].events if event["event"] == "polished"]
+    assert [event["block"] for event in polished] == ["model.layers.0", "model.layers.1"]
+    assert all(event["held_out_loss"] < event["held_out_loss_before"] for event in polished)
+    assert found[6].divergence < 0.8 * found[0].divergence
