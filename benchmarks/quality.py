@@ -259,6 +259,8 @@ def main() -> None:
         if (found := measure(name, row, folder, arguments.data, calibration_file)) is None:
             continue
         environment = record.environment()
+        # Others may have written in the meantime: several runs can share the work.
+        results = json.loads(path.read_text())["results"] if path.exists() else {}
         results[name] = {**found, "measured_at": {key: environment[key] for key in ("date", "commit", "threads")}}
         print(name, results[name], flush=True)
         settings = {

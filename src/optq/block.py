@@ -246,6 +246,7 @@ class BlockWork:
         ]
         polished = polish(
             [done.view for done in solved],
+            [done.view.as_rows(self._originals[done.view]) for done in solved],
             [done.quantized for done in solved],
             self.run,
             examples[: len(calls)],

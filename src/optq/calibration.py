@@ -25,6 +25,7 @@ SHORTEST_SAMPLE = 2  # tokens
 DEFAULT_WINDOW = 2048  # tokens
 DEFAULT_SAMPLES = 128  # windows drawn from a source that is larger than a calibration set
 TOKENS_PER_MICRO_BATCH = 2048
+TOKENS_PER_STEP = 512  # of a micro-batch that is a step of gradient descent: many small steps get further
 FEW_TOKENS = 16384
 SHORT_SAMPLES = 128  # tokens
 SAMPLES_PER_PROBE = 16  # one sample in so many is held out to judge the result …
@@ -135,6 +136,7 @@ def prepare_calibration(
     pad_token_id: int | None = None,
     seed: int = 0,
     probe: bool = True,
+    micro_batch_tokens: int = TOKENS_PER_MICRO_BATCH,
 ) -> Calibration:
     """Turn whatever `GPTQConfig.dataset` accepts into micro-batches.
 
@@ -145,7 +147,7 @@ def prepare_calibration(
         vocabulary: rows of the model's input embedding; every token id must be below.
         window: longest sequence, in tokens.
         samples: windows to use at most, drawn with `seed`; by default all of a list, and 128 of anything else.
-        batch_size: samples per micro-batch; by default as many as fit in 2048 tokens.
+        batch_size: samples per micro-batch; by default as many as fit in `micro_batch_tokens`.
         pad_token_id: fills up shorter samples; they are masked, so any id of the vocabulary does.
         probe: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
             samples none is held out; the longest is then used for both.
@@ -194,7 +196,7 @@ def prepare_calibration(
         held_out,
     )
     return Calibration(
-        batches=tuple(_batches(fitted, batch_size, pad_token_id or 0)),
+        batches=tuple(_batches(fitted, batch_size, pad_token_id or 0, micro_batch_tokens)),
         recipe=recipe,
         probes=tuple(_batches([ids[:PROBE_TOKENS] for ids in probes], 1, pad_token_id or 0)),
         probes_held_out=held_out > 0,
@@ -388,12 +390,14 @@ def _draw(windows: list[list[int]], limit: int | None, seed: int) -> list[list[i
     return [windows[index] for index in sorted(shuffled[:limit])]
 
 
-def _batches(samples: list[list[int]], batch_size: int | None, pad_token_id: int) -> Iterable[MicroBatch]:
+def _batches(
+    samples: list[list[int]], batch_size: int | None, pad_token_id: int, tokens: int = TOKENS_PER_MICRO_BATCH
+) -> Iterable[MicroBatch]:
     """Pad samples of similar length together."""
     pending = sorted(samples, key=len, reverse=True)  # stable
     while pending:
         longest = len(pending[0])
-        count = batch_size if batch_size is not None else max(1, TOKENS_PER_MICRO_BATCH // longest)
+        count = batch_size if batch_size is not None else max(1, tokens // longest)
         rows, pending = pending[:count], pending[count:]
         input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
         mask = torch.zeros_like(input_ids)

@@ -20,9 +20,10 @@ from .gptq import stored_scales
 from .model import BlockCall, LinearView
 from .scheme import QuantizedWeight
 
-SCALE_RATE = 2e-3  # Adam's step for the logarithm of a scale
-CODE_RATE = 0.02  # Adam's step for a code, in codes
+SCALE_RATE = 1e-2  # Adam's step for the logarithm of a scale
+CODE_RATE = 5e-3  # Adam's step for a code, in codes
 DECAY = (0.9, 0.99)  # of Adam's two averages: few steps, so short memories
+MARGIN = 0.45  # of 0.5, where the next code begins
 TINY = 1e-12
 
 
@@ -52,6 +53,7 @@ class Polished:
 
 def polish(
     views: list[LinearView],
+    originals: list[Tensor],
     start: list[QuantizedWeight],
     run: Callable[[BlockCall], Any],
     examples: list[Example],
@@ -63,12 +65,13 @@ def polish(
     Args:
         views: linears of the block, their weights holding the decoded `start`.
         run: executes the block.
+        originals: their original weights (out, in).
         examples: one Adam step each per pass.
         held_out: after every pass the loss on these is compared with the best so far, and only the best is kept. The
             second pass in a row without improvement is the last.
         passes: at most.
     """
-    tuned = [_Tuned(view, quantized) for view, quantized in zip(views, start, strict=True)]
+    tuned = [_Tuned(*one) for one in zip(views, originals, start, strict=True)]
     weights = [tuned_view.weight for tuned_view in tuned]
     loss_before = best_loss = _mean_loss(run, held_out)
     best, done, failures = start, 0, 0
@@ -99,7 +102,7 @@ def polish(
 class _Tuned:
     """One weight while it is tuned: latent codes and scales in float32, and Adam's averages for both."""
 
-    def __init__(self, view: LinearView, start: QuantizedWeight) -> None:
+    def __init__(self, view: LinearView, original: Tensor, start: QuantizedWeight) -> None:
         self.view, self._start = view, start
         self.weight = view.parameter
         self.required_gradient = self.weight.requires_grad
@@ -107,6 +110,9 @@ class _Tuned:
         self._zeros = start.zeros.float()[:, self._columns]
         self._max_code = (1 << start.bits) - 1
         self._codes = start.codes.float()
+        # Inside its code's cell a weight starts where the original lies, so that those near an edge cross it first.
+        position = original.float() / start.scales[:, self._columns] + self._zeros - self._codes
+        self._codes += position.clamp_(-MARGIN, MARGIN)
         self._signs, self._log_scales = start.scales.sign(), start.scales.abs().log()
         self._membership = torch.nn.functional.one_hot(self._columns, start.scales.shape[1]).float()
         self._averages = [torch.zeros_like(tensor) for tensor in (self._codes, self._codes)]

@@ -16,7 +16,13 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from optq.allocation import allocate
-from optq.calibration import Calibration, prepare_calibration, require_dataset
+from optq.calibration import (
+    TOKENS_PER_MICRO_BATCH,
+    TOKENS_PER_STEP,
+    Calibration,
+    prepare_calibration,
+    require_dataset,
+)
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.driver import quantize_model
 from optq.errors import CheckpointError, ConfigError
@@ -153,6 +159,7 @@ class OptqHfQuantizer(HfQuantizer):
             pad_token_id=pad_token_id,
             seed=config.seed,
             probe=config.quality_gate != "off",
+            micro_batch_tokens=TOKENS_PER_STEP if config.polish_passes else TOKENS_PER_MICRO_BATCH,
         )
 
     def _budget(self, model: nn.Module) -> float:
