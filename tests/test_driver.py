@@ -105,11 +105,13 @@ def test_padding_changes_nothing(tiny_llama, token_rows):
         assert (alone != results[8][name]).float().mean() < 0.02, name
 
 
-def test_runs_are_reproducible_bit_for_bit(tiny_llama, token_rows):
+@pytest.mark.parametrize("polish_passes", [0, 2])
+def test_runs_are_reproducible_bit_for_bit(tiny_llama, token_rows, polish_passes):
     results = []
     for _ in range(2):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-        quantize_model(model, plan(model), calibrate(token_rows, batch_size=4), device=CPU)
+        calibration = calibrate(token_rows, batch_size=4)
+        quantize_model(model, plan(model), calibration, polish_passes=polish_passes, device=CPU)
         results.append(model.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 

@@ -17,8 +17,8 @@ def test_is_at_most_150_lines():
     assert len(README.splitlines()) <= 150
 
 
-def test_the_table_is_what_the_benchmarks_measured():
-    subprocess.run([sys.executable, str(ROOT / "benchmarks/readme_table.py"), "--check"], check=True)
+def test_the_tables_are_what_the_benchmarks_measured():
+    subprocess.run([sys.executable, str(ROOT / "benchmarks/tables.py"), "--check"], check=True)
 
 
 def test_the_code_parses_and_names_what_exists():
@@ -34,9 +34,18 @@ def test_the_code_parses_and_names_what_exists():
                 assert hasattr(optq, node.attr)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-)
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_that_are_linked_to_a_file_are_defined_in_it(page):
+    path = ROOT / page
+    for name, target in re.findall(r"\[`(\w+)`\]\(([^)#:]+\.py)\)", path.read_text(encoding="utf-8")):
+        source = (path.parent / target).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.*=", source, re.MULTILINE), f"{page}: {name}, {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_to_files_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):

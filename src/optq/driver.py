@@ -69,6 +69,7 @@ def quantize_model(
         linears=sum(map(len, plan.targets.values())),
         skipped=plan.skipped,
         calibration=calibration.recipe,
+        weaknesses=list(calibration.weak_for(plan.widest)),
         device=str(device),
     )
     log.expect(len(blocks))

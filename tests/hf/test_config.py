@@ -148,3 +148,39 @@ def test_orders(desc_act, static_groups, act_order):
 def test_impossible_configs_say_what_is_allowed(changes, message):
     with pytest.raises(ConfigError, match=message):
         GPTQConfig(**changes)
+
+
+def test_an_effort_sets_what_is_left_open():
+    schemes = {effort: GPTQConfig(bits=4, effort=effort).scheme_for("x") for effort in ("fast", "default", "max")}
+    assert schemes["default"] == GPTQConfig(bits=4).scheme_for("x")
+    assert schemes["fast"].propagation == schemes["fast"].refinement == 0
+    assert schemes["max"].refinement > schemes["default"].refinement > 0
+    assert GPTQConfig(bits=4, effort="max").polish_passes > GPTQConfig(bits=4).polish_passes == 0
+    own = GPTQConfig(bits=4, effort="max", refinement=1, propagation=0.25, polish=0)
+    assert (own.scheme_for("x").refinement, own.scheme_for("x").propagation, own.polish_passes) == (1, 0.25, 0)
+    written = own.for_checkpoint({}, [], {}).to_dict()
+    assert {"effort": "max", "refinement": 1, "propagation": 0.25, "polish": 0}.items() <= written.items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"effort": "maximal"}, "effort='maximal'.*'fast', 'default', 'max'"),
+        ({"quality_gate": "loud"}, "quality_gate='loud'.*'warn', 'raise', 'off'"),
+        ({"serving": "sglang"}, "serving='sglang'.*'vllm'"),
+        ({"propagation": 1.5}, "propagation=1.5"),
+        ({"refinement": -1}, "refinement=-1"),
+        ({"polish": -1}, "polish=-1"),
+        ({"max_perplexity_ratio": 0}, "max_perplexity_ratio=0"),
+        ({"target_bits_per_weight": "4"}, "target_bits_per_weight='4'"),
+    ],
+)
+def test_impossible_wishes_say_what_is_allowed(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        GPTQConfig(bits=4, **settings)
+
+
+def test_group_aware_order_is_a_wish_in_our_class_and_a_default_in_the_stock_one():
+    assert GPTQConfig(bits=4, act_group_aware=True).act_order == "group_aware"
+    assert GPTQConfig.from_stock(transformers.GPTQConfig(bits=4)).act_order == "static"
+    assert GPTQConfig(bits=4, act_group_aware=True, desc_act=True).act_order == "desc_act"

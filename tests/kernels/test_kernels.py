@@ -2,6 +2,7 @@
 """Every kernel against float64, and the table's words."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ def packed_weight(
     if act_order == "desc_act":
         energies = torch.rand(IN, generator=generator) + 0.1
         return pack(solve(weight, torch.diag(energies), scheme).quantized)
-    return pack(round_to_nearest(weight, scheme))
+    quantized = round_to_nearest(weight, scheme)
+    # Symmetric scales may be negative.
+    signs = torch.where(torch.rand(quantized.scales.shape, generator=generator) < 0.5, -1.0, 1.0) if symmetric else 1.0
+    return pack(replace(quantized, scales=quantized.scales * signs))
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -223,6 +223,10 @@ class GPTQConfig(transformers.GPTQConfig):
             raise ConfigError(f"format={self.format!r} was asked for; allowed are {', '.join(CHECKPOINT_FORMATS)}.")
         if self.pack_dtype != "int32":
             raise ConfigError(f"pack_dtype={self.pack_dtype!r} was asked for; codes are packed into int32 words only.")
+        if self.polish is not None and (
+            isinstance(self.polish, bool) or not isinstance(self.polish, int) or self.polish < 0
+        ):
+            raise ConfigError(f"polish={self.polish!r} was asked for; it is a number of passes, 0 or more, or None.")
         for field in ("batch_size", "model_seqlen", "num_samples"):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

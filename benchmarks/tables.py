@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables of README.md and docs/ from the JSON of the benchmarks: `python benchmarks/tables.py [--check]`.
+
+A table lies between two comments in its page: `<!-- results: NAME … -->` and `<!-- end of results -->`.
+"""
+
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/accuracy.md")
+WIDTH = 119
+BEGIN = "<!-- results: {name}; made by benchmarks/tables.py from benchmarks/results/*.json, not by hand -->"
+END = "<!-- end of results -->"
+PLACE = re.compile(r"<!-- results: (\w+)[^>]*-->\n.*?<!-- end of results -->", re.DOTALL)
+
+HEADLINES = (
+    "original",
+    "4-bit g64 sym, round to nearest",
+    "4-bit g64 sym, GPTQModel",
+    "4-bit g64 sym, GPTQModel + GPTAQ",
+    "4-bit g64 sym, AutoRound light",
+    "4-bit g64 sym, llm-compressor",
+    "4-bit g64 sym, optq plain GPTQ",
+    "4-bit g64 sym, optq default",
+    "3-bit g64 sym, GPTQModel + GPTAQ",
+    "3-bit g64 sym, optq default",
+    "2-bit g64 asym, optq default",
+    "2-bit g64 asym, optq max",
+)
+
+
+def headlines() -> str:
+    """The README's: the rows that matter most, and the speed of decoding."""
+    quality, decode = read("quality-smollm2"), read("decode-cpu-smollm2")
+    rows = {name: quality["results"][name] for name in HEADLINES if name in quality["results"]}
+    results = decode["results"]
+    speed = (
+        "`generate` at batch 1 with the 4-bit model and bfloat16 activations: "
+        f"{results['ratio_to_bfloat16']:.2f}× the speed of the bfloat16 original and "
+        f"{results['ratio_to_float32']:.2f}× that of the float32 one ({decode['environment']['device']})."
+    )
+    return "\n".join([caption(quality), "", *accuracy_table(rows), "", textwrap.fill(speed, WIDTH)])
+
+
+def quality() -> str:
+    """Everything that was measured with quality.py."""
+    content = read("quality-smollm2")
+    return "\n".join([caption(content), "", *accuracy_table(content["results"])])
+
+
+def tries() -> str:
+    """What each piece is worth."""
+    content = read("tries-smollm2")
+    settings, results = content["settings"], content["results"]
+    grids = [grid for grid in settings["grids"] if any(name.startswith(f"{grid}: ") for name in results)]
+    changes = [change for change in settings["changes"] if any(name.endswith(f": {change}") for name in results)]
+    text = f"Calibration: {settings['calibration']}. Evaluation: {settings['evaluation']}. Perplexity / KL divergence."
+    lines = [textwrap.fill(text, WIDTH), "", f"| | {' | '.join(grids)} |", f"|---|{'---|' * len(grids)}"]
+    for change in changes:
+        found = [results.get(f"{grid}: {change}") for grid in grids]
+        cells = [f"{row['perplexity']:.2f} / {row['divergence']:.4f}" if row else "" for row in found]
+        lines.append(f"| {change} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def caption(content: dict[str, Any]) -> str:
+    settings, environment = content["settings"], content["environment"]
+    text = (
+        f"SmolLM2-135M-Instruct, calibrated on {settings['calibration']}; perplexity on {settings['evaluation']}, in "
+        f"float32 with dequantized weights; torch {environment['torch']}, transformers {environment['transformers']} "
+        "on a CPU."
+    )
+    return textwrap.fill(text, WIDTH)
+
+
+def accuracy_table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| weights | perplexity | KL divergence | same top token | CPU-s | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else ""
+        figures = f"{row['perplexity']:.2f} | {row['divergence']:.4f} | {row['agreement']:.1%}"
+        lines.append(f"| {name} | {figures} | {seconds} | {row.get('peak_rss_mb', '')} |")
+    return lines
+
+
+TABLES: dict[str, Callable[[], str]] = {"headlines": headlines, "quality": quality, "tries": tries}
+
+
+def read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def updated(page: str) -> str:
+    def table(place: re.Match[str]) -> str:
+        name = place.group(1)
+        return f"{BEGIN.format(name=name)}\n{TABLES[name]()}\n{END}"
+
+    return PLACE.sub(table, page)
+
+
+def main() -> None:
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        if "--check" not in sys.argv:
+            path.write_text(updated(text), encoding="utf-8")
+        elif updated(text) != text:
+            sys.exit(f"{page} is not what benchmarks/tables.py would write.")
+
+
+if __name__ == "__main__":
+    main()
