@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .block import BlockWork
-from .calibration import Calibration
+from .block import BlockWork, Solved
+from .calibration import Calibration, MicroBatch
 from .checkpoint import pack
 from .errors import ModelError
 from .evaluation import Comparer, Comparison
@@ -75,20 +75,12 @@ def quantize_model(
     log.expect(len(blocks))
     started = time.monotonic()
     release_free_memory()  # encoding the calibration texts leaves a lot behind
-    fitted = len(calibration.batches)
-    batches = [*calibration.batches, *calibration.probes]
-    # The original model always runs the probes, and the rest if layers are to make up for the drift of their inputs.
-    follows_all = plan.propagates or polish_passes > 0
-    followed = range(0 if follows_all else fitted, len(batches))
+    streams = _Streams(calibration, follow_all=plan.propagates or polish_passes > 0)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
         stack.enter_context(placed(tensors_outside(model, blocks), device, None))
-        inputs = [batch.as_model_inputs(device) for batch in batches]
-        forwards = stack.enter_context(
-            SuspendedForwards(model, blocks, inputs + [inputs[number] for number in followed])
-        )
-        twin_of = {len(batches) + position: number for position, number in enumerate(followed)}
+        forwards = stack.enter_context(SuspendedForwards(model, blocks, streams.model_inputs(device)))
         waiting = forwards.start()
         if not waiting:
             raise ModelError(f"{type(model).__name__} never calls {names[0]} on the calibration data.")
@@ -103,30 +95,23 @@ def quantize_model(
                     targets=plan.targets[name],
                     # The head is its own only linear: called as a module, so that its inputs can be watched.
                     forward=block if name == plan.head else forwards.original_forwards[index],
-                    masks=[batch.attention_mask for batch in batches],
+                    masks=[batch.attention_mask for batch in streams.batches],
                     device=device,
                     log=log,
                 )
                 waiting = [work.moved(call) for call in waiting]
                 work.check_finite(waiting)
-                twins = {twin_of[call.batch]: call for call in waiting if call.batch in twin_of}
-                calls = [call for call in waiting if call.batch < fitted]
                 polishes = polish_passes > 0 and name != plan.head
-                wanted = polishes or not last
-                solved, outputs = work.solve(calls, twins if follows_all else {}, sequential, wanted)
+                calls, twins = streams.fitted(waiting)
+                solved, outputs = work.solve(calls, twins, sequential, outputs_wanted=polishes or not last)
                 if polishes and solved:
-                    probes = [call for call in waiting if fitted <= call.batch < len(batches)]
-                    original = {number: outputs[call.batch] for number, call in twins.items() if call.batch in outputs}
-                    original |= {call.batch: work.run_original(twins[call.batch]) for call in probes}
-                    solved = work.polish(solved, calls, probes or calls[-1:], original, polish_passes)
-                    del probes, original
+                    solved = _polish(work, solved, streams, waiting, outputs, polish_passes)
                 del calls, twins
                 if last:
-                    waiting = [call for call in waiting if twin_of.get(call.batch, call.batch) >= fitted]
                     placement.enter_context(placed(tensors_outside(model, blocks), device, working_dtype(device)))
-                    comparison = _compare(forwards, waiting, twin_of, work, calibration, model)
+                    comparison = _compare(forwards, streams, waiting, work, model)
                 else:
-                    waiting = _continue(forwards, waiting, twin_of, work, outputs)
+                    waiting = _continue(forwards, streams, waiting, work, outputs)
             layers = []
             for done in solved:
                 layer = QuantLinear(pack(done.quantized, checkpoint_format), done.view.bias, backend)
@@ -139,10 +124,68 @@ def quantize_model(
     return comparison
 
 
+class _Streams:
+    """Which suspended forward is which: the quantized model's run over the data, and beside it the original model's.
+
+    Args:
+        follow_all: the original model runs all micro-batches, not only the probes.
+    """
+
+    def __init__(self, calibration: Calibration, follow_all: bool) -> None:
+        self.batches = (*calibration.batches, *calibration.probes)
+        self._fitted = len(calibration.batches)
+        followed = range(0 if follow_all else self._fitted, len(self.batches))
+        # The forwards beyond those of the quantized model, with the micro-batch that each of them runs.
+        self._number_of = {len(self.batches) + position: number for position, number in enumerate(followed)}
+
+    def model_inputs(self, device: torch.device) -> list[dict[str, Tensor]]:
+        """One entry per forward."""
+        inputs = [batch.as_model_inputs(device) for batch in self.batches]
+        return inputs + [inputs[number] for number in self._number_of.values()]
+
+    def is_original(self, call: BlockCall) -> bool:
+        return call.batch in self._number_of
+
+    def fitted(self, waiting: list[BlockCall]) -> tuple[list[BlockCall], dict[int, BlockCall]]:
+        """The quantized model's calls to calibrate on, and the original model's by the number of the micro-batch."""
+        return [call for call in waiting if call.batch < self._fitted], {
+            self._number_of[call.batch]: call
+            for call in waiting
+            if self.is_original(call) and self._number_of[call.batch] < self._fitted
+        }
+
+    def probes(self, waiting: list[BlockCall]) -> list[tuple[MicroBatch, BlockCall, BlockCall]]:
+        """Every probe with the quantized model's call and the original model's."""
+        originals = {self._number_of[call.batch]: call for call in waiting if self.is_original(call)}
+        return [
+            (self.batches[call.batch], call, originals[call.batch])
+            for call in waiting
+            if self._fitted <= call.batch < len(self.batches)
+        ]
+
+
+def _polish(
+    work: BlockWork,
+    solved: list[Solved],
+    streams: _Streams,
+    waiting: list[BlockCall],
+    outputs: dict[int, Any],
+    passes: int,
+) -> list[Solved]:
+    """Tune a solved block; `outputs` are the original block's, by the number of the original model's call."""
+    calls, twins = streams.fitted(waiting)
+    targets = {number: outputs[twin.batch] for number, twin in twins.items()}
+    probes = []
+    for _, call, twin in streams.probes(waiting):
+        probes.append(call)
+        targets[call.batch] = work.run_original(twin)
+    return work.polish(solved, calls, probes or calls[-1:], targets, passes)
+
+
 def _continue(
     forwards: SuspendedForwards,
+    streams: _Streams,
     waiting: list[BlockCall],
-    twin_of: dict[int, int],
     work: BlockWork,
     outputs: dict[int, Any],
 ) -> list[BlockCall]:
@@ -157,7 +200,7 @@ def _continue(
         if call.batch in outputs:
             output = outputs.pop(call.batch)
         else:
-            output = work.run_original(call) if call.batch in twin_of else work.run(call)
+            output = work.run_original(call) if streams.is_original(call) else work.run(call)
         if isinstance(posted := forwards.resume(call, output), BlockCall):
             following.append(posted)
         del output
@@ -165,26 +208,14 @@ def _continue(
 
 
 def _compare(
-    forwards: SuspendedForwards,
-    waiting: list[BlockCall],
-    twin_of: dict[int, int],
-    work: BlockWork,
-    calibration: Calibration,
-    model: nn.Module,
+    forwards: SuspendedForwards, streams: _Streams, waiting: list[BlockCall], work: BlockWork, model: nn.Module
 ) -> Comparison | None:
     """Run the probes to their end, through the original last block and the quantized one, and compare the logits."""
     comparer, generates = Comparer(), getattr(model, "can_generate", lambda: False)()
-    call_of = {call.batch: call for call in waiting}
     compared = False
-    for twin, number in twin_of.items():
-        if number < len(calibration.batches) or twin not in call_of:
-            continue
-        ended = [
-            forwards.resume(call_of[twin], work.run_original(call_of[twin])),
-            forwards.resume(call_of[number], work.run(call_of[number])),
-        ]
+    for probe, call, twin in streams.probes(waiting):
+        ended = [forwards.resume(twin, work.run_original(twin)), forwards.resume(call, work.run(call))]
         logits = [getattr(end.output, "logits", None) for end in ended if isinstance(end, Finished)]
-        probe = calibration.probes[number - len(calibration.batches)]
         if len(logits) == 2 and all(x is not None and x.shape[:-1] == probe.input_ids.shape for x in logits):
             comparer.add(*logits, probe.next_ids if generates else None, probe.attention_mask)
             compared = True
