@@ -68,8 +68,16 @@ def rows() -> dict[str, dict[str, Any]]:
         found[f"{name}, llm-compressor"] = {"tool": "llmcompressor", **grid}
         found[f"{name}, AutoRound"] = {"tool": "autoround", **grid, "iters": 200}
         found[f"{name}, AutoRound light"] = {"tool": "autoround", **grid, "iters": 50}
+    # The sizes of 3 and 4 bits with groups of 64, scales and zeros included.
+    for name, budget in BUDGETS.items():
+        found[name] = {"tool": "optq", "bits": 4, "group_size": 64, **budget}
     return found
 
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    "budget of 3.30 bits per weight, optq default": {"target_bits_per_weight": 3.3},
+    "budget of 4.32 bits per weight for vLLM, optq default": {"target_bits_per_weight": 4.32, "serving": "vllm"},
+}
 
 DEFAULT_ROWS = (
     "original",

@@ -215,9 +215,10 @@ def _compare(
     compared = False
     for probe, call, twin in streams.probes(waiting):
         ended = [forwards.resume(twin, work.run_original(twin)), forwards.resume(call, work.run(call))]
-        logits = [getattr(end.output, "logits", None) for end in ended if isinstance(end, Finished)]
-        if len(logits) == 2 and all(x is not None and x.shape[:-1] == probe.input_ids.shape for x in logits):
-            comparer.add(*logits, probe.next_ids if generates else None, probe.attention_mask)
+        outputs = [end.output if isinstance(end, Finished) else None for end in ended]
+        original, quantized = (getattr(output, "logits", None) for output in outputs)
+        if original is not None and quantized is not None and original.shape[:-1] == probe.input_ids.shape:
+            comparer.add(original, quantized, probe.next_ids if generates else None, probe.attention_mask)
             compared = True
     return comparer.result() if compared else None
 

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 GIB = 2**30
 
@@ -24,7 +22,7 @@ def peak_gib(device: torch.device | str) -> float | None:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / GIB
-    if resource is None:
+    if sys.platform == "win32":
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -145,7 +145,7 @@ class GPTQConfig(transformers.GPTQConfig):
         log_file: str | None = None,
         max_input_length: int | None = None,
         cache_block_outputs: bool = True,
-        modules_in_block_to_quantize: list[list[str]] | None = None,
+        modules_in_block_to_quantize: list[list[str]] | list[str] | None = None,
         target_bits_per_weight: float | None = None,
         target_size_gib: float | None = None,
         serving: Serving | None = None,

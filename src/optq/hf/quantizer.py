@@ -53,6 +53,7 @@ class OptqHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: transformers.GPTQConfig, **kwargs: Any) -> None:
         super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
         self.quantization_config: GPTQConfig
+        self.pre_quantized: bool
         self.log: RunLog | None = None
         self.quality: Comparison | None = None
         self._device_map: Any = None
@@ -74,7 +75,7 @@ class OptqHfQuantizer(HfQuantizer):
         return None if device_map is None else {"": "cpu"}
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized:
             self._insert_empty_layers(model, checkpoint_files or [])
@@ -88,7 +89,7 @@ class OptqHfQuantizer(HfQuantizer):
         for weakness in self._calibration.weak_for(self._plan.widest):
             logger.warning("Weak calibration data: %s.", weakness)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             self._prepare_layers(model)
             return
@@ -130,11 +131,10 @@ class OptqHfQuantizer(HfQuantizer):
         compat.dispatch(model, self._device_map, self)
         self._prepare_layers(model)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
         for name, layer in _quantized_layers(model).items():
-            model.set_submodule(name, layer.dense(dtype or torch.get_default_dtype()))
+            model.set_submodule(name, layer.dense(wanted))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -144,7 +144,7 @@ class OptqHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
-    def _prepare_calibration(self, model: nn.Module) -> Calibration:
+    def _prepare_calibration(self, model: Any) -> Calibration:
         config = self.quantization_config
         text_config = model.config.get_text_config(decoder=True)
         longest = config.model_seqlen or min(getattr(text_config, "max_position_embeddings", None) or 2048, 2048)
@@ -162,7 +162,7 @@ class OptqHfQuantizer(HfQuantizer):
             micro_batch_tokens=TOKENS_PER_STEP if config.polish_passes else TOKENS_PER_MICRO_BATCH,
         )
 
-    def _budget(self, model: nn.Module) -> float:
+    def _budget(self, model: Any) -> float:
         """How many bits the planned linears may take."""
         assert self._plan is not None
         config = self.quantization_config
@@ -176,9 +176,9 @@ class OptqHfQuantizer(HfQuantizer):
             for parameter in model.parameters()  # each once, however often it is tied
             if id(parameter) not in quantized
         )
-        return 8 * (config.target_size_gib * GIB - dense)
+        return 8 * (config.target_size_gib * GIB - float(dense))
 
-    def _record(self, model: nn.Module) -> None:
+    def _record(self, model: Any) -> None:
         """Make the model's config say what the checkpoint will be."""
         assert self._plan is not None
         assert self._calibration is not None
@@ -194,7 +194,7 @@ class OptqHfQuantizer(HfQuantizer):
         compat.make_generation_config_savable(model)
         self._plan = self._calibration = None  # free the calibration data
 
-    def _insert_empty_layers(self, model: nn.Module, checkpoint_files: list[str]) -> None:
+    def _insert_empty_layers(self, model: Any, checkpoint_files: list[str]) -> None:
         config = self.quantization_config
         found = find_quantized_linears(compat.renamed(read_headers(checkpoint_files), model))
         if not found:
@@ -218,7 +218,7 @@ class OptqHfQuantizer(HfQuantizer):
                 self._without_g_idx.add(name)
             model.set_submodule(name, QuantLinear.empty(tensors, config.format, config.backend, dtype))
 
-    def _prepare_layers(self, model: nn.Module) -> None:
+    def _prepare_layers(self, model: Any) -> None:
         """Let every layer choose its kernel; fill in a g_idx that the checkpoint left out."""
         kernels: dict[str, int] = {}
         for name, layer in _quantized_layers(model).items():
@@ -233,7 +233,7 @@ class OptqHfQuantizer(HfQuantizer):
         logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))
 
 
-def _find_head(model: nn.Module) -> dict[str, nn.Module]:
+def _find_head(model: Any) -> dict[str, nn.Module]:
     """The output head by name."""
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
@@ -244,7 +244,7 @@ def _find_head(model: nn.Module) -> dict[str, nn.Module]:
     return {name: head}
 
 
-def _quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+def _quantized_layers(model: Any) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 

@@ -122,7 +122,7 @@ class SuspendedForwards:
 
     def __enter__(self) -> "SuspendedForwards":
         for index, block in enumerate(self._blocks):
-            block.forward = self._stand_in(index)  # type: ignore[method-assign]
+            block.forward = self._stand_in(index)
         return self
 
     def __exit__(
@@ -132,9 +132,9 @@ class SuspendedForwards:
             thread.abandon()
         for block, overridden in zip(self._blocks, self._overridden, strict=True):
             if overridden is None:
-                del block.forward  # type: ignore[method-assign]
+                del block.forward
             else:
-                block.forward = overridden  # type: ignore[method-assign]
+                block.forward = overridden
 
     def start(self) -> list[BlockCall]:
         """Run every forward up to its first block."""
