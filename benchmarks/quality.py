@@ -17,7 +17,6 @@ is reported and leaves its row without figures.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import venv
@@ -190,9 +189,9 @@ def measure(name: str, row: dict[str, Any], folder: str, data: Path, calibration
     checkpoint = ROOT / ".cache/quality" / name.replace(" ", "_").replace(",", "")
     settings = {key: value for key, value in row.items() if key != "tool"}
     figures: dict[str, Any] = {}
-    here = [sys.executable, __file__, "--data", str(data), "--model", folder]
+    here = [sys.executable, str(Path(__file__).resolve()), "--data", str(data.resolve()), "--model", folder]
     if row["tool"] not in ("original", "nearest"):
-        output = [str(calibration), str(checkpoint), json.dumps(settings)]
+        output = [str(calibration.resolve()), str(checkpoint), json.dumps(settings)]
         if row["tool"] == "optq":
             command = [*here, "--quantize", *output]
         else:
@@ -203,7 +202,8 @@ def measure(name: str, row: dict[str, Any], folder: str, data: Path, calibration
         # Other tools' checkpoints are kept: they do not change with our commits.
         done = checkpoint / "figures.json"
         if row["tool"] == "optq" or not done.exists():
-            found = last_json(command)
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            found = last_json(command, folder=checkpoint.parent)  # some tools write logs where they are started
             if found is None:
                 print(f"FAILED: {name}", flush=True)
                 return None
@@ -215,9 +215,9 @@ def measure(name: str, row: dict[str, Any], folder: str, data: Path, calibration
     return None if judged is None else {**judged, **figures}
 
 
-def last_json(command: list[str]) -> dict[str, Any] | None:
-    """Run a command; the JSON of its last line, or None if it failed."""
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=dict(os.environ))
+def last_json(command: list[str], folder: Path | None = None) -> dict[str, Any] | None:
+    """Run a command, in `folder` if given; the JSON of its last line, or None if it failed."""
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=folder)
     if finished.returncode:
         return None
     found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
@@ -252,7 +252,7 @@ def main() -> None:
         return
     from transformers import AutoTokenizer
 
-    folder = arguments.model or model_folder()
+    folder = str(Path(arguments.model or model_folder()).resolve())
     calibration_file = ROOT / ".cache/quality/calibration.json"
     calibration_file.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
