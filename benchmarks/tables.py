@@ -56,6 +56,8 @@ def quality() -> str:
 
 def tries() -> str:
     """What each piece is worth."""
+    if not (ROOT / "benchmarks/results/tries-smollm2.json").exists():
+        return "Not measured yet: `python benchmarks/tries.py --data FOLDER` fills this table."
     content = read("tries-smollm2")
     settings, results = content["settings"], content["results"]
     grids = [grid for grid in settings["grids"] if any(name.startswith(f"{grid}: ") for name in results)]
