@@ -9,11 +9,9 @@ from torch import nn
 
 from .errors import ConfigError, ModelError
 from .model import LinearView, find_linears
-from .scheme import LayerScheme
+from .scheme import SERVED_GROUP_SIZES, LayerScheme
 
 logger = logging.getLogger(__name__)
-
-SERVABLE_GROUP_SIZES = (128, 64, 32)  # what vLLM accepts besides -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ def plan_quantization(
             "such a checkpoint; it would accept group_size %s.",
             group_size,
             ", ".join(map(str, sorted(widths))),
-            ", ".join(str(size) for size in (*SERVABLE_GROUP_SIZES, -1) if all(width % size == 0 for width in widths)),
+            ", ".join(str(size) for size in (*SERVED_GROUP_SIZES, -1) if all(width % size == 0 for width in widths)),
         )
     return Plan(blocks=blocks, targets=targets, skipped=skipped, head=head)
 

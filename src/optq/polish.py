@@ -9,7 +9,7 @@ codes by the chain rule, with rounding passed straight through (Bengio et al., a
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,13 +119,7 @@ class _Tuned:
         self._scale_averages = [torch.zeros_like(tensor) for tensor in (self._log_scales, self._log_scales)]
 
     def quantized(self) -> QuantizedWeight:
-        return QuantizedWeight(
-            codes=self._codes.round().to(torch.uint8),
-            scales=stored_scales(self._scales()),
-            zeros=self._start.zeros,
-            group_of_column=self._start.group_of_column,
-            bits=self._start.bits,
-        )
+        return replace(self._start, codes=self._codes.round().to(torch.uint8), scales=stored_scales(self._scales()))
 
     def _scales(self) -> Tensor:
         return self._signs * self._log_scales.exp()

@@ -6,7 +6,7 @@ one another.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import ConfigError
 
 BITS = (2, 3, 4, 8)
+SERVED_GROUP_SIZES = (128, 64, 32)  # what vLLM reads, besides -1
 PACKED_WORD_BITS = 32
 
 ActOrder = Literal["none", "static", "group_aware", "desc_act"]
@@ -85,7 +86,6 @@ class LayerScheme:
             raise ConfigError(
                 f"damping={self.damping} was asked for; it is a fraction, 0 < damping < 1 (0.1 is usual)."
             )
-
         if not 0 <= self.propagation <= 1:
             raise ConfigError(f"propagation={self.propagation} was asked for; it is a fraction from 0 (off) to 1.")
         if isinstance(self.refinement, bool) or not isinstance(self.refinement, int) or self.refinement < 0:
@@ -116,6 +116,20 @@ class LayerScheme:
             f"are multiples of {PACKED_WORD_BITS} may leave a narrower last group; dividing sizes are "
             f"{', '.join(map(str, divisors_of(in_features))) or 'none'}, or -1 for whole rows"
         )
+
+    def why_not_served(self, in_features: int | None = None) -> str | None:
+        """What vLLM does not read about a layer of this scheme, or None."""
+        if self.bits not in (4, 8):
+            return f"{self.bits} bits; use 4 or 8"
+        if not self.symmetric:
+            return "asymmetric grids; use sym=True"
+        if self.act_order == "desc_act":
+            return "desc_act=True; leave it False: columns are still solved in activation order"
+        if self.group_size not in (-1, *SERVED_GROUP_SIZES):
+            return f"group_size={self.group_size}; use {', '.join(map(str, SERVED_GROUP_SIZES))} or -1"
+        if in_features is not None and in_features % self.group_width(in_features):
+            return f"group_size={self.group_size}, which does not divide {in_features}"
+        return None
 
     def why_not_packed(self, in_features: int, out_features: int) -> str | None:
         """Why a layer of this shape has no place in the checkpoint format, or None.
@@ -155,12 +169,7 @@ class QuantizedWeight:
     def split_rows(self, sizes: list[int]) -> list["QuantizedWeight"]:
         """Undo the stacking of several matrices that were solved together; `sizes` are their row counts."""
         parts = zip(self.codes.split(sizes), self.scales.split(sizes), self.zeros.split(sizes), strict=True)
-        return [
-            QuantizedWeight(
-                codes=codes, scales=scales, zeros=zeros, group_of_column=self.group_of_column, bits=self.bits
-            )
-            for codes, scales, zeros in parts
-        ]
+        return [replace(self, codes=codes, scales=scales, zeros=zeros) for codes, scales, zeros in parts]
 
 
 def trivial_groups(in_features: int, group_width: int, device: torch.device | str | None = None) -> Tensor:

@@ -24,8 +24,8 @@ def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
     return ((weight @ hessian) * weight).sum(1)
 
 
-class Hessian:
-    """A running sum of x·xᵀ in float32.
+class _TokenMean:
+    """A running float32 sum of one (features, features) product per token.
 
     Args:
         features: width of the inputs.
@@ -35,6 +35,10 @@ class Hessian:
     def __init__(self, features: int, device: torch.device | str) -> None:
         self.tokens = 0
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+
+
+class Hessian(_TokenMean):
+    """The mean of x·xᵀ."""
 
     def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
         """Add a batch of inputs.
@@ -69,19 +73,11 @@ class Hessian:
         return mean
 
 
-class InputDrift:
-    """A running sum of (x - x̃)·x̃ᵀ: how the inputs x of the original model differ from the x̃ of the quantized one.
+class InputDrift(_TokenMean):
+    """The mean of (x - x̃)·x̃ᵀ: how the inputs x of the original model differ from the x̃ of the quantized one.
 
     Arai & Ichikawa, "Quantization Error Propagation" (arXiv:2504.09629).
-
-    Args:
-        features: width of the inputs.
-        device: where the sum lives and the products are made.
     """
-
-    def __init__(self, features: int, device: torch.device | str) -> None:
-        self.tokens = 0
-        self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
 
     def add(self, originals: Tensor, inputs: Tensor, keep: Tensor | None = None) -> None:
         """Add a batch: the same tokens seen by the original model and by the quantized one.

@@ -8,6 +8,7 @@ of one column, all others given, is known in closed form. A row takes the result
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ Step = Callable[[Tensor, Tensor, QuantizedWeight], QuantizedWeight]
 
 def refine(
     target: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds: int, solve_again: Step
-) -> QuantizedWeight:
+) -> tuple[QuantizedWeight, Tensor]:
     """Alternate `refit_scales`, `solve_again` and `sweep_codes`; rows that a step does not improve keep what they had.
 
     Args:
@@ -36,12 +37,14 @@ def refine(
         hessian: (in, in) float32, damped.
         rounds: of all three steps; 0 returns `quantized` itself.
         solve_again: GPTQ on the grids of its last argument.
+    Returns:
+        The solution and its δᵀHδ per row, (out,) float32.
     """
     lost = output_energy(target - quantized.decode(), hessian)
     for _ in range(rounds):
         for step in (refit_scales, solve_again, sweep_codes):
             quantized, lost = better_rows(target, hessian, quantized, lost, step(target, hessian, quantized))
-    return quantized
+    return quantized, lost
 
 
 def better_rows(
@@ -50,12 +53,11 @@ def better_rows(
     """Row by row, the solution with the lower δᵀHδ, and that loss (out,); `lost` belongs to `present`."""
     other_lost = output_energy(target - other.decode(), hessian)
     better = other_lost < lost
-    chosen = QuantizedWeight(
+    chosen = replace(
+        present,
         codes=torch.where(better[:, None], other.codes, present.codes),
         scales=torch.where(better[:, None], other.scales, present.scales),
         zeros=torch.where(better[:, None], other.zeros, present.zeros),
-        group_of_column=present.group_of_column,
-        bits=present.bits,
     )
     return chosen, torch.where(better, other_lost, lost)
 
@@ -89,13 +91,7 @@ def refit_scales(target: Tensor, hessian: Tensor, quantized: QuantizedWeight) ->
         size = solved * scales.sign()
         usable = (size > SMALLEST_SCALE) & (size < LARGEST_SCALE) & (failed == 0)[:, None]  # False for NaN
         refitted.append(torch.where(usable, solved, scales))
-    return QuantizedWeight(
-        codes=quantized.codes,
-        scales=stored_scales(torch.cat(refitted)),
-        zeros=quantized.zeros,
-        group_of_column=quantized.group_of_column,
-        bits=quantized.bits,
-    )
+    return replace(quantized, scales=stored_scales(torch.cat(refitted)))
 
 
 def _sums_by_group(values: Tensor, widths: list[int]) -> Tensor:
@@ -131,10 +127,4 @@ def sweep_codes(target: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> 
         pull[stop:].addmm_(hessian[start:stop, stop:].T, moves, alpha=-1)
     restored = torch.empty_like(codes)
     restored[order] = codes
-    return QuantizedWeight(
-        codes=restored.T.contiguous(),
-        scales=quantized.scales,
-        zeros=quantized.zeros,
-        group_of_column=quantized.group_of_column,
-        bits=quantized.bits,
-    )
+    return replace(quantized, codes=restored.T.contiguous())

@@ -76,6 +76,14 @@ def solve(
     dead = energy == 0
     order, group_of_column = _order_and_groups(energy, scheme)
     inverted = _invert(hessian, dead, order, scheme.damping, name)
+
+    def round_on(grid: Grid, target: Tensor) -> QuantizedWeight:
+        codes = _round_columns(target, inverted.factor, grid, order, group_of_column, column_block)
+        return _on_grid(codes, grid, group_of_column, scheme)
+
+    def solve_again(target: Tensor, _: Tensor, present: QuantizedWeight) -> QuantizedWeight:
+        return round_on(Grid(scales=present.scales, zeros=present.zeros.float(), max_code=scheme.max_code), target)
+
     rows_at_once = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     parts = []
     for rows in weight.split(rows_at_once):
@@ -87,17 +95,9 @@ def solve(
         # error is compensated: they gave lower losses of the layers and a worse perplexity (docs/accuracy.md).
         importance = energy if scheme.grid == "weighted" else None
         grid = fit_grid(original, group_of_column, scheme, importance)
-        codes = _round_columns(target, inverted.factor, grid, order, group_of_column, column_block)
-        quantized = _on_grid(codes, grid, group_of_column, scheme)
-
-        def solve_again(target: Tensor, hessian: Tensor, present: QuantizedWeight) -> QuantizedWeight:
-            refitted = Grid(scales=present.scales, zeros=present.zeros.float(), max_code=scheme.max_code)
-            codes = _round_columns(target, inverted.factor, refitted, order, group_of_column, column_block)
-            return replace(present, codes=codes)
-
-        quantized = refine(target, inverted.hessian, quantized, scheme.refinement, solve_again)
+        started = round_on(grid, target)
+        quantized, lost = refine(target, inverted.hessian, started, scheme.refinement, solve_again)
         nearest = _on_grid(grid.encode(original, group_of_column), grid, group_of_column, scheme)
-        lost = output_energy(target - quantized.decode(), inverted.hessian)
         quantized, _ = better_rows(target, inverted.hessian, quantized, lost, nearest)
         parts.append(
             Solution(

@@ -9,7 +9,7 @@ tokenizers or calibration texts to disk.
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from optq.calibration import DATASETS
 from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
 from optq.evaluation import GOOD_PERPLEXITY_RATIO
-from optq.scheme import BITS, ActOrder, GridFit, LayerScheme
+from optq.scheme import BITS, SERVED_GROUP_SIZES, ActOrder, GridFit, LayerScheme
 from optq.version import __version__
 
 DEFAULT_DAMPING = 0.1
@@ -82,8 +82,8 @@ class GPTQConfig(transformers.GPTQConfig):
         static_groups: solve columns in activation order while groups keep their layout, by default; False: left to
             right. Without effect with desc_act=True.
         act_group_aware: with desc_act=False, solve whole groups in activation order, and columns in it inside them.
-        effort: "fast", "default" or "max": how much time may be spent; sets the defaults of `propagation` and
-            `refinement`.
+        effort: "fast", "default" or "max": how much time may be spent; sets the defaults of `propagation`,
+            `refinement` and `polish`.
         grid: "weighted", the default, clips every group's span where that costs the outputs less; "minmax" never.
         propagation: 0 … 1, how much of the output error that earlier layers' errors cause is compensated.
         refinement: rounds of re-fitting scales and codes once a layer is solved.
@@ -94,10 +94,12 @@ class GPTQConfig(transformers.GPTQConfig):
         serving: "vllm" refuses what vLLM does not read, and lets the two fields above choose only what it reads.
         dynamic: per-layer overrides in GPTQModel's form: {"-:regex": {}} leaves matching layers alone,
             {"+:regex": {"bits": 8, "group_size": 64}} changes their settings; the first match counts.
-        lm_head: whether the checkpoint's output head is quantized. Must be False when quantizing.
+        lm_head: quantize the output head too, or, of a checkpoint, whether it is. A head tied to the embeddings is
+            untied first, and becomes a weight of its own.
         model_seqlen: longest calibration sequence in tokens; by default the model's own limit, at most 2048.
         num_samples: most calibration sequences to use; by default all of a list and 128 of anything else.
-        batch_size: calibration sequences per forward; by default as many as fit in 2048 tokens.
+        batch_size: calibration sequences per forward; by default as many as fit in 2048 tokens, or in 512 where
+            blocks are polished: every forward is a step.
         seed: chooses which calibration sequences are used when there are more than num_samples.
         polish: passes over the calibration data, at most, in which every finished block's scales and codes are tuned
             by gradient.
@@ -249,7 +251,7 @@ class GPTQConfig(transformers.GPTQConfig):
                 self._check_serving(self._scheme_with(override))
 
     def _check_serving(self, scheme: LayerScheme) -> None:
-        if self.serving is not None and (reason := why_not_served(scheme)):
+        if self.serving is not None and (reason := scheme.why_not_served()):
             raise ConfigError(f"serving={self.serving!r} was asked for, but vLLM does not read {reason}.")
 
     def candidates_for(self, name: str, out_features: int, in_features: int) -> list[LayerScheme]:
@@ -262,11 +264,13 @@ class GPTQConfig(transformers.GPTQConfig):
         for bits in BITS:
             # With two bits, only a grid that need not be centred on zero is of use.
             symmetric = base.symmetric and (bits > 2 or self.serving is not None)
-            sizes = (base.group_size,) if self.serving is None else dict.fromkeys((base.group_size, *SERVED_GROUPS))
+            sizes = (
+                (base.group_size,) if self.serving is None else dict.fromkeys((base.group_size, *SERVED_GROUP_SIZES))
+            )
             for size in sizes:
                 scheme = replace(base, bits=bits, symmetric=symmetric, group_size=size)
                 fits = not scheme.why_not_grouped(in_features) and not scheme.why_not_packed(in_features, out_features)
-                if fits and not (self.serving is not None and why_not_served(scheme, in_features)):
+                if fits and not (self.serving is not None and scheme.why_not_served(in_features)):
                     found.append(scheme)
         return found
 
@@ -402,24 +406,6 @@ class GPTQConfig(transformers.GPTQConfig):
     __hash__ = None  # type: ignore[assignment]  # mutable, compared by value
 
 
-SERVED_GROUPS = (128, 64, 32)
-
-
-def why_not_served(scheme: LayerScheme, in_features: int | None = None) -> str | None:
-    """What vLLM does not read about a layer of this scheme, or None."""
-    if scheme.bits not in (4, 8):
-        return f"{scheme.bits} bits; use 4 or 8"
-    if not scheme.symmetric:
-        return "asymmetric grids; use sym=True"
-    if scheme.act_order == "desc_act":
-        return "desc_act=True; leave it False: columns are still solved in activation order"
-    if scheme.group_size not in (-1, *SERVED_GROUPS):
-        return f"group_size={scheme.group_size}; use {', '.join(map(str, SERVED_GROUPS))} or -1"
-    if in_features is not None and in_features % scheme.group_width(in_features):
-        return f"group_size={scheme.group_size}, which does not divide {in_features}"
-    return None
-
-
 def dynamic_rules(scheme_of: dict[str, LayerScheme], base: LayerScheme) -> dict[str, dict[str, Any]]:
     """Entries of `dynamic` for the linears whose scheme is not `base`, one per parent module and scheme."""
     members: dict[tuple[str, LayerScheme], list[str]] = {}
@@ -432,19 +418,19 @@ def dynamic_rules(scheme_of: dict[str, LayerScheme], base: LayerScheme) -> dict[
         # vLLM asks by the name of the fused layer.
         fused = [whole for whole, parts in FUSED_NAMES.items() if set(parts) <= set(children)]
         names = "|".join(map(re.escape, (*children, *fused)))
-        override: dict[str, Any] = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+        unchanged = _override(base)
         rules[rf"+:^{re.escape(parent)}\.(?:{names})$"] = {
-            key: value for key, value in override.items() if value != OVERRIDES[key](base)
+            key: value for key, value in _override(scheme).items() if value != unchanged[key]
         }
     return rules
 
 
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-OVERRIDES: dict[str, Callable[[LayerScheme], Any]] = {
-    "bits": lambda scheme: scheme.bits,
-    "group_size": lambda scheme: scheme.group_size,
-    "sym": lambda scheme: scheme.symmetric,
-}
+
+
+def _override(scheme: LayerScheme) -> dict[str, Any]:
+    """The settings of a scheme that an entry of `dynamic` may change."""
+    return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
 
 
 def _pattern(key: str) -> str:
