@@ -55,7 +55,12 @@ def test_a_budget_is_kept_and_survives_the_round_trip(tiny_llama, token_rows, tm
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
     layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    assert 3.5 < sum(layer.stored_bits for layer in layers) / weights <= 4.0
+    stored = 8 * sum(
+        tensor.numel() * tensor.element_size()
+        for layer in layers
+        for tensor in (layer.qweight, layer.qzeros, layer.scales)
+    )
+    assert 3.5 < stored / weights <= 4.0
     bits = bits_of(model)
     assert len(set(bits.values())) > 1
     for block in range(2):
@@ -139,3 +144,24 @@ def test_rules_name_the_fused_layers_too():
         assert config.scheme_for(f"model.layers.0.self_attn.{name}").bits == 8
     for name in ("model.layers.0.self_attn.o_proj", "model.layers.10.self_attn.q_proj", "xmodel.layers.0.q_proj"):
         assert config.scheme_for(name).bits == 4
+
+
+def test_padding_counts_for_nothing(tiny_llama):
+    """Rows of unequal length are padded; what with must not matter to the measured losses."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(8, 128, (length,), generator=generator).tolist() for length in (96, 40, 64, 96)]
+    losses = []
+    for pad_token_id in (0, 7):
+        config = GPTQConfig(
+            bits=4,
+            group_size=32,
+            dataset=[{"input_ids": row} for row in rows],
+            batch_size=4,
+            pad_token_id=pad_token_id,
+            target_bits_per_weight=4.0,
+            quality_gate="off",
+        )
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+        (allocated,) = [event for event in model.hf_quantizer.log.events if event["event"] == "allocated"]
+        losses.append([list(unit["losses"].values()) for unit in allocated["units"]])
+    torch.testing.assert_close(*(torch.tensor(values) for values in losses), rtol=1e-4, atol=1e-9)

@@ -10,22 +10,21 @@ the best schemes for a budget follow from their lower convex hulls: always buy t
 import heapq
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from .block import BlockWork
+from .block import BlockWork, write_rows
 from .calibration import Calibration, MicroBatch
-from .errors import ConfigError, ModelError
-from .gptq import Hessian, solve
-from .model import BlockCall, LinearView, Stage, SuspendedForwards, feed_stages, observe_stages
-from .placement import evaluating, execution_device, placed, tensors_of, tensors_outside, working_dtype
-from .plan import Plan, Target
-from .polish import hidden_states
+from .errors import ConfigError
+from .gptq import solve
+from .model import BlockCall, LinearView, hidden_states, observe_stages, relative_error
+from .placement import execution_device
+from .plan import Plan
 from .progress import RunLog
 from .scheme import LayerScheme
+from .walk import at_work, suspended
 
 logger = logging.getLogger(__name__)
 
@@ -157,35 +156,16 @@ def measure(
 ) -> list[Unit]:
     """Every unit's options, measured on the original model."""
     batches = _first_tokens(calibration.batches)
-    blocks = list(plan.blocks.values())
+    inputs, masks = [batch.as_model_inputs(device) for batch in batches], [batch.attention_mask for batch in batches]
     units: list[Unit] = []
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(model))
-        stack.enter_context(placed(tensors_outside(model, blocks), device, None))
-        inputs = [batch.as_model_inputs(device) for batch in batches]
-        forwards = stack.enter_context(SuspendedForwards(model, blocks, inputs))
-        calls = forwards.start()
-        for index, (name, block) in enumerate(plan.blocks.items()):
-            if {call.block for call in calls} != {index}:
-                raise ModelError(f"The model does not call its blocks in order at {name}.")
-            with placed(tensors_of(block), device, working_dtype(device)):
-                work = BlockWork(
-                    name=name,
-                    targets=plan.targets[name],
-                    forward=block if name == plan.head else forwards.original_forwards[index],
-                    masks=[batch.attention_mask for batch in batches],
-                    device=device,
-                    log=RunLog(bar=False),
-                )
-                calls = [work.moved(call) for call in calls]
+    last = list(plan.blocks)[-1]
+    with suspended(model, plan, inputs, device) as (forwards, calls):
+        for name in plan.blocks:
+            with at_work(name, forwards, calls, plan, masks, device, RunLog(bar=False)) as (work, calls):
                 units += _measure_block(work, calls, candidates)
-                following = []
-                if index + 1 < len(blocks):
-                    for call in calls:
-                        posted = forwards.resume(call, work.run(call))
-                        following += [posted] if isinstance(posted, BlockCall) else []
-                calls = following
+                if name != last:
+                    following = (forwards.resume(call, work.run(call)) for call in calls)
+                    calls = [posted for posted in following if isinstance(posted, BlockCall)]
     return units
 
 
@@ -202,37 +182,26 @@ def _first_tokens(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
 def _measure_block(
     work: BlockWork, calls: list[BlockCall], candidates: Callable[[LinearView], Sequence[LayerScheme]]
 ) -> list[Unit]:
-    targets: tuple[Target, ...] = work.targets
-    if not targets:
+    if not work.targets:
         return []
-    stages = observe_stages([target.view for target in targets], lambda: work.run(calls[0]))
-    hessians = {stage: Hessian(stage.in_features, work.device) for stage in stages}
-    for call in calls:
-        feed_stages(stages, lambda call=call: work.run(call), lambda stage, x: hessians[stage].add(x))  # type: ignore[misc]
-    expected = hidden_states(work.run(calls[0])).float()
+    judged, mask = calls[0], work.masks[calls[0].batch]
+    stages = observe_stages([target.view for target in work.targets], lambda: work.run(judged))
+    expected = hidden_states(work.run(judged))
     units = []
-    for stage in stages:
-        mean = hessians[stage].mean()
+    for stage, hessian, _ in work.observe(stages, calls, {}):
+        mean = hessian.mean()
         allowed = [candidates(view) for view in stage.views]
         options = []
         for scheme in allowed[0]:
             if not all(scheme in others for others in allowed[1:]):
                 continue
-            _write_alone(stage, mean, scheme)
-            error = hidden_states(work.run(calls[0])).float() - expected
-            loss = (error.square().mean(-1) / expected.square().mean(-1).clamp(min=1e-12)).mean()
+            # Quickly, without refinement or propagation: what counts is how options compare.
+            quick = replace(scheme, refinement=0, propagation=0.0)
+            stacked = torch.cat([view.weight for view in stage.views])
+            write_rows(stage.views, solve(stacked, mean, quick, name=stage.views[0].name).quantized)
+            loss = float(relative_error(hidden_states(work.run(judged)), expected, mask))
             work.restore(stage.views)
             bits = sum(scheme.stored_bits(*view.shape) for view in stage.views)
-            options.append(Option(scheme=scheme, bits=bits, loss=float(loss)))
+            options.append(Option(scheme=scheme, bits=bits, loss=loss))
         units.append(Unit(names=tuple(view.name for view in stage.views), options=tuple(options)))
     return units
-
-
-def _write_alone(stage: Stage, hessian: torch.Tensor, scheme: LayerScheme) -> None:
-    """Quantize the stage's linears and nothing else; quickly, without refinement or propagation."""
-    quick = replace(scheme, refinement=0, propagation=0.0)
-    stacked = torch.cat([view.weight for view in stage.views])
-    solution = solve(stacked, hessian, quick, name=stage.views[0].name)
-    parts = solution.quantized.split_rows([view.shape[0] for view in stage.views])
-    for view, quantized in zip(stage.views, parts, strict=True):
-        view.write(quantized.decode())

@@ -15,12 +15,11 @@ from torch.utils._pytree import tree_map
 
 from .errors import CalibrationError
 from .gptq import Hessian, InputDrift, Solution, solve
-from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory
-from .model import BlockCall, LinearView, Stage, feed_stages, observe_stages
+from .model import BlockCall, LinearView, Stage, feed_stages, fitting_mask, hidden_states, observe_stages
 from .placement import working_dtype
 from .plan import Target
-from .polish import Example, hidden_states, polish
+from .polish import Example, polish
 from .progress import RunLog, rounded
 from .scheme import LayerScheme, QuantizedWeight
 
@@ -128,14 +127,18 @@ class BlockWork:
         for group in groups:
             # Nothing of the original block changes in between, so its last run is also the one that goes on.
             kept = outputs if outputs_wanted and group is groups[-1] else None
-            for stage, hessian, drift in self._observe(group, calls, twins, kept):
+            for stage, hessian, drift in self.observe(group, calls, twins, kept):
                 solved += self._solve_stage(stage, hessian, drift, scheme_of)
                 release_free_memory()
                 self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1].relative_loss:.2e}")
         return solved, outputs
 
-    def _observe(
-        self, stages: list[Stage], calls: list[BlockCall], twins: dict[int, BlockCall], outputs: dict[int, Any] | None
+    def observe(
+        self,
+        stages: list[Stage],
+        calls: list[BlockCall],
+        twins: dict[int, BlockCall],
+        outputs: dict[int, Any] | None = None,
     ) -> list[tuple[Stage, Hessian, InputDrift | None]]:
         """The statistics of each stage's inputs over all micro-batches; the twins' outputs go to `outputs`."""
         hessians = {stage: Hessian(stage.in_features, self.device) for stage in stages}
@@ -152,9 +155,7 @@ class BlockWork:
                 mask: Tensor | None = mask,
                 originals: dict[Stage, list[Tensor]] = originals,
             ) -> None:
-                # A mask only fits inputs that still have one row per token.
-                fits = mask is not None and mask.numel() * x.shape[-1] == x.numel()
-                keep = mask.bool().to(x.device) if mask is not None and fits else None
+                keep = fitting_mask(mask, x)
                 hessians[stage].add(x, keep)
                 if twins:
                     drifts[stage].add(originals[stage].pop(0), x, keep)
@@ -198,13 +199,12 @@ class BlockWork:
         rows = [view.shape[0] for view in views]
         parts = zip(
             views,
-            solution.quantized.split_rows(rows),
+            write_rows(views, solution.quantized),
             *(values.split(rows) for values in (solution.lost, solution.nearest_lost, solution.energy)),
             strict=True,
         )
         solved = []
         for view, quantized, lost, nearest_lost, energy in parts:
-            view.write(quantized.decode())
             total = float(energy.sum())
             loss, nearest_loss = (float(part.sum()) / total if total > 0 else 0.0 for part in (lost, nearest_lost))
             solved.append(Solved(view=view, quantized=quantized, relative_loss=loss))
@@ -241,7 +241,7 @@ class BlockWork:
         """
         started = time.monotonic()
         examples = [
-            Example(call=call, target=hidden_states(outputs[call.batch]), mask=self._mask_for(call, outputs))
+            Example(call=call, target=hidden_states(outputs[call.batch]), mask=self.masks[call.batch])
             for call in (*calls, *probes)
         ]
         polished = polish(
@@ -263,18 +263,16 @@ class BlockWork:
         )
         return [replace(done, quantized=quantized) for done, quantized in zip(solved, polished.quantized, strict=True)]
 
-    def _mask_for(self, call: BlockCall, outputs: dict[int, Any]) -> Tensor | None:
-        mask, states = self.masks[call.batch], hidden_states(outputs[call.batch])
-        return mask.to(states.device) if mask is not None and mask.shape == states.shape[:-1] else None
-
-    def report(self, layers: list[QuantLinear], losses: list[float], seconds: float) -> None:
+    def report(self, solved: list[Solved], seconds: float) -> None:
         """One line for a finished block."""
-        if not layers:
+        if not solved:
             return
-        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        scheme_of = {target.view: target.scheme for target in self.targets}
+        shapes = {done.view: done.view.shape for done in solved}
+        stored_bits = sum(scheme_of[view].stored_bits(*shape) for view, shape in shapes.items())
         facts = {
-            "relative_loss": sum(losses) / len(losses),
-            "bits_per_weight": round(sum(layer.stored_bits for layer in layers) / weights, 4),
+            "relative_loss": sum(done.relative_loss for done in solved) / len(solved),
+            "bits_per_weight": round(stored_bits / sum(map(math.prod, shapes.values())), 4),
             "seconds": round(seconds, 2),
             "peak_gib": rounded(peak_gib(self.device)),
         }
@@ -287,3 +285,12 @@ class BlockWork:
             facts["seconds"],
             facts["peak_gib"] or math.nan,
         )
+
+
+def write_rows(views: Iterable[LinearView], stacked: QuantizedWeight) -> list[QuantizedWeight]:
+    """Give linears that were solved as one matrix their rounded values; what each of them got."""
+    views = list(views)
+    parts = stacked.split_rows([view.shape[0] for view in views])
+    for view, quantized in zip(views, parts, strict=True):
+        view.write(quantized.decode())
+    return parts

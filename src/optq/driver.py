@@ -11,7 +11,6 @@ far the inputs of every stage have drifted, and at the end, on rows kept apart, 
 """
 
 import time
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,9 +24,10 @@ from .evaluation import Comparer, Comparison
 from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory
 from .model import BlockCall, Finished, LinearView, SuspendedForwards
-from .placement import evaluating, execution_device, placed, tensors_of, tensors_outside, working_dtype
+from .placement import execution_device, placed, tensors_outside, working_dtype
 from .plan import Plan
 from .progress import RunLog, rounded
+from .walk import at_work, suspended
 
 
 def quantize_model(
@@ -76,30 +76,12 @@ def quantize_model(
     started = time.monotonic()
     release_free_memory()  # encoding the calibration texts leaves a lot behind
     streams = _Streams(calibration, follow_all=plan.propagates or polish_passes > 0)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(model))
-        stack.enter_context(placed(tensors_outside(model, blocks), device, None))
-        forwards = stack.enter_context(SuspendedForwards(model, blocks, streams.model_inputs(device)))
-        waiting = forwards.start()
-        if not waiting:
-            raise ModelError(f"{type(model).__name__} never calls {names[0]} on the calibration data.")
-        for index, (name, block) in enumerate(plan.blocks.items()):
+    comparison = None
+    with suspended(model, plan, streams.model_inputs(device), device) as (forwards, waiting):
+        for name in names:
             block_started = time.monotonic()
-            last = index + 1 == len(blocks)
-            _check_order(waiting, index, names)
-            with ExitStack() as placement:
-                placement.enter_context(placed(tensors_of(block), device, working_dtype(device)))
-                work = BlockWork(
-                    name=name,
-                    targets=plan.targets[name],
-                    # The head is its own only linear: called as a module, so that its inputs can be watched.
-                    forward=block if name == plan.head else forwards.original_forwards[index],
-                    masks=[batch.attention_mask for batch in streams.batches],
-                    device=device,
-                    log=log,
-                )
-                waiting = [work.moved(call) for call in waiting]
+            last = name == names[-1]
+            with at_work(name, forwards, waiting, plan, streams.masks, device, log) as (work, waiting):
                 work.check_finite(waiting)
                 polishes = polish_passes > 0 and name != plan.head
                 calls, twins = streams.fitted(waiting)
@@ -108,16 +90,14 @@ def quantize_model(
                     solved = _polish(work, solved, streams, waiting, outputs, polish_passes)
                 del calls, twins
                 if last:
-                    placement.enter_context(placed(tensors_outside(model, blocks), device, working_dtype(device)))
-                    comparison = _compare(forwards, streams, waiting, work, model)
+                    with placed(tensors_outside(model, blocks), device, working_dtype(device)):
+                        comparison = _compare(forwards, streams, waiting, work, model)
                 else:
                     waiting = _continue(forwards, streams, waiting, work, outputs)
-            layers = []
             for done in solved:
                 layer = QuantLinear(pack(done.quantized, checkpoint_format), done.view.bias, backend)
                 _replace(model, done.view, layer.to(done.view.weight.device))
-                layers.append(layer)
-            work.report(layers, [done.relative_loss for done in solved], time.monotonic() - block_started)
+            work.report(solved, time.monotonic() - block_started)
     if comparison is not None:
         log.emit("quality", held_out=calibration.probes_held_out, **comparison.facts())
     log.emit("finished", seconds=round(time.monotonic() - started, 3), peak_gib=rounded(peak_gib(device)))
@@ -133,6 +113,7 @@ class _Streams:
 
     def __init__(self, calibration: Calibration, follow_all: bool) -> None:
         self.batches = (*calibration.batches, *calibration.probes)
+        self.masks = [batch.attention_mask for batch in self.batches]
         self._fitted = len(calibration.batches)
         followed = range(0 if follow_all else self._fitted, len(self.batches))
         # The forwards beyond those of the quantized model, with the micro-batch that each of them runs.
@@ -231,17 +212,6 @@ def _check_weights(plan: Plan) -> None:
                     f"{target.view.name} has weights that are not finite (NaN or infinity). The checkpoint is "
                     "damaged, or its values overflow the dtype it is loaded in; nothing was quantized."
                 )
-
-
-def _check_order(calls: list[BlockCall], index: int, names: list[str]) -> None:
-    """Every micro-batch must wait at the same block."""
-    waiting = sorted({call.block for call in calls})
-    if waiting != [index]:
-        raise ModelError(
-            f"The model was expected to call {names[index]} next, but calls "
-            f"{', '.join(names[other] for other in waiting) or 'none of the blocks'}. Models that skip, repeat or "
-            "reorder their blocks are not supported; name the blocks with block_name_to_quantize."
-        )
 
 
 def _replace(model: nn.Module, view: LinearView, layer: QuantLinear) -> None:

@@ -81,11 +81,6 @@ class QuantLinear(nn.Module):
         )
 
     @property
-    def stored_bits(self) -> int:
-        """Bits that codes, zeros and scales take on disk; without g_idx and bias, which readers may drop."""
-        return 8 * sum(tensor.numel() * tensor.element_size() for tensor in (self.qweight, self.qzeros, self.scales))
-
-    @property
     def kernel_name(self) -> str | None:
         """The kernel that was chosen, or None before `prepare`."""
         return self._kernel.name if self._kernel else None

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from .gptq import stored_scales
-from .model import BlockCall, LinearView
+from .model import BlockCall, LinearView, hidden_states, relative_error
 from .scheme import QuantizedWeight
 
 SCALE_RATE = 1e-2  # Adam's step for the logarithm of a scale
@@ -150,24 +149,8 @@ def _adam(values: Tensor, gradient: Tensor, averages: list[Tensor], number: int,
 
 
 def _loss(run: Callable[[BlockCall], Any], example: Example) -> Tensor:
-    """The mean over tokens of the squared error relative to the token's own energy.
-
-    Relative, because a few tokens, such as the first, are a thousand times larger than the others.
-    """
-    output = hidden_states(run(example.call)).float()
-    target = example.target.float()
-    error = (output - target).square().mean(-1) / target.square().mean(-1).clamp(min=TINY)
-    if example.mask is None:
-        return error.mean()
-    mask = example.mask.to(error)
-    return (error * mask).sum() / mask.sum()
+    return relative_error(hidden_states(run(example.call)), example.target, example.mask)
 
 
 def _mean_loss(run: Callable[[BlockCall], Any], examples: list[Example]) -> float:
     return sum(float(_loss(run, example)) for example in examples) / len(examples)
-
-
-def hidden_states(output: Any) -> Tensor:
-    """A block's first output."""
-    states: Tensor = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-    return states

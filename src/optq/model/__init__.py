@@ -8,6 +8,9 @@ from .forwards import SuspendedForwards as SuspendedForwards
 from .linears import LINEAR_TYPES as LINEAR_TYPES
 from .linears import LinearView as LinearView
 from .linears import find_linears as find_linears
+from .outputs import fitting_mask as fitting_mask
+from .outputs import hidden_states as hidden_states
+from .outputs import relative_error as relative_error
 from .stages import Stage as Stage
 from .stages import feed_stages as feed_stages
 from .stages import observe_stages as observe_stages

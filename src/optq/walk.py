@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walk through a model block by block: its forwards wait at each, and the block visits the device for its work."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block import BlockWork
+from .errors import ModelError
+from .model import BlockCall, SuspendedForwards
+from .placement import evaluating, placed, tensors_of, tensors_outside, working_dtype
+from .plan import Plan
+from .progress import RunLog
+
+
+@contextmanager
+def suspended(
+    model: nn.Module, plan: Plan, inputs: list[dict[str, Any]], device: torch.device
+) -> Iterator[tuple[SuspendedForwards, list[BlockCall]]]:
+    """One forward per entry of `inputs`, all waiting at the first block; on leaving, the model is as it was.
+
+    Raises:
+        ModelError: the model never calls the first block.
+    """
+    blocks = list(plan.blocks.values())
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        placed(tensors_outside(model, blocks), device, None),
+        SuspendedForwards(model, blocks, inputs) as forwards,
+    ):
+        waiting = forwards.start()
+        if not waiting:
+            raise ModelError(f"{type(model).__name__} never calls {next(iter(plan.blocks))} on the calibration data.")
+        yield forwards, waiting
+
+
+@contextmanager
+def at_work(
+    name: str,
+    forwards: SuspendedForwards,
+    waiting: list[BlockCall],
+    plan: Plan,
+    masks: list[Tensor | None],
+    device: torch.device,
+    log: RunLog,
+) -> Iterator[tuple[BlockWork, list[BlockCall]]]:
+    """The block called `name` on `device`, and the calls that wait for it, moved there too.
+
+    Args:
+        masks: per micro-batch, which tokens are real.
+    Raises:
+        ModelError: some forward waits at another block.
+    """
+    names = list(plan.blocks)
+    index, block = names.index(name), plan.blocks[name]
+    elsewhere = sorted({call.block for call in waiting} - {index})
+    if elsewhere or not waiting:
+        raise ModelError(
+            f"The model was expected to call {name} next, but calls "
+            f"{', '.join(names[other] for other in elsewhere) or 'none of the blocks'}. Models that skip, repeat or "
+            "reorder their blocks are not supported; name the blocks with block_name_to_quantize."
+        )
+    with placed(tensors_of(block), device, working_dtype(device)):
+        work = BlockWork(
+            name=name,
+            targets=plan.targets[name],
+            # The head is its own only linear: called as a module, so that its inputs can be watched.
+            forward=block if name == plan.head else forwards.original_forwards[index],
+            masks=masks,
+            device=device,
+            log=log,
+        )
+        yield work, [work.moved(call) for call in waiting]
