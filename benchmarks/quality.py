@@ -132,17 +132,42 @@ def quantize_ours(folder: str, calibration: Path, output: Path, settings: dict[s
     return figures
 
 
+def round_to_nearest_everywhere(model: Any, grid: dict[str, Any]) -> None:
+    """Round every linear of the model's blocks to `grid`, without calibration."""
+    from optq.gptq import round_to_nearest
+    from optq.model import find_blocks, find_linears
+    from optq.scheme import LayerScheme
+
+    scheme = LayerScheme(bits=grid["bits"], group_size=grid["group_size"], symmetric=grid.get("sym", True))
+    for block in find_blocks(model).values():
+        for view in find_linears(block).values():
+            view.write(round_to_nearest(view.weight, scheme).decode())
+
+
+def judge(model: Any, original: Any, windows: Any, compared: int | None = None) -> dict[str, float]:
+    """The perplexity on all of `windows` (count, tokens); divergence and agreement on the first `compared` of them."""
+    import torch
+
+    from optq import perplexity
+    from optq.evaluation import Comparer
+
+    comparer = Comparer()
+    with torch.no_grad():
+        for window in windows[:compared]:
+            comparer.add(original(window[None]).logits, model(window[None]).logits, None)
+    found = comparer.result()
+    return {
+        "perplexity": round(perplexity(model, windows, windows.shape[1]).perplexity, 3),
+        "divergence": round(found.divergence, 5),
+        "agreement": round(found.agreement, 4),
+    }
+
+
 def evaluate(folder: str, checkpoint: Path | None, nearest: dict[str, Any] | None, data: Path) -> dict[str, Any]:
     """In this process: judge a checkpoint, the original rounded to nearest, or the original itself."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from optq import perplexity
-    from optq.evaluation import Comparer
-    from optq.gptq import round_to_nearest
-    from optq.model import find_blocks, find_linears
-    from optq.scheme import LayerScheme
 
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if checkpoint is not None and not (checkpoint / "dense.safetensors").exists():
@@ -152,21 +177,9 @@ def evaluate(folder: str, checkpoint: Path | None, nearest: dict[str, Any] | Non
         if checkpoint is not None:
             model.load_state_dict(load_file(checkpoint / "dense.safetensors"), strict=False)
     if nearest is not None:
-        scheme = LayerScheme(bits=nearest["bits"], group_size=nearest["group_size"], symmetric=nearest["sym"])
-        for block in find_blocks(model).values():
-            for view in find_linears(block).values():
-                view.write(round_to_nearest(view.weight, scheme).decode())
+        round_to_nearest_everywhere(model, nearest)
     test = token_ids(AutoTokenizer.from_pretrained(folder), data / "wikitext2-test.txt")
-    comparer = Comparer()
-    with torch.no_grad():
-        for window in test[: COMPARED_WINDOWS * WINDOW].view(-1, 1, WINDOW):
-            comparer.add(original(window).logits, model(window).logits, None)
-    found = comparer.result()
-    return {
-        "perplexity": round(perplexity(model, test, WINDOW, EVALUATION_WINDOWS).perplexity, 3),
-        "divergence": round(found.divergence, 5),
-        "agreement": round(found.agreement, 4),
-    }
+    return judge(model, original, test[: EVALUATION_WINDOWS * WINDOW].view(-1, WINDOW), COMPARED_WINDOWS)
 
 
 def environment_of(tool: str) -> Path | None:

@@ -5,7 +5,7 @@ A GPT-2 (learned positions, LayerNorm, biases, Conv1D layers, tanh-GELU) of 5 mi
 trained for some minutes on WikiText-2's validation text without its last tenth. It is calibrated on that text, and on
 text of another kind (the help topics that come with Python), and judged on WikiText-2's test text.
 
-    python benchmarks/second_family.py --data FOLDER [--steps 800]
+    python benchmarks/second_family.py --data FOLDER [--steps 600]
 """
 
 import argparse
@@ -73,34 +73,6 @@ def train(ids: Tensor, steps: int) -> Any:
     return model.eval()
 
 
-def judge(model: Any, original: Any, windows: Tensor) -> dict[str, float]:
-    from optq import perplexity
-    from optq.evaluation import Comparer
-
-    comparer = Comparer()
-    with torch.no_grad():
-        for window in windows:
-            comparer.add(original(window[None]).logits, model(window[None]).logits, None)
-    found = comparer.result()
-    return {
-        "perplexity": round(perplexity(model, windows.reshape(-1), WINDOW).perplexity, 4),
-        "divergence": round(found.divergence, 6),
-        "agreement": round(found.agreement, 4),
-    }
-
-
-def nearest(model: Any, grid: dict[str, Any]) -> Any:
-    from optq.gptq import round_to_nearest
-    from optq.model import find_blocks, find_linears
-    from optq.scheme import LayerScheme
-
-    scheme = LayerScheme(bits=grid["bits"], group_size=grid["group_size"], symmetric=grid.get("sym", True))
-    for block in find_blocks(model).values():
-        for view in find_linears(block).values():
-            view.write(round_to_nearest(view.weight, scheme).decode())
-    return model
-
-
 def main() -> None:
     from pydoc_data.topics import topics
 
@@ -110,7 +82,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
     text = bytes_of((arguments.data / "wikitext2-valid.txt").read_text(encoding="utf-8"))
     test = bytes_of((arguments.data / "wikitext2-test.txt").read_text(encoding="utf-8"))
@@ -120,10 +92,11 @@ def main() -> None:
         train(text[: text.numel() * 9 // 10], arguments.steps).save_pretrained(folder)
     original = AutoModelForCausalLM.from_pretrained(folder)
     calibrations = {"WikiText-2": text, "Python's help topics": bytes_of("\n\n".join(topics.values()))}
-    results: dict[str, Any] = {"original": judge(original, original, windows)}
+    results: dict[str, Any] = {"original": quality.judge(original, original, windows)}
     for grid_name, grid in GRIDS.items():
-        rounded = nearest(AutoModelForCausalLM.from_pretrained(folder), grid)
-        results[f"{grid_name}, round to nearest"] = judge(rounded, original, windows)
+        rounded = AutoModelForCausalLM.from_pretrained(folder)
+        quality.round_to_nearest_everywhere(rounded, grid)
+        results[f"{grid_name}, round to nearest"] = quality.judge(rounded, original, windows)
         for source, ids in calibrations.items():
             rows = [{"input_ids": row.tolist()} for row in ids[: ROWS * WINDOW].view(-1, WINDOW)]
             for name, settings in SETTINGS.items():
@@ -131,7 +104,7 @@ def main() -> None:
                 cpu = time.process_time()
                 model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
                 seconds = round(time.process_time() - cpu, 1)
-                row = judge(model.dequantize(), original, windows)
+                row = quality.judge(model.dequantize(), original, windows)
                 results[f"{grid_name}, optq {name}, {source}"] = {**row, "cpu_seconds": seconds}
                 print(grid_name, name, source, row, seconds, flush=True)
     described = {

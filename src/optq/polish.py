@@ -8,12 +8,13 @@ codes by the chain rule, with rounding passed straight through (Bengio et al., a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .gptq import stored_scales
 from .model import BlockCall, LinearView, hidden_states, relative_error
@@ -77,9 +78,7 @@ def polish(
     steps, step = passes * len(examples), 0
     for _ in range(passes):
         for example in examples:
-            with torch.enable_grad():
-                for weight in weights:
-                    weight.requires_grad_(True)
+            with torch.enable_grad(), _requiring_gradients(weights):
                 gradients = torch.autograd.grad(_loss(run, example), weights, allow_unused=True)
             rate = 1 - step / steps
             step += 1
@@ -93,9 +92,20 @@ def polish(
         elif (failures := failures + 1) == 2:
             break
     for one, quantized in zip(tuned, best, strict=True):
-        one.weight.requires_grad_(one.required_gradient)
         one.view.write(quantized.decode())
     return Polished(quantized=best, loss_before=loss_before, loss=best_loss, passes=done)
+
+
+@contextmanager
+def _requiring_gradients(weights: list[nn.Parameter]) -> Iterator[None]:
+    required = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, before in zip(weights, required, strict=True):
+            weight.requires_grad_(before)
 
 
 class _Tuned:
@@ -104,7 +114,6 @@ class _Tuned:
     def __init__(self, view: LinearView, original: Tensor, start: QuantizedWeight) -> None:
         self.view, self._start = view, start
         self.weight = view.parameter
-        self.required_gradient = self.weight.requires_grad
         self._columns = start.group_of_column.long()
         self._zeros = start.zeros.float()[:, self._columns]
         self._max_code = (1 << start.bits) - 1
