@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A budget of bits: what is chosen, what it says in the checkpoint, and what comes back."""
 
+import copy
 import itertools
 import json
 
@@ -9,10 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optq import GPTQConfig
-from optq.allocation import Option, choose
+from optq.allocation import Option, choose, measure
+from optq.calibration import Calibration, MicroBatch
 from optq.errors import ConfigError
+from optq.gptq import Hessian, solve
 from optq.hf.config import dynamic_rules
 from optq.layers import QuantLinear
+from optq.model import find_blocks
+from optq.plan import plan_quantization
 from optq.scheme import LayerScheme
 
 
@@ -165,3 +170,42 @@ def test_padding_counts_for_nothing(tiny_llama):
         (allocated,) = [event for event in model.hf_quantizer.log.events if event["event"] == "allocated"]
         losses.append([list(unit["losses"].values()) for unit in allocated["units"]])
     torch.testing.assert_close(*(torch.tensor(values) for values in losses), rtol=1e-4, atol=1e-9)
+
+
+def test_a_loss_is_what_the_predictions_lose(tiny_llama, token_rows):
+    """One linear quantized alone, by hand, loses what was estimated from its block as a whole."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    schemes = [LayerScheme(bits=bits, group_size=32, propagation=0.0) for bits in (2, 3, 4)]
+    plan = plan_quantization(find_blocks(model), lambda name: schemes[1])
+    ids = torch.tensor([row["input_ids"] for row in token_rows[:8]])
+    calibration = Calibration(
+        batches=(MicroBatch(input_ids=ids, attention_mask=None),), recipe={"tokens": ids.numel()}
+    )
+    units = measure(model, plan, calibration, lambda view: schemes, torch.device("cpu"))
+    assert len(units) == 8
+    with torch.no_grad():
+        original = model(ids[:1]).logits.log_softmax(-1)
+        for unit in units:
+            worst, rounded = unit.options[0], copy.deepcopy(model)
+            linears = [rounded.get_submodule(name) for name in unit.names]
+            hessian = Hessian(linears[0].in_features, "cpu")
+            hook = linears[0].register_forward_pre_hook(lambda _, inputs, hessian=hessian: hessian.add(inputs[0]))
+            rounded(ids)
+            hook.remove()
+            for linear in linears:
+                linear.weight.data = solve(linear.weight.data, hessian.mean(), worst.scheme).quantized.decode()
+            found = rounded(ids[:1]).logits.log_softmax(-1)
+            divergence = float((original.exp() * (original - found)).sum(-1).mean())
+            assert 0.5 * divergence < worst.loss < 2 * divergence
+
+
+def test_linears_that_share_an_input_need_a_scheme_in_common(tiny_llama, token_rows):
+    config = GPTQConfig(
+        bits=4,
+        group_size=32,
+        dataset=token_rows,
+        target_bits_per_weight=4.5,
+        dynamic={r".*q_proj": {"group_size": 16}},
+    )
+    with pytest.raises(ConfigError, match=r"q_proj.*share an input"):
+        AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)

@@ -3,37 +3,56 @@
 
 Before anything is quantized, the original model runs on a part of the calibration data. In every block, the linears
 that share an input, which readers fuse and so must agree, are quantized alone at each candidate scheme, and the error
-of the block's output is measured relative to that output. Errors of different linears add up nearly independently, so
-the best schemes for a budget follow from their lower convex hulls: always buy the bits that lower the error most.
+of the block's output is measured relative to that output. What such an error costs differs from block to block (the
+last ones feed the logits directly), so each block is also quantized as a whole, and the divergence of the model's
+predictions measured. Errors of different linears add up nearly independently, so the best schemes for a budget follow
+from their lower convex hulls: always buy the bits that lower the divergence most.
 """
 
 import heapq
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .block import BlockWork, write_rows
 from .calibration import Calibration, MicroBatch
 from .errors import ConfigError
+from .evaluation import Comparer
 from .gptq import solve
-from .model import BlockCall, LinearView, hidden_states, observe_stages, relative_error
-from .placement import execution_device
+from .model import (
+    BlockCall,
+    Finished,
+    LinearView,
+    Stage,
+    SuspendedForwards,
+    hidden_states,
+    observe_stages,
+    relative_error,
+)
+from .placement import execution_device, placed, tensors_outside, working_dtype
 from .plan import Plan
 from .progress import RunLog
-from .scheme import LayerScheme
+from .scheme import LayerScheme, QuantizedWeight
 from .walk import at_work, suspended
 
 logger = logging.getLogger(__name__)
 
-MEASURED_TOKENS = 8192  # enough to rank linears
+MEASURED_TOKENS = 8192  # for the Hessians: enough to rank linears
+JUDGED_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One scheme for a unit: the bits that all of its linears then take, and the error it causes."""
+    """One scheme for a unit: the bits that all of its linears then take, and what that loses.
+
+    Args:
+        loss: the divergence of the model's predictions that it causes, in nats per token; for models without logits
+            the relative error of the block's output.
+    """
 
     scheme: LayerScheme
     bits: int
@@ -84,6 +103,7 @@ def allocate(
         log.emit(
             "allocated",
             bits_per_weight=round(spent / weights, 4),
+            expected_loss=sum(option.loss for option in chosen),
             units=[
                 {
                     "linears": unit.names,
@@ -154,19 +174,35 @@ def measure(
     candidates: Callable[[LinearView], Sequence[LayerScheme]],
     device: torch.device,
 ) -> list[Unit]:
-    """Every unit's options, measured on the original model."""
-    batches = _first_tokens(calibration.batches)
-    inputs, masks = [batch.as_model_inputs(device) for batch in batches], [batch.attention_mask for batch in batches]
-    units: list[Unit] = []
-    last = list(plan.blocks)[-1]
+    """Every unit's options, measured on the original model.
+
+    Raises:
+        ConfigError: linears that share an input have no candidate in common.
+    """
+    judged = _excerpt(calibration.batches[0])
+    batches = [judged, *_first_tokens(calibration.batches)]
+    names, first_damaged = list(plan.blocks), len(batches)
+    # After the batches, a forward per block: with that block quantized and no other, it runs on to the end.
+    inputs = [batch.as_model_inputs(device) for batch in (*batches, *[judged] * len(names))]
+    masks = [batch.attention_mask for batch in batches]
+    measured: list[_MeasuredBlock] = []
     with suspended(model, plan, inputs, device) as (forwards, calls):
-        for name in plan.blocks:
+        for index, name in enumerate(names):
             with at_work(name, forwards, calls, plan, masks, device, RunLog(bar=False)) as (work, calls):
-                units += _measure_block(work, calls, candidates)
-                if name != last:
-                    following = (forwards.resume(call, work.run(call)) for call in calls)
-                    calls = [posted for posted in following if isinstance(posted, BlockCall)]
-    return units
+                measured.append(_measure_block(work, calls[:first_damaged], candidates))
+                outputs = {first_damaged + index: measured[-1].damaged_output}
+                if name != names[-1]:
+                    ends = _resumed(forwards, calls, work, outputs)
+                    calls = [end for end in ends if isinstance(end, BlockCall)]
+                    continue
+                with placed(tensors_outside(model, list(plan.blocks.values())), device, working_dtype(device)):
+                    ends = _resumed(forwards, [calls[0], *calls[first_damaged:]], work, outputs)
+                    divergences = _divergences(ends, judged.attention_mask)
+    return [
+        replace(unit, options=tuple(replace(option, loss=option.loss * weight) for option in unit.options))
+        for block, weight in zip(measured, _sensitivities(measured, divergences), strict=True)
+        for unit in block.units
+    ]
 
 
 def _first_tokens(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -179,29 +215,112 @@ def _first_tokens(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     return chosen
 
 
+def _excerpt(batch: MicroBatch) -> MicroBatch:
+    """The first tokens of the first sample: one of these per block is under way at once."""
+    mask = batch.attention_mask
+    return MicroBatch(
+        input_ids=batch.input_ids[:1, :JUDGED_TOKENS],
+        attention_mask=None if mask is None else mask[:1, :JUDGED_TOKENS],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MeasuredBlock:
+    """A block's units, with losses relative to its own output; and what comes of quantizing all of them.
+
+    Args:
+        damaged_output: with every unit at a middle one of its options.
+        error: of that output, relative to the original one.
+    """
+
+    units: list[Unit]
+    damaged_output: Any
+    error: float
+
+
 def _measure_block(
     work: BlockWork, calls: list[BlockCall], candidates: Callable[[LinearView], Sequence[LayerScheme]]
-) -> list[Unit]:
-    if not work.targets:
-        return []
+) -> _MeasuredBlock:
+    """The first of `calls` is judged by, the others are calibrated on."""
     judged, mask = calls[0], work.masks[calls[0].batch]
+    original = work.run(judged)
+    if not work.targets:
+        return _MeasuredBlock(units=[], damaged_output=original, error=0.0)
+
+    def error_of(output: Any) -> float:
+        return float(relative_error(hidden_states(output), hidden_states(original), mask))
+
     stages = observe_stages([target.view for target in work.targets], lambda: work.run(judged))
-    expected = hidden_states(work.run(judged))
-    units = []
-    for stage, hessian, _ in work.observe(stages, calls, {}):
-        mean = hessian.mean()
-        allowed = [candidates(view) for view in stage.views]
+    units, middle_ones = [], []
+    for stage, hessian, _ in work.observe(stages, calls[1:], {}):
+        mean, schemes = hessian.mean(), _common(stage, candidates)
         options = []
-        for scheme in allowed[0]:
-            if not all(scheme in others for others in allowed[1:]):
-                continue
-            # Quickly, without refinement or propagation: what counts is how options compare.
-            quick = replace(scheme, refinement=0, propagation=0.0)
-            stacked = torch.cat([view.weight for view in stage.views])
-            write_rows(stage.views, solve(stacked, mean, quick, name=stage.views[0].name).quantized)
-            loss = float(relative_error(hidden_states(work.run(judged)), expected, mask))
-            work.restore(stage.views)
+        for scheme in schemes:
+            quantized = _solve_quickly(stage, mean, scheme)
+            if scheme is schemes[len(schemes) // 2]:
+                middle_ones.append((stage, quantized))
+            write_rows(stage.views, quantized)
             bits = sum(scheme.stored_bits(*view.shape) for view in stage.views)
-            options.append(Option(scheme=scheme, bits=bits, loss=loss))
+            options.append(Option(scheme=scheme, bits=bits, loss=error_of(work.run(judged))))
+            work.restore(stage.views)
         units.append(Unit(names=tuple(view.name for view in stage.views), options=tuple(options)))
-    return units
+    for stage, quantized in middle_ones:
+        write_rows(stage.views, quantized)
+    damaged = work.run(judged)
+    work.restore(view for stage in stages for view in stage.views)
+    return _MeasuredBlock(units=units, damaged_output=damaged, error=error_of(damaged))
+
+
+def _common(stage: Stage, candidates: Callable[[LinearView], Sequence[LayerScheme]]) -> list[LayerScheme]:
+    """The schemes that all linears of a stage may have."""
+    first, *others = (candidates(view) for view in stage.views)
+    common = [scheme for scheme in first if all(scheme in allowed for allowed in others)]
+    if not common:
+        raise ConfigError(
+            f"{', '.join(view.name for view in stage.views)} share an input and must have one scheme, because readers "
+            "fuse them, but `dynamic` leaves them none in common. Give them the same entry."
+        )
+    return common
+
+
+def _solve_quickly(stage: Stage, hessian: Tensor, scheme: LayerScheme) -> QuantizedWeight:
+    """The stage's linears, stacked, without refinement or propagation: what counts is how options compare."""
+    quick = replace(scheme, refinement=0, propagation=0.0)
+    stacked = torch.cat([view.weight for view in stage.views])
+    return solve(stacked, hessian, quick, name=stage.views[0].name).quantized
+
+
+def _resumed(
+    forwards: SuspendedForwards, calls: list[BlockCall], work: BlockWork, outputs: dict[int, Any]
+) -> Iterator[BlockCall | Finished]:
+    """Carry the model on, one forward after the other: with its entry of `outputs`, or what the block computes."""
+    for call in calls:
+        yield forwards.resume(call, outputs[call.batch] if call.batch in outputs else work.run(call))
+
+
+def _divergences(ends: Iterator[BlockCall | Finished], mask: Tensor | None) -> list[float] | None:
+    """How far the logits of each forward but the first are from those of the first; None for models without logits."""
+    found: list[float] = []
+    original = None
+    for end in ends:
+        logits = getattr(end.output, "logits", None) if isinstance(end, Finished) else None
+        if logits is None:
+            return None
+        if original is None:
+            original = logits
+            continue
+        comparer = Comparer()
+        comparer.add(original, logits, None, mask)
+        found.append(max(comparer.result().divergence, 0.0))
+    return found
+
+
+def _sensitivities(blocks: Sequence[_MeasuredBlock], divergences: list[float] | None) -> list[float]:
+    """Per block, what a relative error of its output costs at the end of the model."""
+    if divergences is None:
+        logger.warning("The model returns no logits: bits go where the blocks' outputs gain most, wherever they are.")
+        return [1.0] * len(blocks)
+    return [
+        divergence / block.error if block.error > 0 else 1.0
+        for block, divergence in zip(blocks, divergences, strict=True)
+    ]
