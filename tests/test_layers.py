@@ -27,6 +27,27 @@ def test_is_the_dense_layer_with_rounded_weights(layer):
     assert layer.kernel_name == "cpu_int4"
 
 
+def test_the_words_on_disk_are_not_kept_beside_the_kernels_codes(layer):
+    words = layer.qweight.clone()
+    layer.prepare(torch.bfloat16)
+    assert layer.qweight.device.type == "meta"
+    assert torch.equal(layer.packed.qweight, words)
+    assert torch.equal(layer.state_dict()["qweight"], words)
+    held = layer._prepared.codes.numel() * layer._prepared.codes.element_size()
+    assert held == words.numel() * 4
+    layer.prepare(torch.float32)
+    assert torch.equal(layer.qweight, words)
+
+
+def test_new_tensors_can_be_loaded_into_a_prepared_layer(layer):
+    x = torch.randn(1, 64).bfloat16()
+    layer(x)
+    changed = {**layer.state_dict(), "qweight": ~layer.packed.qweight}
+    layer.load_state_dict(changed)
+    assert torch.equal(layer.qweight, changed["qweight"])
+    torch.testing.assert_close(layer(x), layer.dense(torch.bfloat16)(x), rtol=2e-2, atol=2e-2)
+
+
 def test_saves_the_tensors_of_the_format_and_nothing_else(layer):
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     assert set(before) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
@@ -56,7 +77,6 @@ def test_moving_makes_the_kernel_be_chosen_again(layer):
 def test_copies_are_independent(layer):
     layer(torch.randn(1, 64))
     twin = copy.deepcopy(layer)
-    twin.qweight.zero_()
-    twin._kernel = None
+    twin.load_state_dict({**twin.state_dict(), "qweight": torch.zeros_like(twin.qweight)})
     x = torch.randn(1, 64)
     assert not torch.equal(twin(x), layer(x))

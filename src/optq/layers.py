@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optq.checkpoint import PackedWeight, QuantizedTensors
-from optq.kernels import Kernel, choose_kernel, matmul
+from optq.checkpoint import PackedWeight, QuantizedTensors, pack_codes
+from optq.kernels import Kernel, Prepared, choose_kernel, matmul
 from optq.scheme import trivial_groups
 
 
 class QuantLinear(nn.Module):
     """y = x Wᵀ + bias with a packed W.
 
-    The tensors of the checkpoint are buffers under their names on disk and never change, so saving writes back the
-    bytes that were read. What the kernel wants is derived from them once, by `prepare`, and is not saved.
+    The tensors of the checkpoint are buffers under their names on disk, and saving writes back the bytes that were
+    read. What the kernel wants is derived from them once, by `prepare`, and is not saved. It holds all codes, so from
+    then on the words on disk, by far the largest buffer, are on the meta device, and are made again from the kernel's
+    codes, bit for bit, for whoever asks.
 
     Args:
         packed: the weight; its tensors may be on the meta device.
@@ -43,7 +45,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("g_idx", packed.g_idx)
         self.register_buffer("bias", bias)
         self._kernel: Kernel | None = None
-        self._prepared: Any = None
+        self._prepared: Prepared | None = None
         self._prepared_for: tuple[torch.device, torch.dtype] | None = None
 
     @classmethod
@@ -72,7 +74,7 @@ class QuantLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The tensors as on disk."""
         return PackedWeight(
-            qweight=self.qweight,
+            qweight=self._words(),
             qzeros=self.qzeros,
             scales=self.scales,
             g_idx=self.g_idx,
@@ -91,17 +93,30 @@ class QuantLinear(nn.Module):
         packed = self.packed
         self._kernel = choose_kernel(packed, dtype, self.backend)
         self._prepared = self._kernel.prepare(packed)
-        self._prepared_for = (self.qweight.device, dtype)
+        self._prepared_for = (self.scales.device, dtype)
+        self.qweight = packed.qweight if self._prepared.codes is packed.qweight else packed.qweight.to("meta")
+
+    def _words(self) -> Tensor:
+        """qweight as on disk."""
+        if self.qweight.device.type != "meta" or self._kernel is None or self._prepared is None:
+            return self.qweight
+        return pack_codes(self._kernel.unpack(self._prepared, 0, self.out_features), self.bits)
+
+    def _restore(self) -> None:
+        """Be as before `prepare`."""
+        self.qweight = self._words()
+        self._kernel = self._prepared = self._prepared_for = None
 
     def fill_trivial_groups(self, group_width: int) -> None:
         """Give g_idx its value where a checkpoint leaves it out: runs of `group_width` neighbouring columns."""
         self.g_idx = trivial_groups(self.in_features, group_width, self.g_idx.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._kernel is None or self._prepared_for != (x.device, x.dtype):
+        if self._prepared_for != (x.device, x.dtype):
             self.prepare(x.dtype)
         assert self._kernel is not None
-        output = matmul(x, self.packed, self._kernel, self._prepared)
+        assert self._prepared is not None
+        output = matmul(x, self._kernel, self._prepared)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
@@ -114,12 +129,20 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         """Follow moves between devices but not casts: model.bfloat16() must not round the stored scales."""
+        self._restore()
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
-        self._kernel = self._prepared = self._prepared_for = None
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}qweight"] = self._words()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return (

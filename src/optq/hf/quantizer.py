@@ -227,7 +227,7 @@ class OptqHfQuantizer(HfQuantizer):
                     group_size=self.quantization_config.group_size
                 )
                 layer.fill_trivial_groups(scheme.group_width(layer.in_features))
-            if layer.qweight.device.type != "meta":  # offloaded layers choose when they are called
+            if layer.scales.device.type != "meta":  # offloaded layers choose when they are called
                 layer.prepare(model.dtype)
                 kernels[layer.kernel_name or ""] = kernels.get(layer.kernel_name or "", 0) + 1
         logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))

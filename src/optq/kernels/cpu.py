@@ -4,103 +4,100 @@
 torch's int4 product takes bfloat16 activations fast (others 10–100 times slower than dense float32) and computes
 y = x @ ((q - 8) * scale + zero)ᵀ per group of 32, 64, 128 or 256 columns. With zero = (8 - z) * scale that is GPTQ's
 (q - z) * scale. 2- and 3-bit codes are shifted into the middle of the 4-bit range first: otherwise (8 - z) * scale is
-large, and its rounding to bfloat16 cancels badly. Its time grows with the rows from the first one on, so for very many
-of them dequantizing and multiplying densely catches up (benchmarks/results/kernels-cpu.json).
+large, and its rounding to bfloat16 cancels badly. 8-bit codes are two 4-bit ones: q = 16 * high + low.
+
+float16 activations, which CPUs multiply no faster than float32 ones, are rounded to bfloat16: the error is that of a
+bfloat16 model. float32 activations ask for exact results and get the reference.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from optq.checkpoint import PackedWeight, unpack
+from optq.checkpoint import PackedWeight, unpack_codes
 
-from . import reference
+from .prepared import Prepared, matmul_dense, prepared_from
 
 INT4_GROUP_SIZES = (256, 128, 64, 32)
 OUT_MULTIPLE = 16  # outputs are padded to this
-MOST_ROWS = 1024  # above, dequantizing with `reference` and multiplying densely is about as fast, and more exact
-
-
-@dataclass(frozen=True, kw_only=True)
-class Int4Weight:
-    """What torch's int4 product wants.
-
-    Args:
-        packed: the words on disk, for many rows.
-        weight: torch's own int4 packing of (padded out, in) codes.
-        scales_and_zeros: (in / group_size, padded out, 2) bfloat16.
-        group_size: of the product: divides the layer's own.
-        columns: (in,) order in which inputs are gathered, or None when groups are runs of neighbours.
-    """
-
-    packed: PackedWeight
-    weight: Tensor
-    scales_and_zeros: Tensor
-    group_size: int
-    columns: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Int8Weight:
-    """What torch's int8 product wants: weight (out, in) int8, scales (out,) bfloat16."""
-
-    packed: PackedWeight
-    weight: Tensor
-    scales: Tensor
+AVX512_ORDER = True  # look for the order that needs no table
+TILE = 64  # outputs that torch's int4 packing interleaves with one another, or a multiple of them
+MOST_ROWS = 1024  # above, dequantizing and multiplying densely is about as fast, and more exact
 
 
 def why_not_int4(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    if reason := _why_not_cpu(packed, dtype):
-        return reason
     if packed.bits == 8:
         return "8-bit codes do not fit torch's int4 product"
-    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        return f"torch {torch.__version__} has no int4 product for CPUs"
-    if _int4_group_size(packed.g_idx) is None:
-        return f"the groups are not made of runs of {', '.join(map(str, INT4_GROUP_SIZES))} columns"
-    return None
+    return _why_not_int4_product(packed, dtype)
 
 
-def prepare_int4(packed: PackedWeight) -> Int4Weight:
-    quantized = unpack(packed)
-    group_size = _int4_group_size(packed.g_idx)
-    assert group_size is not None  # why_not_int4 was asked
-    order = torch.argsort(packed.g_idx, stable=True)
-    recentre = 8 - 2 ** (packed.bits - 1)
-    codes = quantized.codes[:, order].int() + recentre
-    groups = packed.g_idx[order][::group_size].long()  # the layer's group of each of the product's groups
-    scales = quantized.scales[:, groups]
-    zeros = (8 - (quantized.zeros[:, groups].float() + recentre)) * scales
-    padding = -codes.shape[0] % OUT_MULTIPLE
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, padding), value=8)
-    pairs = torch.stack([scales.T, zeros.T], dim=-1)  # (groups, out, 2)
-    pairs = torch.nn.functional.pad(pairs, (0, 0, 0, padding))
-    return Int4Weight(
-        packed=packed,
-        # The second argument tiles the packing on GPUs; the CPU version ignores it.
-        weight=torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1),
-        scales_and_zeros=pairs.to(torch.bfloat16).contiguous(),
-        group_size=group_size,
-        columns=None if torch.equal(order, torch.arange(order.numel())) else order,
-    )
+def prepare_int4(packed: PackedWeight) -> Prepared:
+    """Codes in torch's own int4 packing, (padded out, in / 2) uint8."""
+    order, *extras = _column_order(packed.g_idx)
+    recentre = _recentring(packed.bits)
+    codes = unpack_codes(packed.qweight, packed.bits)[order].T + recentre  # (out, in)
+    scales, zeros = _product_grid(packed, order)
+    pairs = _pairs(scales, (8 - (zeros + recentre)) * scales)
+    return prepared_from(packed, _pack_int4(codes), pairs, *extras)
 
 
-def matmul_int4(x: Tensor, prepared: Int4Weight) -> Tensor:
+def unpack_int4(prepared: Prepared, start: int, stop: int) -> Tensor:
+    codes = _unpack_int4(prepared.codes, start, stop, prepared.in_features) - _recentring(prepared.bits)
+    return _in_columns_order(codes.T, prepared.extras[1:])
+
+
+def matmul_int4(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > MOST_ROWS:
-        return reference.matmul(x, prepared.packed)
-    return int4_product(rows, prepared).reshape(*x.shape[:-1], prepared.packed.out_features)
+        return matmul_dense(x, prepared, unpack_int4)
+    pairs, *order = prepared.extras
+    output = int4_product(_gathered(rows, order), prepared.codes, pairs)
+    return output[:, : prepared.out_features].to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
 
 
-def int4_product(rows: Tensor, prepared: Int4Weight) -> Tensor:
-    """(rows, in) bfloat16 -> (rows, out), however many rows."""
-    if prepared.columns is not None:
-        rows = rows.index_select(1, prepared.columns)
-    output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        rows.contiguous(), prepared.weight, prepared.group_size, prepared.scales_and_zeros
-    )
-    return output[:, : prepared.packed.out_features]
+def why_not_int4_twice(packed: PackedWeight, dtype: torch.dtype) -> str | None:
+    if packed.bits != 8:
+        return f"two int4 products make one for 8-bit codes, not for {packed.bits}-bit ones"
+    return _why_not_int4_product(packed, dtype)
+
+
+def prepare_int4_twice(packed: PackedWeight) -> Prepared:
+    """Codes: the low and the high halves, (2, padded out, in / 2) uint8, each in torch's int4 packing.
+
+    The high half takes its middle, 8 * 16, off every weight, and the low half the rest of the zero: so neither of the
+    products' own zeros is large.
+    """
+    order, *extras = _column_order(packed.g_idx)
+    codes = unpack_codes(packed.qweight, packed.bits)[order].T
+    scales, zeros = _product_grid(packed, order)
+    low, high = _pairs(scales, (8 + 128 - zeros) * scales), _pairs(16 * scales, torch.zeros_like(scales))
+    halves = torch.stack([_pack_int4(codes & 15), _pack_int4(codes >> 4)])
+    return prepared_from(packed, halves, low, high, *extras)
+
+
+def unpack_int4_twice(prepared: Prepared, start: int, stop: int) -> Tensor:
+    low, high = (_unpack_int4(half, start, stop, prepared.in_features) for half in prepared.codes)
+    return _in_columns_order((low + 16 * high).T, prepared.extras[2:])
+
+
+def matmul_int4_twice(x: Tensor, prepared: Prepared) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] > MOST_ROWS:
+        return matmul_dense(x, prepared, unpack_int4_twice)
+    low, high, *order = prepared.extras
+    rows = _gathered(rows, order)
+    output = int4_product(rows, prepared.codes[0], low).float() + int4_product(rows, prepared.codes[1], high)
+    return output[:, : prepared.out_features].to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
+
+
+def int4_product(rows: Tensor, codes: Tensor, pairs: Tensor) -> Tensor:
+    """(rows, in) bfloat16 -> (rows, padded out)."""
+    group_size = rows.shape[1] // pairs.shape[0]
+    output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, pairs)
+    return output
 
 
 def why_not_int8(packed: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -115,35 +112,129 @@ def why_not_int8(packed: PackedWeight, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare_int8(packed: PackedWeight) -> Int8Weight:
-    quantized = unpack(packed)
-    return Int8Weight(
-        packed=packed,
-        weight=(quantized.codes.short() - 128).to(torch.int8),
-        scales=quantized.scales[:, 0].to(torch.bfloat16),
-    )
+def prepare_int8(packed: PackedWeight) -> Prepared:
+    """Codes minus zero, (out, in) int8; extras: scales (out,) bfloat16."""
+    codes = (unpack_codes(packed.qweight, packed.bits).T.short() - 128).to(torch.int8).contiguous()
+    return prepared_from(packed, codes, packed.scales[0].to(torch.bfloat16))
 
 
-def matmul_int8(x: Tensor, prepared: Int8Weight) -> Tensor:
+def unpack_int8(prepared: Prepared, start: int, stop: int) -> Tensor:
+    return (prepared.codes[start:stop].T.short() + 128).to(torch.uint8)
+
+
+def matmul_int8(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > MOST_ROWS:
-        return reference.matmul(x, prepared.packed)
-    output: Tensor = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), prepared.weight, prepared.scales)
-    return output.reshape(*x.shape[:-1], prepared.packed.out_features)
+        return matmul_dense(x, prepared, unpack_int8)
+    output: Tensor = torch.ops.aten._weight_int8pack_mm(_gathered(rows, ()), prepared.codes, *prepared.extras)
+    return output.to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
 
 
 def _why_not_cpu(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    if packed.qweight.device.type != "cpu":
-        return f"runs on CPUs only, the layer is on {packed.qweight.device}"
-    if dtype != torch.bfloat16:
-        return f"torch's integer products are fast for bfloat16 activations only, these are {dtype}"
+    if packed.scales.device.type != "cpu":
+        return f"runs on CPUs only, the layer is on {packed.scales.device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"torch's integer products round activations to bfloat16, these are {dtype}"
     return None
 
 
-def _int4_group_size(group_of_column: Tensor) -> int | None:
+def _why_not_int4_product(packed: PackedWeight, dtype: torch.dtype) -> str | None:
+    if reason := _why_not_cpu(packed, dtype):
+        return reason
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return f"torch {torch.__version__} has no int4 product for CPUs"
+    if _product_group_size(packed.g_idx) is None:
+        return f"the groups are not made of runs of {', '.join(map(str, INT4_GROUP_SIZES))} columns"
+    return None
+
+
+def _product_group_size(group_of_column: Tensor) -> int | None:
     """The widest group of the int4 product whose groups each lie inside one group of the layer, or None."""
     ordered = group_of_column.sort().values
     for size in INT4_GROUP_SIZES:
         if ordered.numel() % size == 0 and bool((ordered.view(-1, size) == ordered[::size, None]).all()):
             return size
     return None
+
+
+def _column_order(group_of_column: Tensor) -> list[Tensor]:
+    """The order that makes neighbours of each group's columns, (in,); once more, unless it changes nothing."""
+    order = torch.argsort(group_of_column, stable=True)
+    return [order] if torch.equal(order, torch.arange(order.numel())) else [order, order]
+
+
+def _product_grid(packed: PackedWeight, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zeros of the product's own groups, which may be narrower than the layer's: (groups, out) float32."""
+    size = _product_group_size(packed.g_idx)
+    assert size is not None  # why_not was asked
+    groups = packed.g_idx[order][::size].long()
+    return packed.scales[groups].float(), packed.zeros()[groups].float()
+
+
+def _pairs(scales: Tensor, zeros: Tensor) -> Tensor:
+    """(groups, padded out, 2) bfloat16."""
+    pairs = pad(torch.stack([scales, zeros], -1), (0, 0, 0, -scales.shape[1] % OUT_MULTIPLE))
+    return pairs.to(torch.bfloat16).contiguous()
+
+
+def _recentring(bits: int) -> int:
+    """What moves codes of fewer bits into the middle of the 4-bit range."""
+    return 8 - (1 << (bits - 1))
+
+
+def _gathered(rows: Tensor, order: Iterable[Tensor]) -> Tensor:
+    rows = rows.to(torch.bfloat16)
+    for columns in order:
+        rows = rows.index_select(1, columns)
+    return rows.contiguous()
+
+
+def _in_columns_order(codes: Tensor, order: Iterable[Tensor]) -> Tensor:
+    """(in, out) codes from the product's order of columns to the layer's."""
+    for columns in order:
+        codes = torch.empty_like(codes).index_copy_(0, columns, codes)
+    return codes
+
+
+def _pack_int4(codes: Tensor) -> Tensor:
+    """(out, in) 0 … 15 -> torch's packing, (padded out, in / 2) uint8."""
+    codes = pad(codes.int(), (0, 0, 0, -codes.shape[0] % OUT_MULTIPLE), value=8)
+    # The second argument tiles the packing on GPUs; the CPU version ignores it.
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
+    return packed
+
+
+def _unpack_int4(packed: Tensor, start: int, stop: int, columns: int) -> Tensor:
+    """Codes start … stop (stop - start, in) uint8 from torch's packing of all of them."""
+    first, last = start // TILE * TILE, min(-(-stop // TILE) * TILE, packed.shape[0])
+    whole = (last - first) // TILE * TILE
+    parts = []
+    for rows, tile in ((packed[first : first + whole], TILE), (packed[first + whole : last], last - first - whole)):
+        if rows.numel():
+            data = rows.reshape(-1, tile * columns // 2)
+            halves = torch.stack([data & 15, data >> 4], 1)  # (tiles, 2, bytes)
+            order = _nibble_order(tile, columns)
+            if order is None:
+                codes = halves.view(-1, 2, columns, tile // 2).transpose(2, 3)
+            else:
+                codes = halves.flatten(1)[:, order]
+            parts.append(codes.reshape(-1, columns))
+    return torch.cat(parts)[start - first : stop - first]
+
+
+@lru_cache(maxsize=64)
+def _nibble_order(rows: int, columns: int) -> Tensor | None:
+    """Which nibble of torch's packing of (rows, columns) codes holds each code, counting low nibbles first.
+
+    It depends on the processor's instruction set and is nowhere promised, so it is read off: numbers are packed, one
+    hexadecimal digit after the other. None stands for the order on processors with AVX-512, which needs no table: the
+    low nibbles are the first half of the rows, the high ones the second, both column after column.
+    """
+    numbers = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
+    found = torch.zeros(rows * columns, dtype=torch.int64)
+    for shift in range(0, (rows * columns - 1).bit_length(), 4):
+        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu((numbers >> shift & 15).contiguous(), 1).flatten()
+        found |= torch.cat([data & 15, data >> 4]).long() << shift
+    order = torch.argsort(found)
+    avx512 = torch.arange(rows * columns).view(2, columns, rows // 2).transpose(1, 2).flatten()
+    return None if AVX512_ORDER and torch.equal(order, avx512) else order

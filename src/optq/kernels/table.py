@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows, and how one is chosen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optq.checkpoint import PackedWeight
+from optq.errors import KernelError
+
+from . import cpu, reference
+from .prepared import Prepared, Unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One row of the table.
+
+    Args:
+        name: what `backend=` and explanations call it.
+        why_not: (packed, dtype of the activations) -> the reason this kernel cannot run it, or None.
+        prepare: runs once after loading, on the layer's device. What it returns holds all codes, so that the words on
+            disk need not be kept beside them.
+        unpack: the codes back, bit for bit: for saving, for gradients, for whoever wants dense weights.
+        matmul: (x (..., in), prepared) -> (..., out), without bias, in x's dtype. Need not be differentiable.
+    """
+
+    name: str
+    why_not: Callable[[PackedWeight, torch.dtype], str | None]
+    prepare: Callable[[PackedWeight], Prepared]
+    unpack: Unpack
+    matmul: Callable[[Tensor, Prepared], Tensor]
+
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(
+            name="cpu_int4",
+            why_not=cpu.why_not_int4,
+            prepare=cpu.prepare_int4,
+            unpack=cpu.unpack_int4,
+            matmul=cpu.matmul_int4,
+        ),
+        Kernel(
+            name="cpu_int8",
+            why_not=cpu.why_not_int8,
+            prepare=cpu.prepare_int8,
+            unpack=cpu.unpack_int8,
+            matmul=cpu.matmul_int8,
+        ),
+        Kernel(
+            name="cpu_int4_twice",
+            why_not=cpu.why_not_int4_twice,
+            prepare=cpu.prepare_int4_twice,
+            unpack=cpu.unpack_int4_twice,
+            matmul=cpu.matmul_int4_twice,
+        ),
+        Kernel(
+            name="reference",
+            why_not=reference.why_not,
+            prepare=reference.prepare,
+            unpack=reference.unpack,
+            matmul=reference.matmul,
+        ),
+    )
+}
+"""By name, from fastest to slowest."""
+
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "auto": tuple(KERNELS),
+    "cpu": tuple(name for name in KERNELS if name.startswith("cpu_")),
+    **{name: (name,) for name in KERNELS},
+}
+"""backend= -> the rows that may be chosen."""
+
+
+def explain(packed: PackedWeight, dtype: torch.dtype) -> dict[str, str | None]:
+    """Every kernel's name with the reason it cannot run this layer, or None if it can; in order of preference."""
+    return {name: kernel.why_not(packed, dtype) for name, kernel in KERNELS.items()}
+
+
+def choose_kernel(packed: PackedWeight, dtype: torch.dtype, backend: str = "auto") -> Kernel:
+    """The first kernel of the table that `backend` allows and that can run this layer.
+
+    Raises:
+        KernelError: the backend is unknown, or none of its kernels can run the layer; the reasons are listed.
+    """
+    if backend not in BACKENDS:
+        raise KernelError(f"backend={backend!r} was asked for; allowed are {', '.join(BACKENDS)}.")
+    reasons = {}
+    for name in BACKENDS[backend]:
+        reason = KERNELS[name].why_not(packed, dtype)
+        if reason is None:
+            return KERNELS[name]
+        reasons[name] = reason
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise KernelError(
+        f"backend={backend!r} cannot run a {packed.bits}-bit layer of {packed.in_features} x {packed.out_features} "
+        f"with {dtype} on {packed.qweight.device}: {listed}. backend='auto' always finds a kernel."
+    )
