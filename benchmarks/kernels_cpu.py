@@ -43,14 +43,14 @@ def main() -> None:
     for in_features, out_features in SHAPES:
         weight = torch.randn(out_features, in_features) / 10
         packed = pack(round_to_nearest(weight, LayerScheme(bits=4, group_size=GROUP_SIZE)))
-        prepared = cpu.prepare_int4(packed)
+        prepared, words = cpu.prepare_int4(packed), reference.prepare(packed)
         dense, half = packed.columns(0, out_features), packed.columns(0, out_features).bfloat16()
         table = results.setdefault(f"{in_features}x{out_features}", {})
         for rows in ROWS:
             x = torch.randn(rows, in_features).bfloat16()
             ways = {
-                "int4 product": partial(cpu.int4_product, x, prepared),
-                "reference": partial(reference.matmul, x, packed),
+                "int4 product": partial(cpu.int4_product, x, prepared.codes, prepared.extras[0]),
+                "reference": partial(reference.matmul, x, words),
                 "dense float32": partial(torch.matmul, x.float(), dense),
                 "dense bfloat16": partial(torch.matmul, x, half),
             }
