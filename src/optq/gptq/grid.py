@@ -28,7 +28,7 @@ SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; a scale of 0 would l
 
 FEW_BITS = 3
 ELEMENTS_AT_ONCE = 1 << 18  # of the weight while grids are searched on a CPU: what its caches hold
-SHRINK_FACTORS = tuple(1.1 - 0.02 * step for step in range(41))  # 1.1 … 0.3 of the span
+SHRINK_FACTORS = tuple(1.1 - 0.02 * step for step in range(26))  # 1.1 … 0.6 of the span: docs/accuracy.md says why
 
 
 @dataclass(frozen=True, kw_only=True)
