@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU, Triton's programs run in its interpreter. It must know before anyone imports Triton.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 VOCABULARY = 128

@@ -10,7 +10,6 @@ float16 activations, which CPUs multiply no faster than float32 ones, are rounde
 bfloat16 model. float32 activations ask for exact results and get the reference.
 """
 
-from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.functional import pad
 
 from optq.checkpoint import PackedWeight, unpack_codes
 
-from .prepared import Prepared, matmul_dense, prepared_from
+from .prepared import Prepared, columns_in_order, in_layers_order, matmul_dense, prepared_from
 
 INT4_GROUP_SIZES = (256, 128, 64, 32)
 OUT_MULTIPLE = 16  # outputs are padded to this
@@ -36,25 +35,24 @@ def why_not_int4(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 
 def prepare_int4(packed: PackedWeight) -> Prepared:
     """Codes in torch's own int4 packing, (padded out, in / 2) uint8."""
-    order, *extras = _column_order(packed.g_idx)
+    order = _column_order(packed.g_idx)
     recentre = _recentring(packed.bits)
     codes = unpack_codes(packed.qweight, packed.bits)[order].T + recentre  # (out, in)
     scales, zeros = _product_grid(packed, order)
     pairs = _pairs(scales, (8 - (zeros + recentre)) * scales)
-    return prepared_from(packed, _pack_int4(codes), pairs, *extras)
+    return prepared_from(packed, _pack_int4(codes), pairs)
 
 
 def unpack_int4(prepared: Prepared, start: int, stop: int) -> Tensor:
     codes = _unpack_int4(prepared.codes, start, stop, prepared.in_features) - _recentring(prepared.bits)
-    return _in_columns_order(codes.T, prepared.extras[1:])
+    return in_layers_order(codes.T, prepared.order)
 
 
 def matmul_int4(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > MOST_ROWS:
         return matmul_dense(x, prepared, unpack_int4)
-    pairs, *order = prepared.extras
-    output = int4_product(_gathered(rows, order), prepared.codes, pairs)
+    output = int4_product(_gathered(rows, prepared.order), prepared.codes, *prepared.extras)
     return output[:, : prepared.out_features].to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
 
 
@@ -70,25 +68,25 @@ def prepare_int4_twice(packed: PackedWeight) -> Prepared:
     The high half takes its middle, 8 * 16, off every weight, and the low half the rest of the zero: so neither of the
     products' own zeros is large.
     """
-    order, *extras = _column_order(packed.g_idx)
+    order = _column_order(packed.g_idx)
     codes = unpack_codes(packed.qweight, packed.bits)[order].T
     scales, zeros = _product_grid(packed, order)
     low, high = _pairs(scales, (8 + 128 - zeros) * scales), _pairs(16 * scales, torch.zeros_like(scales))
     halves = torch.stack([_pack_int4(codes & 15), _pack_int4(codes >> 4)])
-    return prepared_from(packed, halves, low, high, *extras)
+    return prepared_from(packed, halves, low, high)
 
 
 def unpack_int4_twice(prepared: Prepared, start: int, stop: int) -> Tensor:
     low, high = (_unpack_int4(half, start, stop, prepared.in_features) for half in prepared.codes)
-    return _in_columns_order((low + 16 * high).T, prepared.extras[2:])
+    return in_layers_order((low + 16 * high).T, prepared.order)
 
 
 def matmul_int4_twice(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > MOST_ROWS:
         return matmul_dense(x, prepared, unpack_int4_twice)
-    low, high, *order = prepared.extras
-    rows = _gathered(rows, order)
+    low, high = prepared.extras
+    rows = _gathered(rows, prepared.order)
     output = int4_product(rows, prepared.codes[0], low).float() + int4_product(rows, prepared.codes[1], high)
     return output[:, : prepared.out_features].to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
 
@@ -126,7 +124,7 @@ def matmul_int8(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > MOST_ROWS:
         return matmul_dense(x, prepared, unpack_int8)
-    output: Tensor = torch.ops.aten._weight_int8pack_mm(_gathered(rows, ()), prepared.codes, *prepared.extras)
+    output: Tensor = torch.ops.aten._weight_int8pack_mm(_gathered(rows, None), prepared.codes, *prepared.extras)
     return output.to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
 
 
@@ -157,13 +155,12 @@ def _product_group_size(group_of_column: Tensor) -> int | None:
     return None
 
 
-def _column_order(group_of_column: Tensor) -> list[Tensor]:
-    """The order that makes neighbours of each group's columns, (in,); once more, unless it changes nothing."""
-    order = torch.argsort(group_of_column, stable=True)
-    return [order] if torch.equal(order, torch.arange(order.numel())) else [order, order]
+def _column_order(group_of_column: Tensor) -> Tensor | slice:
+    order = columns_in_order(group_of_column)
+    return slice(None) if order is None else order
 
 
-def _product_grid(packed: PackedWeight, order: Tensor) -> tuple[Tensor, Tensor]:
+def _product_grid(packed: PackedWeight, order: Tensor | slice) -> tuple[Tensor, Tensor]:
     """Scales and zeros of the product's own groups, which may be narrower than the layer's: (groups, out) float32."""
     size = _product_group_size(packed.g_idx)
     assert size is not None  # why_not was asked
@@ -182,18 +179,9 @@ def _recentring(bits: int) -> int:
     return 8 - (1 << (bits - 1))
 
 
-def _gathered(rows: Tensor, order: Iterable[Tensor]) -> Tensor:
+def _gathered(rows: Tensor, order: Tensor | None) -> Tensor:
     rows = rows.to(torch.bfloat16)
-    for columns in order:
-        rows = rows.index_select(1, columns)
-    return rows.contiguous()
-
-
-def _in_columns_order(codes: Tensor, order: Iterable[Tensor]) -> Tensor:
-    """(in, out) codes from the product's order of columns to the layer's."""
-    for columns in order:
-        codes = torch.empty_like(codes).index_copy_(0, columns, codes)
-    return codes
+    return rows.contiguous() if order is None else rows.index_select(1, order)
 
 
 def _pack_int4(codes: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .prepared import Prepared, matmul_transposed
+from .prepared import Prepared
 from .table import KERNELS, Kernel
 
 _ARGUMENTS = (
-    "Tensor codes, Tensor[] extras, Tensor scales, Tensor zeros, Tensor group_of_column, int bits, int group_width, "
-    "str kernel"
+    "Tensor codes, Tensor[] extras, Tensor? order, Tensor scales, Tensor zeros, Tensor group_of_column, int bits, "
+    "int group_width, str kernel"
 )
 _LIBRARY = torch.library.Library("optq", "DEF")
 _LIBRARY.define(f"matmul(Tensor x, {_ARGUMENTS}) -> Tensor")
@@ -42,13 +42,14 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return matmul_transposed(grad_outputs[0], ctx.prepared, ctx.kernel.unpack), None, None
+        return ctx.kernel.transposed(grad_outputs[0], ctx.prepared), None, None
 
 
 def _flat(prepared: Prepared) -> tuple[Any, ...]:
     return (
         prepared.codes,
         list(prepared.extras),
+        prepared.order,
         prepared.scales,
         prepared.zeros,
         prepared.group_of_column,
@@ -59,10 +60,11 @@ def _flat(prepared: Prepared) -> tuple[Any, ...]:
 
 def _prepared(arguments: Sequence[Any]) -> tuple[Prepared, Kernel]:
     """The inverse of `_flat`, with the kernel's name at the end."""
-    codes, extras, scales, zeros, group_of_column, bits, group_width, name = arguments
+    codes, extras, order, scales, zeros, group_of_column, bits, group_width, name = arguments
     prepared = Prepared(
         codes=codes,
         extras=tuple(extras),
+        order=order,
         scales=scales,
         zeros=zeros,
         group_of_column=group_of_column,
@@ -79,7 +81,7 @@ def _run(x: Tensor, *arguments: Any) -> Tensor:
 
 def _run_transposed(gradient: Tensor, *arguments: Any) -> Tensor:
     prepared, kernel = _prepared(arguments)
-    return matmul_transposed(gradient, prepared, kernel.unpack)
+    return kernel.transposed(gradient, prepared)
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
@@ -91,14 +93,16 @@ def _fake_transposed(gradient: Tensor, *arguments: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, extras, scales, zeros, group_of_column, *ctx.rest = inputs
-    ctx.save_for_backward(codes, scales, zeros, group_of_column, *extras)
+    _, codes, extras, order, scales, zeros, group_of_column, *ctx.rest = inputs
+    ctx.save_for_backward(codes, order, scales, zeros, group_of_column, *extras)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    codes, scales, zeros, group_of_column, *extras = ctx.saved_tensors
-    towards_x = torch.ops.optq.matmul_transposed(gradient, codes, extras, scales, zeros, group_of_column, *ctx.rest)
-    return towards_x, None, [None] * len(extras), *[None] * 6  # one for each argument
+    codes, order, scales, zeros, group_of_column, *extras = ctx.saved_tensors
+    towards_x = torch.ops.optq.matmul_transposed(
+        gradient, codes, extras, order, scales, zeros, group_of_column, *ctx.rest
+    )
+    return towards_x, None, [None] * len(extras), *[None] * 7  # one for each argument
 
 
 _LIBRARY.impl("matmul", _run, "CompositeExplicitAutograd")

@@ -22,15 +22,17 @@ class Prepared:
     Args:
         codes: all codes, in the form that the kernel reads fastest; takes the place of the words on disk.
         extras: further tensors that the kernel wants.
+        order: (in,) int64, the columns in the order in which the codes lie: groups side by side. None: as they come.
         scales: (groups, out), the dtype on disk.
         zeros: (groups, out) int16.
         group_of_column: (in,) int32.
         bits: bits per weight.
-        group_width: columns per group where groups are runs of neighbours, all equally wide; else 0.
+        group_width: columns per group, once in order; only the last group may be narrower. 0: groups are uneven.
     """
 
     codes: Tensor
     extras: tuple[Tensor, ...]
+    order: Tensor | None
     scales: Tensor
     zeros: Tensor
     group_of_column: Tensor
@@ -48,20 +50,37 @@ class Prepared:
 
 def prepared_from(packed: PackedWeight, codes: Tensor, *extras: Tensor) -> Prepared:
     """`codes` and `extras` together with what every kernel keeps."""
-    groups, in_features = packed.scales.shape[0], packed.in_features
-    width = in_features // groups
-    regular = width * groups == in_features and torch.equal(
-        packed.g_idx, trivial_groups(in_features, width, packed.g_idx.device)
-    )
     return Prepared(
         codes=codes,
         extras=extras,
+        order=columns_in_order(packed.g_idx),
         scales=packed.scales,
         zeros=packed.zeros(),
         group_of_column=packed.g_idx,
         bits=packed.bits,
-        group_width=width if regular else 0,
+        group_width=group_width(packed.g_idx),
     )
+
+
+def columns_in_order(group_of_column: Tensor) -> Tensor | None:
+    """The order that makes neighbours of each group's columns, (in,) int64, or None where they are."""
+    if bool((group_of_column[1:] >= group_of_column[:-1]).all()):
+        return None
+    return torch.argsort(group_of_column, stable=True)
+
+
+def group_width(group_of_column: Tensor) -> int:
+    """The width of all groups, of which only the last may be narrower; or 0."""
+    width = int((group_of_column == 0).sum())
+    even = width and torch.equal(
+        group_of_column.sort().values, trivial_groups(group_of_column.numel(), width, group_of_column.device)
+    )
+    return width if even else 0
+
+
+def in_layers_order(codes: Tensor, order: Tensor | None) -> Tensor:
+    """(in, out) codes from the kernel's order of columns back to the layer's."""
+    return codes if order is None else torch.empty_like(codes).index_copy_(0, order, codes)
 
 
 Unpack = Callable[[Prepared, int, int], Tensor]
@@ -75,7 +94,7 @@ def pieces(prepared: Prepared, unpack: Unpack) -> Iterator[tuple[slice, Tensor]]
         stop = min(start + width, prepared.out_features)
         steps = unpack(prepared, start, stop).float()
         zeros, scales = prepared.zeros[:, start:stop].float(), prepared.scales[:, start:stop].float()
-        if prepared.group_width:
+        if prepared.order is None and prepared.group_width * prepared.scales.shape[0] == prepared.in_features:
             groups = steps.view(-1, prepared.group_width, stop - start)
             groups.sub_(zeros[:, None]).mul_(scales[:, None])
         else:

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch import Tensor
 from optq.checkpoint import PackedWeight
 from optq.errors import KernelError
 
-from . import cpu, reference
-from .prepared import Prepared, Unpack
+from . import cpu, reference, triton_gpu
+from .prepared import Prepared, Unpack, matmul_transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Kernel:
             disk need not be kept beside them.
         unpack: the codes back, bit for bit: for saving, for gradients, for whoever wants dense weights.
         matmul: (x (..., in), prepared) -> (..., out), without bias, in x's dtype. Need not be differentiable.
+        transposed: (gradient (..., out), prepared) -> (..., in), the gradient towards x.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Kernel:
     prepare: Callable[[PackedWeight], Prepared]
     unpack: Unpack
     matmul: Callable[[Tensor, Prepared], Tensor]
+    transposed: Callable[[Tensor, Prepared], Tensor]
 
 
 KERNELS: dict[str, Kernel] = {
@@ -43,6 +46,7 @@ KERNELS: dict[str, Kernel] = {
             prepare=cpu.prepare_int4,
             unpack=cpu.unpack_int4,
             matmul=cpu.matmul_int4,
+            transposed=partial(matmul_transposed, unpack=cpu.unpack_int4),
         ),
         Kernel(
             name="cpu_int8",
@@ -50,6 +54,7 @@ KERNELS: dict[str, Kernel] = {
             prepare=cpu.prepare_int8,
             unpack=cpu.unpack_int8,
             matmul=cpu.matmul_int8,
+            transposed=partial(matmul_transposed, unpack=cpu.unpack_int8),
         ),
         Kernel(
             name="cpu_int4_twice",
@@ -57,6 +62,15 @@ KERNELS: dict[str, Kernel] = {
             prepare=cpu.prepare_int4_twice,
             unpack=cpu.unpack_int4_twice,
             matmul=cpu.matmul_int4_twice,
+            transposed=partial(matmul_transposed, unpack=cpu.unpack_int4_twice),
+        ),
+        Kernel(
+            name="triton",
+            why_not=triton_gpu.why_not,
+            prepare=triton_gpu.prepare,
+            unpack=triton_gpu.unpack,
+            matmul=triton_gpu.matmul,
+            transposed=triton_gpu.matmul_transposed,
         ),
         Kernel(
             name="reference",
@@ -64,6 +78,7 @@ KERNELS: dict[str, Kernel] = {
             prepare=reference.prepare,
             unpack=reference.unpack,
             matmul=reference.matmul,
+            transposed=partial(matmul_transposed, unpack=reference.unpack),
         ),
     )
 }

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton row: its programs in the interpreter against float64, compiled for GPUs that are not there, and refused.
+
+The interpreter's bfloat16 products and sums are wrong; the programs multiply in float32 there (UPCAST).
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import CASES, IN, packed_weight, relative_error
+
+from optq.checkpoint import PackedWeight, unpack_codes
+from optq.kernels import choose_kernel, explain, triton_gpu
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the programs themselves")
+
+OUT = 96  # neither a whole tile nor a whole piece
+
+
+@pytest.fixture
+def assembly(monkeypatch):
+    """Run the assembly too."""
+    import numpy as np
+    import ptx
+    from triton.runtime import interpreter
+
+    class Call:
+        def __init__(self, builder, text, constraints, values, types, is_pure, pack):
+            operands = np.broadcast_arrays(*(value.data for value in values))
+            self.result = interpreter.TensorHandle(ptx.run(text, *operands), values[0].dtype)
+            calls.append(text)
+
+        def get_result(self, index):
+            return self.result
+
+    calls = []
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", lambda *arguments: Call(*arguments))
+    monkeypatch.setattr(triton_gpu, "_takes_ptx", lambda device: True)
+    yield
+    assert calls
+
+
+def error(packed: PackedWeight, dtype: torch.dtype, rows: int) -> float:
+    """The Triton kernel's relative error, as a multiple of torch's own."""
+    dense = packed.columns(0, packed.out_features)
+    x = torch.randn(rows, packed.in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    exact = x.double() @ dense.double()
+    found = triton_gpu.matmul(x, triton_gpu.prepare(packed))
+    assert found.dtype == dtype
+    assert found.shape == (rows, packed.out_features)
+    return relative_error(found, exact) / relative_error(x @ dense.to(dtype), exact)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "act_order"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_error_is_at_most_twice_torchs(bits, group_size, symmetric, act_order, dtype):
+    packed = packed_weight(bits, group_size, symmetric, act_order, out=OUT)
+    for rows in (1, 20):  # one tile; the last tile not whole, and sums not scaled at the end for groups of 64
+        assert error(packed, dtype, rows) <= 2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("assembly")
+def test_the_assembly_computes_the_same(bits, group_size, symmetric, dtype):
+    for rows in (1, 33):
+        assert error(packed_weight(bits, group_size, symmetric, out=OUT), dtype, rows) <= 2
+
+
+def test_many_rows_are_multiplied_densely(monkeypatch):
+    packed = packed_weight(4, 64, True, out=OUT)
+    monkeypatch.setattr(triton_gpu, "MOST_ROWS", 4)
+    monkeypatch.setattr(triton_gpu, "DENSE_BYTES", 1)  # one small piece after the other
+    assert error(packed, torch.float16, 5) <= 2
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_splitting_the_sum_changes_rounding_only(splits, monkeypatch):
+    monkeypatch.setattr(triton_gpu, "blocks_per_split", lambda tiles, blocks, processors: -(-blocks // splits))
+    assert error(packed_weight(4, 64, True, out=OUT), torch.float16, 3) <= 2
+
+
+def test_the_same_input_gives_the_same_bytes():
+    packed = packed_weight(4, 64, True, out=OUT)
+    prepared, x = triton_gpu.prepare(packed), torch.randn(3, IN).half()
+    assert torch.equal(triton_gpu.matmul(x, prepared), triton_gpu.matmul(x, prepared))
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "act_order"), CASES)
+def test_the_codes_come_back_bit_for_bit(bits, group_size, symmetric, act_order):
+    packed = packed_weight(bits, group_size, symmetric, act_order, out=OUT)
+    prepared, codes = triton_gpu.prepare(packed), unpack_codes(packed.qweight, bits)
+    assert torch.equal(triton_gpu.unpack(prepared, 0, OUT), codes)
+    assert torch.equal(triton_gpu.unpack(prepared, 32, 64), codes[:, 32:64])
+    stored = sum(plane.nbytes for plane in (prepared.codes, *prepared.extras))
+    padded = -(-IN // triton_gpu.BLOCK) * triton_gpu.BLOCK
+    assert stored == padded * OUT * bits // 8
+
+
+@pytest.mark.parametrize("act_order", ["static", "desc_act"])
+def test_the_gradient_is_that_of_the_dense_layer(act_order):
+    packed = packed_weight(4, 32, True, act_order, out=OUT)
+    gradient = torch.randn(2, 3, OUT)
+    found = triton_gpu.matmul_transposed(gradient, triton_gpu.prepare(packed))
+    torch.testing.assert_close(found, gradient @ packed.columns(0, OUT).T, rtol=1e-5, atol=1e-5)
+
+
+FAULTS = {
+    "a wrong shift": ("(first >> (4 * step))", "(first >> (4 * step + 1))"),
+    "a mask too narrow": (
+        "& 0x000F000F\n\n\n@triton.jit\ndef high_pairs",
+        "& 0x00070007\n\n\n@triton.jit\ndef high_pairs",
+    ),
+    "the halves exchanged": (
+        "tl.interleave(pairs & 0xFFFF, pairs >> 16)",
+        "tl.interleave(pairs >> 16, pairs & 0xFFFF)",
+    ),
+    "no mask on the last block": ("known & (start + column < columns)[:, None]", "known"),
+    "the first group's scales everywhere": ("tl.minimum(start // GROUP, groups - 1) * out", "0 * start"),
+    "a block left out": ("tl.minimum((split + 1) * blocks_per_split, blocks)", "blocks - 1"),
+    "zeros left out": ("- zeros.to(tl.int32)[:, None]", "- 0 * zeros.to(tl.int32)[:, None]"),
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_planted_faults_are_noticed(fault, monkeypatch, tmp_path):
+    text = Path(importlib.util.find_spec("optq.kernels.triton_kernels").origin).read_text()
+    if fault:
+        right, wrong = FAULTS[fault]
+        assert right in text
+        text = text.replace(right, wrong)
+    (tmp_path / "planted.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(triton_gpu, "_kernels", lambda: planted)
+    # Not "more than twice": memory read beyond the input may be anything.
+    assert (error(packed_weight(4, 32, True, out=OUT), torch.float16, 3) <= 2) != bool(fault)
+
+
+@pytest.mark.slow
+def test_compiles_for_gpus_that_are_not_there():
+    """Without spills, with loads of 128 bits and the tensor cores' instructions, in the memory of small GPUs."""
+    script = Path(__file__).with_name("ahead_of_time.py")
+    ran = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert {facts["target"] for facts in found} == {"sm_80", "sm_90", "gfx942"}
+    for facts in found:
+        assert facts["shared_bytes"] <= 96 * 1024, facts
+        if facts["target"].startswith("sm_"):
+            assert facts["spills"] == 0 and facts["stack"] == 0, facts
+        if facts["target"].startswith("sm_") and facts["program"] == "product":
+            assert facts["tensor_core"] > 0, facts
+            assert facts["wide_loads"] > 0, facts
+
+
+def test_refuses_in_words(monkeypatch):
+    packed = packed_weight(4, 64, True)
+    assert "runs on GPUs, the layer is on cpu" in explain(packed, torch.float16)["triton"]
+    assert choose_kernel(packed, torch.float32).name == "reference"
+    assert "float64" in triton_gpu.why_not_laid_out(packed, torch.float64)
+    assert "16 columns" in triton_gpu.why_not_laid_out(packed_weight(4, 16, True), torch.float16)
+    assert triton_gpu.why_not_laid_out(packed_weight(3, 16, True), torch.float16) is None
+    uneven = packed.g_idx.clone()
+    uneven[0] = 1
+    uneven = PackedWeight(**{**vars(packed), "g_idx": uneven})
+    assert "different numbers of columns" in triton_gpu.why_not_laid_out(uneven, torch.float16)
+    monkeypatch.setattr(triton_gpu, "DEVICES", ("cpu",))
+    assert triton_gpu.why_not(packed, torch.float16) is None
+    monkeypatch.setattr(triton_gpu, "find_spec", lambda name: None)
+    assert "pip install triton" in triton_gpu.why_not(packed, torch.float16)
+
+
+def test_the_sum_is_split_until_every_processor_has_work():
+    assert triton_gpu.blocks_per_split(tiles=10_000, blocks=64, processors=132) == 64
+    assert triton_gpu.blocks_per_split(tiles=128, blocks=64, processors=132) == 16
+    assert triton_gpu.blocks_per_split(tiles=1, blocks=64, processors=132) == 4
+    assert triton_gpu.blocks_per_split(tiles=1, blocks=3, processors=132) == 3
