@@ -18,13 +18,22 @@ from torch.nn.functional import pad
 
 from optq.checkpoint import PackedWeight, unpack_codes
 
-from .prepared import Prepared, columns_in_order, in_layers_order, matmul_dense, prepared_from
+from .prepared import (
+    Prepared,
+    columns_in_order,
+    has_bfloat16_instructions,
+    in_layers_order,
+    matmul_dense,
+    prepared_from,
+)
 
 INT4_GROUP_SIZES = (256, 128, 64, 32)
 OUT_MULTIPLE = 16  # outputs are padded to this
 AVX512_ORDER = True  # look for the order that needs no table
 TILE = 64  # outputs that torch's int4 packing interleaves with one another, or a multiple of them
-MOST_ROWS = 1024  # above, dequantizing and multiplying densely is about as fast, and more exact
+# Of activations: with more, dequantizing and multiplying densely is faster. It depends on whether the dense product of
+# bfloat16 has instructions of its own; benchmarks/kernels.py measured both.
+MOST_ROWS, MOST_ROWS_WITHOUT_BFLOAT16 = 128, 1024
 
 
 def why_not_int4(packed: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -50,7 +59,7 @@ def unpack_int4(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 def matmul_int4(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] > MOST_ROWS:
+    if rows.shape[0] > _most_rows():
         return matmul_dense(x, prepared, unpack_int4)
     output = int4_product(_gathered(rows, prepared.order), prepared.codes, *prepared.extras)
     return output[:, : prepared.out_features].to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
@@ -83,12 +92,16 @@ def unpack_int4_twice(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 def matmul_int4_twice(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] > MOST_ROWS:
+    if rows.shape[0] > _most_rows():
         return matmul_dense(x, prepared, unpack_int4_twice)
     low, high = prepared.extras
     rows = _gathered(rows, prepared.order)
     output = int4_product(rows, prepared.codes[0], low).float() + int4_product(rows, prepared.codes[1], high)
     return output[:, : prepared.out_features].to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
+
+
+def _most_rows() -> int:
+    return MOST_ROWS if has_bfloat16_instructions() else MOST_ROWS_WITHOUT_BFLOAT16
 
 
 def int4_product(rows: Tensor, codes: Tensor, pairs: Tensor) -> Tensor:
@@ -122,7 +135,7 @@ def unpack_int8(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 def matmul_int8(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] > MOST_ROWS:
+    if rows.shape[0] > _most_rows():
         return matmul_dense(x, prepared, unpack_int8)
     output: Tensor = torch.ops.aten._weight_int8pack_mm(_gathered(rows, None), prepared.codes, *prepared.extras)
     return output.to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)

@@ -11,7 +11,7 @@ from torch import Tensor
 from optq.checkpoint import PackedWeight
 from optq.scheme import trivial_groups
 
-PIECE_BYTES = 2**24  # of float32 weights alive at once: large enough for the GEMM, small enough to stay bounded
+PIECE_BYTES = 2**22  # of float32 weights alive at once: large enough for the product, small enough for a CPU's caches
 ALIGNMENT = 64  # outputs: whole tiles of every packing
 
 
