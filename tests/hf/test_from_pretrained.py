@@ -204,6 +204,16 @@ def test_generate_works(saved, probe_ids):
     ).shape == (2, 28)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generate_compiled_for_a_static_cache_gives_the_same_tokens(saved, probe_ids, dtype):
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)
+    assert model.hf_quantizer.is_compileable
+    arguments = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(probe_ids[:1], **arguments)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(model.generate(probe_ids[:1], **arguments), expected)
+
+
 def test_a_missing_g_idx_is_filled_in(saved, tmp_path, probe_ids, quantized):
     from safetensors.torch import save_file
 

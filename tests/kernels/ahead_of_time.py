@@ -49,7 +49,7 @@ def product(bits: int, dtype: str, group: int, tiling: Any, target: Any, splits:
         "first": "*i32",
         "second": WORDS[bits],
         "scales": "*fp16",
-        "zeros": "*i16",
+        "zeros": "*i16" if bits == 8 else "*u8",
         "output": "*fp32" if splits else f"*{TYPES[dtype]}",
     }
     constants = {
@@ -71,7 +71,7 @@ def dequantize(bits: int, dtype: str, group: int, target: Any) -> Any:
         "first": "*i32",
         "second": WORDS[bits],
         "scales": "*fp16",
-        "zeros": "*i16",
+        "zeros": "*i16" if bits == 8 else "*u8",
         "dense": f"*{TYPES[dtype]}",
     }
     constants = {"BITS": bits, "GROUP": group, "OUTPUTS": DEQUANTIZED_OUTPUTS}

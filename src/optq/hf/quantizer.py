@@ -144,6 +144,11 @@ class OptqHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        """Every kernel is one operator to a graph, so `generate` may compile the model for a static cache."""
+        return True
+
     def _prepare_calibration(self, model: Any) -> Calibration:
         config = self.quantization_config
         text_config = model.config.get_text_config(decoder=True)

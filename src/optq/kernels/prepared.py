@@ -24,7 +24,7 @@ class Prepared:
         extras: further tensors that the kernel wants.
         order: (in,) int64, the columns in the order in which the codes lie: groups side by side. None: as they come.
         scales: (groups, out), the dtype on disk.
-        zeros: (groups, out) int16.
+        zeros: (groups, out) uint8; int16 for 8 bits, where they reach 256.
         group_of_column: (in,) int32.
         bits: bits per weight.
         group_width: columns per group, once in order; only the last group may be narrower. 0: groups are uneven.
@@ -55,7 +55,7 @@ def prepared_from(packed: PackedWeight, codes: Tensor, *extras: Tensor) -> Prepa
         extras=extras,
         order=columns_in_order(packed.g_idx),
         scales=packed.scales,
-        zeros=packed.zeros(),
+        zeros=packed.zeros().to(torch.int16 if packed.bits == 8 else torch.uint8),
         group_of_column=packed.g_idx,
         bits=packed.bits,
         group_width=group_width(packed.g_idx),

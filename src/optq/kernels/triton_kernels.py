@@ -154,7 +154,7 @@ def product(
     first,  # (out, blocks * WORDS) int32, row-major
     second,  # the same shape: int16 for 3 bits, int32 for 8; else not read
     scales,  # (groups, out), row-major
-    zeros,  # (groups, out) int16, row-major
+    zeros,  # (groups, out) uint8 or int16, row-major
     output,  # (splits, rows, out), row-major: float32 parts of the sum, or with one split the sum itself
     rows,
     out,
@@ -195,7 +195,7 @@ def product(
                 # Columns that only fill up the last block may lie beyond the last group. Their x is 0.
                 group = tl.minimum(start // GROUP, groups - 1) * out
                 scale = tl.load(scales + group + n, mask=inside, other=0).to(tl.float32)
-                zero = tl.load(zeros + group + n, mask=inside, other=0)
+                zero = tl.load(zeros + group + n, mask=inside, other=0).to(tl.int16)
             known = there[None, :]
             if not WHOLE:
                 known = known & (start + column < columns)[:, None]
@@ -273,7 +273,7 @@ def dequantize(
         if step * WIDTH % GROUP == 0:
             group = tl.minimum(start // GROUP, groups - 1) * out
             scale = tl.load(scales + group + n, mask=inside, other=0).to(tl.float32)
-            zero = tl.load(zeros + group + n, mask=inside, other=0)
+            zero = tl.load(zeros + group + n, mask=inside, other=0).to(tl.int16)
         # In float32 whatever the result: this is bound by memory, and the weight is rounded once.
         weight = weights(low, high, zero, scale, step, BITS, True)
         at = row.to(tl.int64)[:, None] * columns + (start + column)[None, :]
