@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+# `make gpu` is for machines that have one.
+.PHONY: demo test gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -16,6 +17,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# With the Python and the torch that the machine has: .venv's torch knows no GPU.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=src $(PYTHON) benchmarks/kernels.py --bits 4
+	PYTHONPATH=src $(PYTHON) benchmarks/kernels.py --bits 2 3 8 --models 8B
+	PYTHONPATH=src $(PYTHON) benchmarks/generate.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

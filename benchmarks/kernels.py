@@ -225,6 +225,8 @@ def main() -> None:
         for part, shape in SHAPES[model].items()
         for bits in arguments.bits
     }
+    if path.exists():  # what was measured of other bits and shapes stays
+        results = json.loads(path.read_text())["results"] | results
     settings = {
         "group_size": arguments.group_size,
         "activations": "bfloat16",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/kernels.md")
 WIDTH = 119
 BEGIN = "<!-- results: {name}; made by benchmarks/tables.py from benchmarks/results/*.json, not by hand -->"
 END = "<!-- end of results -->"
@@ -95,7 +95,50 @@ def accuracy_table(rows: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[], str]] = {"headlines": headlines, "quality": quality, "tries": tries}
+def kernels() -> str:
+    """Times the speed of dense float32 / bfloat16, by shape and rows."""
+    content = read("kernels-cpu")
+    rows = list(next(iter(content["results"].values())))
+    environment = content["environment"]
+    text = (
+        f"Times the speed of dense float32 / bfloat16, by rows of activations (bfloat16), groups of "
+        f"{content['settings']['group_size']}; {environment['device']}, {environment['threads']} threads, torch "
+        f"{environment['torch']}."
+    )
+    lines = [textwrap.fill(text, WIDTH), "", f"| rows | {' | '.join(rows)} |", f"|---|{'---|' * len(rows)}"]
+    for shape, found in content["results"].items():
+        cells = [f"{found[row]['times_dense_float32']:.1f} / {found[row]['times_dense_bfloat16']:.1f}" for row in rows]
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def generate() -> str:
+    """Tokens per second, loading time, memory."""
+    content = read("generate-cpu")
+    results, settings = content["results"], content["settings"]
+    ways = [way for way in results if way != "loading"]
+    models = list(results[ways[0]]["tokens_per_second"])
+    text = f"Tokens per second at batch 1, {settings['model']}, {settings['bits']} bits, groups of "
+    text += f"{settings['group_size']}, medians of {settings['rounds']} rounds; {content['environment']['device']}."
+    lines = [textwrap.fill(text, WIDTH), "", f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
+    for way in ways:
+        speeds = results[way]["tokens_per_second"]
+        lines.append(f"| {way} | {' | '.join(f'{speeds[model]:.1f}' for model in models)} |")
+    loading = results["loading"]
+    prepared = (
+        f"Preparing all layers after loading takes {loading['prepare_seconds']:.2f} s; then they hold "
+        f"{loading['memory_to_disk']:.2f} times their bytes on disk."
+    )
+    return "\n".join([*lines, "", textwrap.fill(prepared, WIDTH)])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headlines": headlines,
+    "quality": quality,
+    "tries": tries,
+    "kernels": kernels,
+    "generate": generate,
+}
 
 
 def read(name: str) -> dict[str, Any]:

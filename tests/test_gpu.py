@@ -6,6 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optq import GPTQConfig, QuantLinear
+from optq.checkpoint import PackedWeight, pack, unpack_codes
+from optq.gptq import round_to_nearest, solve
+from optq.kernels import choose_kernel
+from optq.scheme import LayerScheme
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +55,77 @@ def test_a_layer_follows_the_model_from_device_to_device(tiny_llama, token_rows,
         model.to("cpu")
         assert torch.equal(model(probe_ids).logits, before)
     assert {layer.qweight.device.type for layer in model.modules() if isinstance(layer, QuantLinear)} == {"cpu"}
+
+
+def packed_weight(bits, group_size, symmetric, act_order="static", shape=(1024, 1536)):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(*shape, generator=generator) / 10
+    scheme = LayerScheme(bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order)
+    if act_order == "desc_act":
+        energies = torch.rand(shape[1], generator=generator) + 0.1
+        return pack(solve(weight, torch.diag(energies), scheme).quantized)
+    return pack(round_to_nearest(weight, scheme))
+
+
+def on_gpu(packed):
+    tensors = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in vars(packed).items()
+    }
+    return PackedWeight(**tensors)
+
+
+def relative_error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize(("symmetric", "act_order"), [(True, "static"), (False, "static"), (False, "desc_act")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_triton_error_is_at_most_twice_torchs(bits, group_size, symmetric, act_order, dtype):
+    packed = on_gpu(packed_weight(bits, group_size, symmetric, act_order))
+    kernel = choose_kernel(packed, dtype)
+    assert kernel.name == "triton"
+    prepared, dense = kernel.prepare(packed), packed.columns(0, packed.out_features)
+    assert torch.equal(kernel.unpack(prepared, 0, packed.out_features), unpack_codes(packed.qweight, bits))
+    for rows in (1, 3, 16, 20, 33, 64, 100, 257, 1025):
+        x = torch.randn(rows, packed.in_features, device="cuda", dtype=dtype)
+        exact = x.double() @ dense.double()
+        found = kernel.matmul(x, prepared)
+        assert relative_error(found, exact) <= 2 * relative_error(x @ dense.to(dtype), exact), rows
+        assert torch.equal(kernel.matmul(x, prepared), found), "two runs differ"
+
+
+@pytest.mark.parametrize("act_order", ["static", "desc_act"])
+def test_the_gradient_on_the_gpu_is_that_of_the_dense_layer(act_order):
+    packed = on_gpu(packed_weight(4, 128, True, act_order))
+    layer = QuantLinear(packed)
+    x = torch.randn(4, packed.in_features, device="cuda", requires_grad=True)
+    layer(x).square().sum().backward()
+    dense = packed.columns(0, packed.out_features)
+    expected = 2 * (x.detach() @ dense) @ dense.T
+    torch.testing.assert_close(x.grad, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_a_captured_graph_replays_the_kernel(rows):
+    packed = on_gpu(packed_weight(4, 128, True))
+    kernel = choose_kernel(packed, torch.float16)
+    prepared = kernel.prepare(packed)
+    x = torch.randn(rows, packed.in_features, device="cuda").half()
+    kernel.matmul(x, prepared)  # Triton compiles at the first call, which a graph must not see
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = kernel.matmul(x, prepared)
+    x.normal_()
+    graph.replay()
+    assert torch.equal(output, kernel.matmul(x, prepared))
+
+
+def test_generate_compiles_for_a_static_cache(tiny_llama, token_rows, probe_ids, tmp_path):
+    quantize(tiny_llama, token_rows).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cuda")
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(probe_ids[:1].cuda(), **arguments)
+    found = model.generate(probe_ids[:1].cuda(), **arguments, cache_implementation="static")
+    assert torch.equal(found, expected)
