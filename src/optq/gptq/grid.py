@@ -28,7 +28,8 @@ SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; a scale of 0 would l
 
 FEW_BITS = 3
 ELEMENTS_AT_ONCE = 1 << 18  # of the weight while grids are searched on a CPU: what its caches hold
-SHRINK_FACTORS = tuple(1.1 - 0.02 * step for step in range(26))  # 1.1 … 0.6 of the span: docs/accuracy.md says why
+SHRINK_FACTORS = tuple(1.1 - 0.02 * step for step in range(41))  # 1.1 … 0.3 of the span
+LEAST_OF_2_BITS = 0.6  # of the span; docs/accuracy.md says why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
         weight: (out, in) float32.
         group_of_column: (in,) int32, values 0 … groups - 1.
         importance: (in,) float32, what a squared error of each column costs; the grid that minimises the weighted sum
-            is searched among `SHRINK_FACTORS` of the group's span. None: the whole span.
+            is searched among `shrink_factors` of the group's span. None: the whole span.
     Returns:
         A `Grid` with float16-representable scales, never zero, and negative ones among the symmetric. Symmetric zeros
         are 2 ** (bits - 1); asymmetric ones lie in [1, max_code], because a zero of 0 cannot be stored safely in v1
@@ -106,9 +107,14 @@ def _grouped(weight: Tensor, group_of_column: Tensor, importance: Tensor | None)
     return weight.reshape(-1, groups, width), costs.reshape(groups, width)
 
 
+def shrink_factors(bits: int) -> tuple[float, ...]:
+    """Parts of a group's span to try."""
+    return tuple(factor for factor in SHRINK_FACTORS if bits > 2 or factor > LEAST_OF_2_BITS - 0.01)
+
+
 def _candidates(low: Tensor, high: Tensor, scheme: LayerScheme) -> Iterator[tuple[Tensor, Tensor]]:
     """Scales and zeros to try."""
-    for factor in SHRINK_FACTORS:
+    for factor in shrink_factors(scheme.bits):
         scales, zeros = _spanning(low * factor, high * factor, scheme)
         yield scales, zeros
         if scheme.symmetric:
