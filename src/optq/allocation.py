@@ -37,7 +37,7 @@ from .placement import execution_device, placed, tensors_outside, working_dtype
 from .plan import Plan
 from .progress import RunLog
 from .scheme import LayerScheme, QuantizedWeight
-from .walk import at_work, suspended
+from .walk import BlockSource, at_work, in_memory, suspended
 
 logger = logging.getLogger(__name__)
 
@@ -76,18 +76,20 @@ def allocate(
     *,
     device: torch.device | str | None = None,
     log: RunLog | None = None,
+    source: BlockSource | None = None,
 ) -> Plan:
     """`plan` with the schemes that fit the budget and cost the least.
 
     Args:
-        model: its weights loaded; as before afterwards.
+        model: its weights loaded, but for those of the blocks that `source` reads; as before afterwards.
         candidates: of a linear; those of linears that share an input are intersected.
         budget: stored bits of all planned linears together, scales and zeros included.
         log: receives an event `allocated`, with the schemes and errors of every unit.
+        source: where the blocks' tensors come from when their turn comes; None: all are in memory.
     Raises:
         ConfigError: even the smallest schemes take more than the budget.
     """
-    units = measure(model, plan, calibration, candidates, torch.device(device or execution_device()))
+    units = measure(model, plan, calibration, candidates, torch.device(device or execution_device()), source)
     chosen = choose([unit.options for unit in units], budget)
     weights = sum(target.view.weight.numel() for targets in plan.targets.values() for target in targets)
     if chosen is None:
@@ -173,6 +175,7 @@ def measure(
     calibration: Calibration,
     candidates: Callable[[LinearView], Sequence[LayerScheme]],
     device: torch.device,
+    source: BlockSource | None = None,
 ) -> list[Unit]:
     """Every unit's options, measured on the original model.
 
@@ -188,7 +191,10 @@ def measure(
     measured: list[_MeasuredBlock] = []
     with suspended(model, plan, inputs, device) as (forwards, calls):
         for index, name in enumerate(names):
-            with at_work(name, forwards, calls, plan, masks, device, RunLog(bar=False)) as (work, calls):
+            with (
+                in_memory(name, source),
+                at_work(name, forwards, calls, plan, masks, device, RunLog(bar=False)) as (work, calls),
+            ):
                 measured.append(_measure_block(work, calls[:first_damaged], candidates))
                 outputs = {first_damaged + index: measured[-1].damaged_output}
                 if name != names[-1]:

@@ -11,6 +11,7 @@ far the inputs of every stage have drifted, and at the end, on rows kept apart, 
 """
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory
 from .model import BlockCall, Finished, LinearView, SuspendedForwards
 from .placement import execution_device, placed, tensors_outside, working_dtype
-from .plan import Plan
+from .plan import Plan, Target
 from .progress import RunLog, rounded
-from .walk import at_work, suspended
+from .walk import BlockSource, at_work, suspended
 
 
 def quantize_model(
@@ -41,15 +42,17 @@ def quantize_model(
     backend: str = "auto",
     device: torch.device | str | None = None,
     log: RunLog | None = None,
+    source: BlockSource | None = None,
 ) -> Comparison | None:
     """Quantize the planned linears of `model` in place: each becomes a `QuantLinear`.
 
     Args:
-        model: its weights loaded, on any device.
+        model: on any device, its weights loaded, but for those of the blocks that `source` reads.
         sequential: calibrate later stages of a block on the already quantized earlier ones (true_sequential).
         polish_passes: over the calibration data, at most, to tune each finished block by gradient; 0: none.
         device: where blocks are run and solved, one at a time; by default the accelerator, if there is one.
         log: receives the events of the run.
+        source: where the blocks' tensors come from when their turn comes; None: all are in memory.
     Returns:
         How the quantized model compares with the original on `calibration.probes`; None without probes, or for models
         that return no logits.
@@ -61,7 +64,9 @@ def quantize_model(
     """
     log = log if log is not None else RunLog()
     device = torch.device(device) if device is not None else execution_device()
-    _check_weights(plan)
+    if source is None:
+        for targets in plan.targets.values():
+            _check_weights(targets, "nothing was quantized")
     names, blocks = list(plan.blocks), list(plan.blocks.values())
     log.emit(
         "started",
@@ -81,7 +86,10 @@ def quantize_model(
         for name in names:
             block_started = time.monotonic()
             last = name == names[-1]
+            if source is not None:
+                source.read(name)
             with at_work(name, forwards, waiting, plan, streams.masks, device, log) as (work, waiting):
+                _check_weights(plan.targets[name], f"{name} was not quantized")
                 work.check_finite(waiting)
                 polishes = polish_passes > 0 and name != plan.head
                 calls, twins = streams.fitted(waiting)
@@ -204,14 +212,13 @@ def _compare(
     return comparer.result() if compared else None
 
 
-def _check_weights(plan: Plan) -> None:
-    for targets in plan.targets.values():
-        for target in targets:
-            if not bool(target.view.weight.isfinite().all()):
-                raise ModelError(
-                    f"{target.view.name} has weights that are not finite (NaN or infinity). The checkpoint is "
-                    "damaged, or its values overflow the dtype it is loaded in; nothing was quantized."
-                )
+def _check_weights(targets: Iterable[Target], consequence: str) -> None:
+    for target in targets:
+        if not bool(target.view.weight.isfinite().all()):
+            raise ModelError(
+                f"{target.view.name} has weights that are not finite (NaN or infinity). The checkpoint is damaged, or "
+                f"its values overflow the dtype it is loaded in; {consequence}."
+            )
 
 
 def _replace(model: nn.Module, view: LinearView, layer: QuantLinear) -> None:

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,29 @@ from .model import BlockCall, SuspendedForwards
 from .placement import evaluating, placed, tensors_of, tensors_outside, working_dtype
 from .plan import Plan
 from .progress import RunLog
+
+
+class BlockSource(Protocol):
+    """Where blocks come from that are not in memory."""
+
+    def read(self, name: str) -> None:
+        """Fill a block with its tensors."""
+
+    def drop(self, name: str) -> None:
+        """Free a block's tensors again."""
+
+
+@contextmanager
+def in_memory(name: str, source: BlockSource | None) -> Iterator[None]:
+    """A block with its tensors, for a while."""
+    if source is None:
+        yield
+        return
+    source.read(name)
+    try:
+        yield
+    finally:
+        source.drop(name)
 
 
 @contextmanager

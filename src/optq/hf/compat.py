@@ -2,11 +2,20 @@
 """Every use of transformers that is internal to it or differs between its versions 5.17 and 5.23."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.initialization import guard_torch_init_functions
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from optq.errors import CalibrationError
 
@@ -28,6 +37,56 @@ def renamed(tensors: dict[str, Value], model: Any) -> dict[str, Value]:
         name, _ = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, state)
         result[f"{name.removesuffix('.weight')}.{last}"] = value
     return result
+
+
+def names_in_model(keys: Iterable[str], model: Any) -> dict[str, str]:
+    """What tensors of a dense checkpoint are called in the model; of those that become one, its name."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    return {key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0] for key in keys}
+
+
+def load_tensors(model: Any, tensors: dict[str, Any]) -> None:
+    """Read slices of a checkpoint into the model, as `from_pretrained` does: renamed, converted, cast, on the CPU."""
+    applied = model._weight_conversions  # what saving has to undo; the slices are a part of the checkpoint only
+    settings = LoadStateDictConfig(
+        device_map={"": "cpu"},
+        dtype=model.dtype,
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        convert_and_load_state_dict_in_model(model, tensors, settings)
+    finally:
+        model._weight_conversions = applied
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def initialise_buffers(model: Any, name: str) -> None:
+    """Give a block's buffers that are in no checkpoint their values, as `from_pretrained` does after reading."""
+    block = model.get_submodule(name)
+    for module in block.modules():
+        hollow = {name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name in hollow & module._non_persistent_buffers_set:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        # What was read is marked, so that it is not initialised again.
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        module._is_hf_initialized = all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
+    owner = _model_around(model, name)
+    with torch.no_grad(), guard_torch_init_functions():
+        block.apply(lambda module: owner._initialize_weights(module, owner.is_custom_code()))
+
+
+def _model_around(model: Any, name: str) -> Any:
+    """The innermost model of transformers that a module belongs to: a part of a larger model may be one itself."""
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+    return [module for module in around if isinstance(module, PreTrainedModel)][-1]
 
 
 def load_tokenizer(tokenizer: Any, model: Any) -> Any:

@@ -36,6 +36,7 @@ from optq.scheme import LayerScheme
 
 from . import compat
 from .config import GPTQConfig
+from .streaming import StreamedBlocks, why_not_streamed
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class OptqHfQuantizer(HfQuantizer):
         self._device_map: Any = None
         self._plan: Plan | None = None
         self._calibration: Calibration | None = None
+        self._streamed: StreamedBlocks | None = None
         self._without_g_idx: set[str] = set()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -86,6 +88,11 @@ class OptqHfQuantizer(HfQuantizer):
         self._plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
         with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
             self._calibration = self._prepare_calibration(model)
+        if reason := why_not_streamed(model, blocks, checkpoint_files or []):
+            logger.info("The whole model is read into memory: %s.", reason)
+        else:
+            self._streamed = StreamedBlocks(model, blocks, checkpoint_files or [])
+            self._streamed.leave()
         for weakness in self._calibration.weak_for(self._plan.widest):
             logger.warning("Weak calibration data: %s.", weakness)
 
@@ -97,6 +104,8 @@ class OptqHfQuantizer(HfQuantizer):
         assert self._calibration is not None
         config = self.quantization_config
         self.log = RunLog(Path(config.log_file) if config.log_file else None)
+        if self._streamed is not None:
+            self._streamed.come_back()
         if self._plan.head is not None:
             compat.untie_head(model)
         with self.log:
@@ -108,6 +117,7 @@ class OptqHfQuantizer(HfQuantizer):
                     lambda view: config.candidates_for(view.name, *view.shape),
                     self._budget(model),
                     log=self.log,
+                    source=self._streamed,
                 )
             self.quality = quantize_model(
                 model,
@@ -118,6 +128,7 @@ class OptqHfQuantizer(HfQuantizer):
                 checkpoint_format=config.format,
                 backend=config.backend,
                 log=self.log,
+                source=self._streamed,
             )
             if self.quality is not None:
                 judge(
@@ -153,7 +164,9 @@ class OptqHfQuantizer(HfQuantizer):
         config = self.quantization_config
         text_config = model.config.get_text_config(decoder=True)
         longest = config.model_seqlen or min(getattr(text_config, "max_position_embeddings", None) or 2048, 2048)
-        pad_token_id = config.pad_token_id if config.pad_token_id is not None else text_config.pad_token_id
+        pad_token_id = (
+            config.pad_token_id if config.pad_token_id is not None else getattr(text_config, "pad_token_id", None)
+        )
         return prepare_calibration(
             config.dataset,
             lambda: compat.load_tokenizer(config.tokenizer, model),
@@ -197,7 +210,7 @@ class OptqHfQuantizer(HfQuantizer):
         )
         model.config.quantization_config = self.quantization_config
         compat.make_generation_config_savable(model)
-        self._plan = self._calibration = None  # free the calibration data
+        self._plan = self._calibration = self._streamed = None  # free the calibration data
 
     def _insert_empty_layers(self, model: Any, checkpoint_files: list[str]) -> None:
         config = self.quantization_config
