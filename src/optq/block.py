@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .checkpoint import PackedWeight, unpack
 from .errors import CalibrationError
 from .gptq import Hessian, InputDrift, Solution, solve
 from .memory import peak_gib, release_free_memory
@@ -67,6 +68,13 @@ class BlockWork:
         """Give linears their original weights back."""
         for view in views:
             view.parameter.data = self._originals[view]
+
+    def write_recorded(self, recorded: dict[str, PackedWeight]) -> dict[LinearView, PackedWeight]:
+        """Give linears the values that they got in a former run, which are exactly what it went on with."""
+        found = {target.view: recorded[target.view.name] for target in self.targets if target.view.name in recorded}
+        for view, packed in found.items():
+            view.write(unpack(packed).decode().to(self.device))
+        return found
 
     @contextmanager
     def _original_weights(self) -> Iterator[None]:

@@ -28,7 +28,7 @@ from .model import BlockCall, Finished, LinearView, SuspendedForwards
 from .placement import execution_device, placed, tensors_outside, working_dtype
 from .plan import Plan, Target
 from .progress import RunLog, rounded
-from .walk import BlockSource, at_work, suspended
+from .walk import BlockSink, BlockSource, at_work, suspended
 
 
 def quantize_model(
@@ -43,6 +43,7 @@ def quantize_model(
     device: torch.device | str | None = None,
     log: RunLog | None = None,
     source: BlockSource | None = None,
+    sink: BlockSink | None = None,
 ) -> Comparison | None:
     """Quantize the planned linears of `model` in place: each becomes a `QuantLinear`.
 
@@ -53,6 +54,8 @@ def quantize_model(
         device: where blocks are run and solved, one at a time; by default the accelerator, if there is one.
         log: receives the events of the run.
         source: where the blocks' tensors come from when their turn comes; None: all are in memory.
+        sink: where finished blocks go at once. Those that it has already are not solved again. With a source they are
+            dropped from memory afterwards.
     Returns:
         How the quantized model compares with the original on `calibration.probes`; None without probes, or for models
         that return no logits.
@@ -91,20 +94,33 @@ def quantize_model(
             with at_work(name, forwards, waiting, plan, streams.masks, device, log) as (work, waiting):
                 _check_weights(plan.targets[name], f"{name} was not quantized")
                 work.check_finite(waiting)
-                polishes = polish_passes > 0 and name != plan.head
-                calls, twins = streams.fitted(waiting)
-                solved, outputs = work.solve(calls, twins, sequential, outputs_wanted=polishes or not last)
-                if polishes and solved:
-                    solved = _polish(work, solved, streams, waiting, outputs, polish_passes)
-                del calls, twins
+                recorded = sink.recorded(name) if sink is not None else None
+                solved: list[Solved] = []
+                outputs: dict[int, Any] = {}
+                if recorded is not None:
+                    packed = work.write_recorded(recorded)
+                    log.advance(1, block=f"{name} was finished before")
+                else:
+                    polishes = polish_passes > 0 and name != plan.head
+                    calls, twins = streams.fitted(waiting)
+                    solved, outputs = work.solve(calls, twins, sequential, outputs_wanted=polishes or not last)
+                    if polishes and solved:
+                        solved = _polish(work, solved, streams, waiting, outputs, polish_passes)
+                    packed = {done.view: pack(done.quantized, checkpoint_format) for done in solved}
+                    del calls, twins
                 if last:
                     with placed(tensors_outside(model, blocks), device, working_dtype(device)):
                         comparison = _compare(forwards, streams, waiting, work, model)
                 else:
                     waiting = _continue(forwards, streams, waiting, work, outputs)
-            for done in solved:
-                layer = QuantLinear(pack(done.quantized, checkpoint_format), done.view.bias, backend)
-                _replace(model, done.view, layer.to(done.view.weight.device))
+            for view, weight in packed.items():
+                _replace(model, view, QuantLinear(weight, view.bias, backend).to(view.weight.device))
+            if recorded is not None:
+                log.emit("restored", block=name, seconds=round(time.monotonic() - block_started, 2))
+            elif sink is not None:
+                sink.write(name)
+            if sink is not None and source is not None:
+                source.drop(name)
             work.report(solved, time.monotonic() - block_started)
     if comparison is not None:
         log.emit("quality", held_out=calibration.probes_held_out, **comparison.facts())

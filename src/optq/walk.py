@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import BlockWork
+from .checkpoint import PackedWeight
 from .errors import ModelError
 from .model import BlockCall, SuspendedForwards
 from .placement import evaluating, placed, tensors_of, tensors_outside, working_dtype
@@ -24,6 +25,16 @@ class BlockSource(Protocol):
 
     def drop(self, name: str) -> None:
         """Free a block's tensors again."""
+
+
+class BlockSink(Protocol):
+    """Where finished blocks go at once, and what it has of a former run."""
+
+    def recorded(self, name: str) -> dict[str, PackedWeight] | None:
+        """The packed linears of a block that was finished before, by name; None if it was not."""
+
+    def write(self, name: str) -> None:
+        """Take a finished block."""
 
 
 @contextmanager

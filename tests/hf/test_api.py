@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optq
@@ -40,7 +41,10 @@ def test_writes_a_folder_that_loads_with_all_that_belongs_to_it(source, config, 
     assert {path.name for path in output.iterdir()} == {
         "config.json",
         "generation_config.json",
-        "model.safetensors",
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
@@ -74,7 +78,7 @@ def test_a_failure_leaves_no_model_behind_and_the_same_call_can_be_repeated(sour
         patch.setattr(api, "_copy_companions", full_disk)
         with pytest.raises(OSError, match="No space left"):
             optq.quantize(source, config, output_dir=output)
-    assert [path.name for path in output.iterdir()] == [api.LOG_NAME]
+    assert {path.name for path in output.iterdir()} == {api.LOG_NAME, api.PARTIAL}
     with pytest.raises((OSError, ValueError), match=r"config\.json"):
         AutoModelForCausalLM.from_pretrained(output)
     optq.quantize(source, config, output_dir=output)
@@ -85,7 +89,7 @@ def test_a_crash_while_files_get_their_names_leaves_no_config(source, config, tm
     output, moved = tmp_path / "out", []
 
     def crash(old, new):
-        if old.name == "model.safetensors":
+        if old.name == "model.safetensors" and new.parent == output:
             raise KeyboardInterrupt
         moved.append(old.name)
         original(old, new)
@@ -96,6 +100,12 @@ def test_a_crash_while_files_get_their_names_leaves_no_config(source, config, tm
         optq.quantize(source, config, output_dir=output)
     assert moved
     assert not (output / "config.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match=r"bits was 4 and is 8"):
+        optq.quantize(source, GPTQConfig(bits=8, group_size=32, dataset=config.dataset), output_dir=output)
+    optq.quantize(source, config, output_dir=output)
+    assert AutoModelForCausalLM.from_pretrained(output)
+    assert not (output / api.PARTIAL).exists()
 
 
 def test_a_folder_with_something_else_in_it_is_refused_untouched(source, config, tmp_path):
@@ -116,7 +126,13 @@ def test_a_config_that_cannot_work_writes_nothing(source, token_rows, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_shards(source, config, tmp_path):
-    output = optq.quantize(source, config, output_dir=tmp_path / "out", max_shard_size="40KB")
+def test_every_block_is_a_shard_and_the_tensors_are_those_of_save_pretrained(source, config, tmp_path):
+    output = optq.quantize(source, config, output_dir=tmp_path / "out")
     index = json.loads((output / "model.safetensors.index.json").read_text())
     assert {path.name for path in output.glob("*.safetensors")} == set(index["weight_map"].values())
+    assert len(list(output.glob("*.safetensors"))) == 3
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=config).save_pretrained(tmp_path / "saved")
+    expected = load_file(tmp_path / "saved/model.safetensors")
+    found = {key: tensor for path in output.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    assert found.keys() == expected.keys() == index["weight_map"].keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

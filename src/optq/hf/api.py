@@ -2,6 +2,7 @@
 """`optq.quantize`: from a model's id or folder to a finished checkpoint folder, without keeping a model object."""
 
 import copy
+import json
 import os
 import shutil
 from fnmatch import fnmatch
@@ -14,9 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from optq.errors import OutputError
 
 from .config import GPTQConfig
+from .journal import DESCRIPTION, differences_to, has_finished_blocks, write_whole
 
 PARTIAL = ".optq-partial"
 """Where files grow inside the output folder before they get their names."""
+
+READY = "ready.json"
+"""In there, once all files are: their final names."""
 
 LOG_NAME = "quantization_log.jsonl"
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -31,42 +36,50 @@ def quantize(
     config: transformers.GPTQConfig,
     *,
     output_dir: str | os.PathLike[str],
-    max_shard_size: str | int = "50GB",
     **kwargs: Any,
 ) -> Path:
     """Quantize a model and write a checkpoint folder; the same path as `from_pretrained` and `save_pretrained`.
 
-    The folder gets its config.json last, so a folder that a failure left behind is never taken for a finished one. The
-    run's events are in quantization_log.jsonl beside the weights.
+    Every decoder block is read from disk when its turn comes, and written as a file of its own as soon as it is done.
+    So the memory needed does not grow with the number of blocks; and a run that was interrupted, even by a power cut,
+    goes on from its last finished block when the same call is made again, and ends with the same bytes. The folder
+    gets its config.json last, so an unfinished one is never taken for a model. The run's events are in
+    quantization_log.jsonl beside the weights.
 
     Args:
         model_id_or_dir: what `from_pretrained` takes.
         config: how to quantize, with calibration data.
-        output_dir: is created; must be empty or hold only what an unfinished run left.
-        max_shard_size: largest weight file.
+        output_dir: is created; must be empty or hold only what an unfinished run of the same model, settings and data
+            left.
         kwargs: passed to `from_pretrained`: dtype, revision, token, trust_remote_code, …
     Returns:
         The folder.
     Raises:
-        OutputError: the folder holds something else, or cannot be written.
+        OutputError: the folder holds something else or another run, or cannot be written.
         ConfigError, CalibrationError, ModelError, SolveError: see `GPTQConfig` and docs/configuration.md.
     """
     source, output = os.fspath(model_id_or_dir), Path(output_dir)
+    config = copy.copy(GPTQConfig.from_stock(config))
     _claim(output)
     partial = output / PARTIAL
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    config = copy.copy(GPTQConfig.from_stock(config))
-    config.log_file = config.log_file or str(output / LOG_NAME)
-    try:
-        model = _model_class(source, kwargs).from_pretrained(source, quantization_config=config, **kwargs)
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
-        _copy_companions(_snapshot(source, kwargs), partial)
-        _reveal(partial, output)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
+    partial.mkdir(exist_ok=True)
+    if not (partial / READY).exists():
+        config.log_file = config.log_file or str(output / LOG_NAME)
+        config.journal_folder = str(partial)
+        try:
+            model = _model_class(source, kwargs).from_pretrained(source, quantization_config=config, **kwargs)
+            model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
+            _copy_companions(_snapshot(source, kwargs), partial)
+            _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
+        finally:
+            if not has_finished_blocks(partial):
+                shutil.rmtree(partial)
+    elif differences := differences_to(partial, config):
+        raise OutputError(
+            f"{output} holds the results of another run, which only lack their names: {'; '.join(differences[:6])}. "
+            "Repeat that call, or name another folder, or delete this one."
+        )
+    _reveal(partial, output)
     return output
 
 
@@ -74,7 +87,9 @@ def _claim(output: Path) -> None:
     """Create the folder, or make sure that it is ours to write to."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"output_dir={str(output)!r} is a file; name a folder that does not exist or is empty.")
-    strangers = sorted(path.name for path in output.iterdir() if path.name not in OURS) if output.exists() else []
+    ready = output / PARTIAL / READY
+    ours = {*OURS, *(json.loads(ready.read_text(encoding="utf-8")).values() if ready.exists() else ())}
+    strangers = sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
     if strangers:
         shown = ", ".join(strangers[:5]) + (" …" if len(strangers) > 5 else "")
         raise OutputError(
@@ -82,7 +97,6 @@ def _claim(output: Path) -> None:
             "Name a folder that does not exist or is empty; nothing was changed."
         )
     output.mkdir(parents=True, exist_ok=True)
-    (output / LOG_NAME).unlink(missing_ok=True)
 
 
 def _model_class(source: str, kwargs: dict[str, Any]) -> Any:
@@ -121,10 +135,22 @@ def _copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _reveal(partial: Path, output: Path) -> None:
-    """Give every file its final name, config.json last: a folder without it is no model."""
-    names = sorted(path.name for path in partial.iterdir())
-    for name in [*(name for name in names if name != "config.json"), "config.json"]:
+def _make_ready(partial: Path, shards: dict[str, str]) -> None:
+    """All files are there: write down what each of them will be called."""
+    others = sorted(path.name for path in partial.iterdir() if path.name not in (*shards, DESCRIPTION))
+    names = {**shards, **{name: name for name in others}}
+    for name in names:
         with (partial / name).open("rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(partial / name, output / name)
+    names["config.json"] = names.pop("config.json")  # last: a folder without it is no model
+    write_whole(partial / READY, lambda target: target.write_text(json.dumps(names, indent=2), encoding="utf-8"))
+
+
+def _reveal(partial: Path, output: Path) -> None:
+    """Give every file its final name; it may have been begun before."""
+    for name, final in json.loads((partial / READY).read_text(encoding="utf-8")).items():
+        if (partial / name).exists():
+            os.replace(partial / name, output / final)
+    for name in (DESCRIPTION, READY):
+        (partial / name).unlink(missing_ok=True)
+    partial.rmdir()

@@ -12,6 +12,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
@@ -46,6 +47,12 @@ def names_in_model(keys: Iterable[str], model: Any) -> dict[str, str]:
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     return {key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0] for key in keys}
+
+
+def named_as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the model under the names, and in the form, of the checkpoint that it came from."""
+    named: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
+    return named
 
 
 def load_tensors(model: Any, tensors: dict[str, Any]) -> None:

@@ -62,6 +62,7 @@ RUN_ONLY = (
     "num_samples",
     "seed",
     "log_file",
+    "journal_folder",
 )
 """Fields that say how to run, not what the checkpoint is: never written to config.json."""
 
@@ -187,6 +188,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.quality_gate = quality_gate
         self.max_perplexity_ratio = max_perplexity_ratio
         self.log_file = log_file
+        self.journal_folder: str | None = None  # set by optq.quantize: where finished blocks are written at once
         self.max_input_length = max_input_length
         self.cache_block_outputs = cache_block_outputs
         self.modules_in_block_to_quantize = modules_in_block_to_quantize
@@ -381,6 +383,11 @@ class GPTQConfig(transformers.GPTQConfig):
         written["quant_method"] = QuantizationMethod.GPTQ.value
         written["checkpoint_format"] = self.format
         return copy.deepcopy({**self.unknown, **written})
+
+    def settings(self) -> dict[str, Any]:
+        """Whatever decides what the checkpoint will be, besides the data."""
+        without = ("tokenizer", "dataset", "backend", "log_file", "journal_folder")
+        return {key: value for key, value in vars(self).items() if key not in without}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

@@ -36,6 +36,7 @@ from optq.scheme import LayerScheme
 
 from . import compat
 from .config import GPTQConfig
+from .journal import Journal, described
 from .streaming import StreamedBlocks, why_not_streamed
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class OptqHfQuantizer(HfQuantizer):
     Attributes:
         log: the events of the run that quantized the model, or None for a loaded checkpoint.
         quality: how the quantized model compared with the original at the end of that run, or None.
+        journal: where `optq.quantize` has finished blocks written at once, or None.
     """
 
     requires_calibration = False
@@ -61,6 +63,8 @@ class OptqHfQuantizer(HfQuantizer):
         self._plan: Plan | None = None
         self._calibration: Calibration | None = None
         self._streamed: StreamedBlocks | None = None
+        self._files: list[str] = []
+        self.journal: Journal | None = None
         self._without_g_idx: set[str] = set()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -88,6 +92,7 @@ class OptqHfQuantizer(HfQuantizer):
         self._plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
         with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
             self._calibration = self._prepare_calibration(model)
+        self._files = checkpoint_files or []
         if reason := why_not_streamed(model, blocks, checkpoint_files or []):
             logger.info("The whole model is read into memory: %s.", reason)
         else:
@@ -103,6 +108,9 @@ class OptqHfQuantizer(HfQuantizer):
         assert self._plan is not None  # *before* ran
         assert self._calibration is not None
         config = self.quantization_config
+        if config.journal_folder is not None:
+            self.journal = Journal(Path(config.journal_folder), model, self._plan.blocks, config.format)
+            self.journal.open(described(self._files, config.settings(), self._calibration, model.dtype))
         self.log = RunLog(Path(config.log_file) if config.log_file else None)
         if self._streamed is not None:
             self._streamed.come_back()
@@ -129,6 +137,7 @@ class OptqHfQuantizer(HfQuantizer):
                 backend=config.backend,
                 log=self.log,
                 source=self._streamed,
+                sink=self.journal,
             )
             if self.quality is not None:
                 judge(
@@ -139,14 +148,22 @@ class OptqHfQuantizer(HfQuantizer):
                 )
         self._record(model)
         self.pre_quantized = True  # from here on it is like a loaded checkpoint
-        compat.dispatch(model, self._device_map, self)
-        self._prepare_layers(model)
+        if self.journal is None:  # else its blocks are on the disk, and not in memory
+            compat.dispatch(model, self._device_map, self)
+            self._prepare_layers(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
         for name, layer in _quantized_layers(model).items():
             model.set_submodule(name, layer.dense(wanted))
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """What is still to be saved: with a journal, all but the blocks."""
+        if self.journal is None:
+            return None, {}
+        state = model.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in self.journal.written}, {}
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True

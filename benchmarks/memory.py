@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of `optq.quantize` against the depth of the model, and resuming after being killed.
+
+Models of random weights and equal width are written to disk and quantized, each in a process of its own. Then a run is
+killed at random moments, as often as asked, and repeated until it ends; its bytes are compared with those of a run that
+was left alone.
+
+    python benchmarks/memory.py [--kills 20]
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import record
+
+DEPTHS, HIDDEN, INTERMEDIATE, SEED = (8, 64), 512, 1536, 0
+KILLED_DEPTH = 12
+
+QUANTIZE = """
+import json, resource, sys
+import torch
+import optq
+torch.manual_seed(0)
+rows = [{"input_ids": row.tolist()} for row in torch.randint(0, 1000, (32, 128))]
+optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, group_size=64, dataset=rows), output_dir=sys.argv[2])
+print(json.dumps({"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)}))
+"""
+
+
+def model(depth: int, folder: Path) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=depth,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def depths(scratch: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for depth in DEPTHS:
+        source = model(depth, scratch / f"depth-{depth}")
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        started = time.perf_counter()
+        command = [sys.executable, "-c", QUANTIZE, str(source), str(scratch / f"out-{depth}")]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[str(depth)] = {
+            "dense_mb_on_disk": round(size / 1e6),
+            **json.loads(ran.stdout.splitlines()[-1]),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        print(depth, found[str(depth)], flush=True)
+    least, most = (found[str(depth)]["peak_rss_mb"] for depth in DEPTHS)
+    return {"blocks": found, "peak_ratio": round(most / least, 3)}
+
+
+def kills(scratch: Path, count: int) -> dict[str, Any]:
+    source = model(KILLED_DEPTH, scratch / "killed")
+    command = [sys.executable, "-c", QUANTIZE, str(source)]
+    started = time.perf_counter()
+    subprocess.run([*command, str(scratch / "whole")], capture_output=True, check=True)
+    whole_run = time.perf_counter() - started
+    expected = weights(scratch / "whole")
+    chance, moments, identical, output = random.Random(SEED), [], 0, scratch / "resumed"
+    runs = 0
+    while len(moments) < count:
+        process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=chance.uniform(0.2, 1.0) * whole_run)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            partial = output / ".optq-partial"
+            moments.append(len(list(partial.glob("block-*.safetensors"))) if partial.exists() else 0)
+            continue
+        runs += 1
+        identical += process.returncode == 0 and weights(output) == expected
+        print(f"run {runs} ended, {identical} identical; killed with so many finished blocks: {moments}", flush=True)
+        output = scratch / f"resumed-{runs}"
+    while True:  # the run that was killed last
+        if subprocess.run([*command, str(output)], capture_output=True, check=False).returncode == 0:
+            runs += 1
+            identical += weights(output) == expected
+            break
+        raise SystemExit("a repeated run failed")
+    return {"kills": count, "finished_blocks_when_killed": moments, "runs": runs, "identical": identical}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        results = {"depth": depths(Path(scratch)), "killed": kills(Path(scratch), arguments.kills)}
+    settings = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "calibration": "32 x 128 random tokens",
+        "config": "4 bits, groups of 64, default effort",
+        "blocks_of_the_killed_model": KILLED_DEPTH,
+        "seed": SEED,
+    }
+    record.write("memory", settings, results)
+
+
+if __name__ == "__main__":
+    main()

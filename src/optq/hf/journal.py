@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output folder as a journal: every finished block is a file, so a run that dies goes on where it was.
+
+A block's file is written under a temporary name, flushed to the disk, and renamed: it is whole or not there. A
+description of the run, written first, makes sure that what is found belongs to the same model, settings and data.
+
+The activations between blocks are not stored. A run that goes on sends the calibration data once more through the
+blocks that are done, with the weights that their files stand for. These are the very numbers with which the first run
+went on, so the blocks that follow get the same inputs and the checkpoint the same bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from optq.calibration import Calibration
+from optq.checkpoint import PackedWeight, find_quantized_linears, read_headers
+from optq.errors import OutputError
+from optq.version import __version__
+
+from . import compat
+from .config import GPTQConfig
+
+DESCRIPTION = "run.json"
+"""What the run is: another one does not go on here."""
+
+FORMAT = 1  # of the journal
+BLOCK_FILE = "block-{index:05}.safetensors"
+
+
+class Journal:
+    """The files of a run's finished blocks.
+
+    Args:
+        folder: where they are; it exists.
+        model: whose blocks they are.
+        blocks: names, in order.
+        checkpoint_format: of the packed tensors.
+    """
+
+    def __init__(self, folder: Path, model: Any, blocks: Iterable[str], checkpoint_format: str) -> None:
+        self._folder = folder
+        self._model = model
+        self._format = checkpoint_format
+        self._files = {name: folder / BLOCK_FILE.format(index=index) for index, name in enumerate(blocks)}
+        self.written: set[str] = set()
+        """The tensors, by their names in the model, that the files hold."""
+
+    @property
+    def finished(self) -> list[str]:
+        """The blocks whose files exist, up to the first that is missing."""
+        done = []
+        for name, file in self._files.items():
+            if not file.exists():
+                break
+            done.append(name)
+        return done
+
+    def open(self, description: dict[str, Any]) -> None:
+        """Begin, or go on if the folder holds a part of the same run.
+
+        Raises:
+            OutputError: it holds a part of another one; the differences are listed.
+        """
+        description = json.loads(json.dumps(description, default=str))
+        path = self._folder / DESCRIPTION
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            differences = _differences(found, description)
+            if differences:
+                raise OutputError(
+                    f"{self._folder.parent} holds {len(self.finished)} finished blocks of another run: "
+                    f"{'; '.join(differences[:6])}{' …' if len(differences) > 6 else ''}. Go on with the same model, "
+                    "settings and data, or name another folder, or delete this one."
+                )
+            return
+        for file in self._files.values():
+            file.unlink(missing_ok=True)
+        write_whole(path, lambda target: target.write_text(json.dumps(description, indent=2), encoding="utf-8"))
+
+    def recorded(self, name: str) -> dict[str, PackedWeight] | None:
+        """The packed linears of a block that a former run has finished, by name, or None.
+
+        Raises:
+            OutputError: its file is damaged.
+        """
+        if name not in self.finished:
+            return None
+        file = self._files[name]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors = compat.renamed({key: opened.get_tensor(key) for key in opened.keys()}, self._model)  # noqa: SIM118
+            headers = compat.renamed(read_headers([str(file)]), self._model)
+        except SafetensorError as error:
+            raise OutputError(f"{file} is damaged ({error}). Delete it and run again: its block is redone.") from error
+        self.written |= tensors.keys()
+        return {
+            linear: PackedWeight(
+                **{part: tensors[f"{linear}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")},
+                bits=found.bits,
+                checkpoint_format=self._format,
+            )
+            for linear, found in find_quantized_linears(headers).items()
+        }
+
+    def write(self, name: str) -> None:
+        """Write a finished block's tensors.
+
+        Raises:
+            OutputError: the disk is full, or the like; what was written before is whole.
+        """
+        state = self._model.get_submodule(name).state_dict()
+        tensors = {f"{name}.{key}": tensor.contiguous() for key, tensor in state.items()}
+        self.written |= tensors.keys()
+        named = compat.named_as_on_disk(self._model, tensors)
+        write_whole(self._files[name], lambda target: save_file(named, target, metadata={"format": "pt"}))
+
+    def final_names(self, rest: Path) -> dict[str, str]:
+        """What the blocks' files, and `rest` with all other tensors, are called in a checkpoint; writes its index."""
+        shards = [*self._files.values(), rest]
+        finals = {
+            shard.name: f"model-{number:05}-of-{len(shards):05}.safetensors" for number, shard in enumerate(shards, 1)
+        }
+        weight_map: dict[str, str] = {}
+        for shard in shards:
+            with safe_open(shard, framework="pt") as opened:
+                weight_map |= dict.fromkeys(opened.keys(), finals[shard.name])
+        size = sum(shard.stat().st_size for shard in shards)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        write_whole(
+            self._folder / "model.safetensors.index.json",
+            lambda target: target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8"),
+        )
+        return finals
+
+
+def has_finished_blocks(folder: Path) -> bool:
+    return (folder / BLOCK_FILE.format(index=0)).exists()
+
+
+def differences_to(folder: Path, config: GPTQConfig) -> list[str]:
+    """How the settings of the run in `folder` differ from `config`."""
+    found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["settings"]
+    return _differences(found, json.loads(json.dumps(config.settings(), default=str)))
+
+
+def described(
+    files: Iterable[str], settings: dict[str, Any], calibration: Calibration, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What a run must have in common with the one that it continues."""
+    return {
+        "journal": FORMAT,
+        "optq": __version__,
+        "torch": torch.__version__,
+        "model files": {Path(file).name: _identity(Path(file)) for file in files},
+        "dtype": str(dtype),
+        "settings": settings,
+        "calibration": _hash_of(calibration),
+    }
+
+
+def _identity(file: Path) -> str:
+    """Size and hash of the header, which names every tensor and its place: reading all bytes would take too long."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(min(length, 100_000_000))
+    return f"{file.stat().st_size} bytes, header {hashlib.sha256(header).hexdigest()[:16]}"
+
+
+def _hash_of(calibration: Calibration) -> str:
+    digest = hashlib.sha256()
+    for batch in (*calibration.batches, *calibration.probes):
+        for tensor in (batch.input_ids, batch.attention_mask, batch.next_ids):
+            digest.update(b"none" if tensor is None else str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _differences(found: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    differences = []
+    for key in [*found, *(key for key in asked if key not in found)]:
+        before, now = found.get(key), asked.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            differences += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            differences.append(f"{prefix}{key} was {before!r} and is {now!r}")
+    return differences
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """All of a file, on the disk, or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} could not be written: {error}. What was finished before is whole; once there is space, the same "
+            "command goes on from there."
+        ) from error
