@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of `optq.quantize` against the depth of the model, and resuming after being killed.
 
-Models of random weights and equal width are written to disk and quantized, each in a process of its own. Then a run is
-killed at random moments, as often as asked, and repeated until it ends; its bytes are compared with those of a run that
-was left alone.
+Models of random weights and equal width are written to disk and quantized, each in its own process. Then a run is
+killed at random moments, as often as asked, and repeated until it ends; its bytes are compared with those of a run
+that was left alone.
 
     python benchmarks/memory.py [--kills 20]
 """
@@ -24,13 +24,14 @@ DEPTHS, HIDDEN, INTERMEDIATE, SEED = (8, 64), 512, 1536, 0
 KILLED_DEPTH = 12
 
 QUANTIZE = """
-import json, resource, sys
+import json, sys
 import torch
 import optq
 torch.manual_seed(0)
 rows = [{"input_ids": row.tolist()} for row in torch.randint(0, 1000, (32, 128))]
 optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, group_size=64, dataset=rows), output_dir=sys.argv[2])
-print(json.dumps({"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)}))
+from optq.memory import peak_gib
+print(json.dumps({"peak_rss_mb": round(peak_gib("cpu") * 2**30 / 1e6)}))
 """
 
 

@@ -90,6 +90,29 @@ def test_sequential_and_joint_calibration_differ_after_the_first_stage(tiny_llam
     assert not same["model.layers.0.self_attn.o_proj"]
 
 
+@pytest.mark.parametrize("polish_passes", [0, 1])
+def test_what_finds_no_room_to_wait_inside_a_block_is_run_anew_with_the_same_bytes(
+    tiny_llama, token_rows, monkeypatch, caplog, polish_passes
+):
+    results = []
+    for free in (
+        2**40,
+        0,
+        2 * 8 * 32 * 4 * 2 * (64 + 64 + 64 + 96) * 2 + 1,
+    ):  # all, none, and one of the micro-batches
+        monkeypatch.setattr("optq.block.free_bytes", lambda device, free=free: 2 * free)
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        with caplog.at_level("INFO", logger="optq"):
+            quantize_model(
+                model, plan(model), calibrate(token_rows, batch_size=4), polish_passes=polish_passes, device=CPU
+            )
+        results.append(model.state_dict())
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+    said = [message for message in caplog.messages if "micro-batches at once" in message]
+    assert len(said) == 4
+
+
 def test_padding_changes_nothing(tiny_llama, token_rows):
     """Samples of unequal length in one padded micro-batch, or each alone."""
     rows = [{"input_ids": row["input_ids"][: 20 + 4 * (index % 4)]} for index, row in enumerate(token_rows)]

@@ -16,8 +16,17 @@ from torch.utils._pytree import tree_map
 from .checkpoint import PackedWeight, unpack
 from .errors import CalibrationError
 from .gptq import Hessian, InputDrift, Solution, solve
-from .memory import peak_gib, release_free_memory
-from .model import BlockCall, LinearView, Stage, feed_stages, fitting_mask, hidden_states, observe_stages
+from .memory import free_bytes, peak_gib, release_free_memory
+from .model import (
+    BlockCall,
+    LinearView,
+    PausedForwards,
+    Stage,
+    feed_stages,
+    fitting_mask,
+    hidden_states,
+    observe_stages,
+)
 from .placement import working_dtype
 from .plan import Target
 from .polish import Example, polish
@@ -25,6 +34,8 @@ from .progress import RunLog, rounded
 from .scheme import LayerScheme, QuantizedWeight
 
 logger = logging.getLogger(__name__)
+
+PAUSED_SHARE = 0.5  # of the free memory, for what forwards hold while they wait inside a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +120,13 @@ class BlockWork:
                 )
 
     def solve(
-        self, calls: list[BlockCall], twins: dict[int, BlockCall], sequential: bool, outputs_wanted: bool = True
+        self,
+        calls: list[BlockCall],
+        twins: dict[int, BlockCall],
+        sequential: bool,
+        *,
+        original_outputs: bool = True,
+        own_outputs: bool = False,
     ) -> tuple[list[Solved], dict[int, Any]]:
         """Quantize the block's linears, writing the rounded values into them.
 
@@ -118,8 +135,10 @@ class BlockWork:
             twins: the same micro-batches as the original model computes them, by number; empty if earlier layers'
                 errors are not to be propagated.
             sequential: calibrate later stages on the already quantized earlier ones.
+            original_outputs, own_outputs: whether the outputs of the original block for the twins, and those of the
+                quantized one for the calls, are of use.
         Returns:
-            What was solved, and, if wanted, the original block's outputs for the twins, by number.
+            What was solved, and outputs by the number of the call, as far as they are wanted and came about.
         """
         if not self.targets:
             return [], {}
@@ -132,14 +151,38 @@ class BlockWork:
         solved: list[Solved] = []
         outputs: dict[int, Any] = {}
         groups = [[stage] for stage in stages] if sequential else [stages]
-        for group in groups:
-            # Nothing of the original block changes in between, so its last run is also the one that goes on.
-            kept = outputs if outputs_wanted and group is groups[-1] else None
-            for stage, hessian, drift in self.observe(group, calls, twins, kept):
-                solved += self._solve_stage(stage, hessian, drift, scheme_of)
-                release_free_memory()
-                self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1].relative_loss:.2e}")
+        with PausedForwards(stages) as paused:
+            if len(groups) > 1:
+                self._pause(paused, stages, calls, twins)
+            for group in groups:
+                # Nothing of the original block changes in between, so its last run is also the one that goes on.
+                kept = outputs if original_outputs and group is groups[-1] else None
+                for stage, hessian, drift in self.observe(group, calls, twins, kept, paused):
+                    solved += self._solve_stage(stage, hessian, drift, scheme_of)
+                    release_free_memory()
+                    self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1].relative_loss:.2e}")
+            if own_outputs:
+                outputs |= {call.batch: paused.output_of(call.batch) for call in calls if call.batch in paused}
         return solved, outputs
+
+    def _pause(
+        self, paused: PausedForwards, stages: list[Stage], calls: list[BlockCall], twins: dict[int, BlockCall]
+    ) -> None:
+        """Start as many forwards as find room; the others are run anew for every stage."""
+        if any(stage.calls > 1 for stage in stages):
+            return  # its first call would go on with other weights than its second
+        room = PAUSED_SHARE * free_bytes(self.device)
+        values_per_token = 2 * sum(stage.in_features for stage in stages)  # inputs, and about as much in between
+        for call in calls:
+            states = hidden_states((*call.args, *call.kwargs.values()))
+            room -= values_per_token * (states.numel() // states.shape[-1]) * states.element_size() * (1 + bool(twins))
+            if room < 0:
+                logger.info("%s: memory for %d of %d micro-batches at once.", self.name, len(paused), len(calls))
+                return
+            paused.start(call.batch, lambda call=call: self.run(call))  # type: ignore[misc]
+            if twins:
+                twin = twins[call.batch]
+                paused.start(twin.batch, lambda twin=twin: self.run(twin))  # type: ignore[misc]
 
     def observe(
         self,
@@ -147,14 +190,19 @@ class BlockWork:
         calls: list[BlockCall],
         twins: dict[int, BlockCall],
         outputs: dict[int, Any] | None = None,
+        paused: PausedForwards | None = None,
     ) -> list[tuple[Stage, Hessian, InputDrift | None]]:
-        """The statistics of each stage's inputs over all micro-batches; the twins' outputs go to `outputs`."""
+        """The statistics of each stage's inputs over all micro-batches; the twins' outputs go to `outputs`.
+
+        Args:
+            paused: forwards that wait inside the block; micro-batches that are not among them are run.
+        """
         hessians = {stage: Hessian(stage.in_features, self.device) for stage in stages}
         drifts = {stage: InputDrift(stage.in_features, self.device) for stage in stages if twins}
         for call in calls:
             originals: dict[Stage, list[Tensor]] = {stage: [] for stage in stages}
             if twins:
-                self._feed_originals(stages, twins[call.batch], originals, outputs)
+                self._feed_originals(stages, twins[call.batch], originals, outputs, paused)
             mask = self.masks[call.batch]
 
             def feed(
@@ -168,7 +216,10 @@ class BlockWork:
                 if twins:
                     drifts[stage].add(originals[stage].pop(0), x, keep)
 
-            feed_stages(stages, lambda call=call: self.run(call), feed)  # type: ignore[misc]
+            if paused is not None and call.batch in paused:
+                _feed_paused(paused, call.batch, stages, feed)
+            else:
+                feed_stages(stages, lambda call=call: self.run(call), feed)  # type: ignore[misc]
         return [(stage, hessians[stage], drifts.get(stage)) for stage in stages]
 
     def _feed_originals(
@@ -177,10 +228,17 @@ class BlockWork:
         twin: BlockCall,
         originals: dict[Stage, list[Tensor]],
         outputs: dict[int, Any] | None,
+        paused: PausedForwards | None,
     ) -> None:
         def keep(stage: Stage, x: Tensor) -> None:
             originals[stage].append(x)
 
+        if paused is not None and twin.batch in paused:
+            with self._original_weights():
+                _feed_paused(paused, twin.batch, stages, keep)
+                if outputs is not None:
+                    outputs[twin.batch] = paused.output_of(twin.batch)
+            return
         output = feed_stages(stages, lambda: self.run_original(twin), keep, to_the_end=outputs is not None)
         if outputs is not None:
             outputs[twin.batch] = output
@@ -293,6 +351,15 @@ class BlockWork:
             facts["seconds"],
             facts["peak_gib"] or math.nan,
         )
+
+
+def _feed_paused(
+    paused: PausedForwards, number: int, stages: list[Stage], feed: Callable[[Stage, Tensor], None]
+) -> None:
+    for stage in stages:
+        x = paused.input_of(number, stage)
+        if x is not None:
+            feed(stage, x)
 
 
 def write_rows(views: Iterable[LinearView], stacked: QuantizedWeight) -> list[QuantizedWeight]:

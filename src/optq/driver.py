@@ -103,7 +103,13 @@ def quantize_model(
                 else:
                     polishes = polish_passes > 0 and name != plan.head
                     calls, twins = streams.fitted(waiting)
-                    solved, outputs = work.solve(calls, twins, sequential, outputs_wanted=polishes or not last)
+                    solved, outputs = work.solve(
+                        calls,
+                        twins,
+                        sequential,
+                        original_outputs=polishes or not last,
+                        own_outputs=not polishes and not last,
+                    )
                     if polishes and solved:
                         solved = _polish(work, solved, streams, waiting, outputs, polish_passes)
                     packed = {done.view: pack(done.quantized, checkpoint_format) for done in solved}

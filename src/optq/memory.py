@@ -5,6 +5,7 @@ import ctypes
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 if sys.platform != "win32":
@@ -26,6 +27,14 @@ def peak_gib(device: torch.device | str) -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """What can still be allocated: on an accelerator, or in the system's memory."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def release_free_memory() -> None:

@@ -11,6 +11,7 @@ from .linears import find_linears as find_linears
 from .outputs import fitting_mask as fitting_mask
 from .outputs import hidden_states as hidden_states
 from .outputs import relative_error as relative_error
+from .paused import PausedForwards as PausedForwards
 from .stages import Stage as Stage
 from .stages import feed_stages as feed_stages
 from .stages import observe_stages as observe_stages

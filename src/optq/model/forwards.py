@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,20 +55,23 @@ class _Failure:
     error: BaseException
 
 
-class _Thread:
-    """One micro-batch's forward."""
+Posted = TypeVar("Posted")
+
+
+class TurnThread(Generic[Posted]):
+    """One micro-batch's forward. It and the driver take turns: it posts where it waits, and is answered."""
 
     def __init__(self, run: Callable[[], Any], index: int) -> None:
         self.index = index
-        self._to_driver: queue.SimpleQueue[BlockCall | Finished | _Failure] = queue.SimpleQueue()
+        self._to_driver: queue.SimpleQueue[Posted | Finished | _Failure] = queue.SimpleQueue()
         self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, args=(run,), name=f"optq-batch-{index}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def wait(self) -> BlockCall | Finished:
-        """Wait until the forward calls a block or ends."""
+    def wait(self) -> Posted | Finished:
+        """Wait until the forward pauses or ends."""
         posted = self._to_driver.get()
         if isinstance(posted, _Failure):
             raise posted.error
@@ -82,10 +85,10 @@ class _Thread:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def pause(self, call: BlockCall) -> Any:
-        """Called by the stand-in, inside the thread."""
-        self._to_driver.put(call)
-        del call  # the driver may free the arguments while this frame waits
+    def pause(self, posted: Posted) -> Any:
+        """Called inside the thread."""
+        self._to_driver.put(posted)
+        del posted  # the driver may free what is in it while this frame waits
         output = self._to_thread.get()
         if isinstance(output, _Abandoned):
             raise output
@@ -117,7 +120,8 @@ class SuspendedForwards:
         extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         self._current = threading.local()
         self._threads = [
-            _Thread(self._bound(model, {**batch, **extra}, index), index) for index, batch in enumerate(batches)
+            TurnThread[BlockCall](self._bound(model, {**batch, **extra}, index), index)
+            for index, batch in enumerate(batches)
         ]
 
     def __enter__(self) -> "SuspendedForwards":
@@ -161,7 +165,7 @@ class SuspendedForwards:
 
     def _stand_in(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            thread: _Thread | None = getattr(self._current, "thread", None)
+            thread: TurnThread[BlockCall] | None = getattr(self._current, "thread", None)
             if thread is None:  # called by somebody else than one of our forwards
                 return self.original_forwards[index](*args, **kwargs)
             return thread.pause(BlockCall(batch=thread.index, block=index, args=args, kwargs=kwargs))

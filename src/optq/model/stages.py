@@ -39,12 +39,18 @@ class _StageReached(Exception):
     """Ends a block's forward once the last input that is wanted has been seen."""
 
 
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a linear that is called with these arguments."""
+    tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return tensor
+
+
 @contextmanager
 def _watching(modules: list[nn.Module], seen: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
     """Call `seen(module, input)` before each forward of one of the modules."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen(module, args[0] if args else next(iter(kwargs.values())))
+        seen(module, first_input(args, kwargs))
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
