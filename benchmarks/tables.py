@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/kernels.md", "docs/large-models.md")
 WIDTH = 119
 BEGIN = "<!-- results: {name}; made by benchmarks/tables.py from benchmarks/results/*.json, not by hand -->"
 END = "<!-- end of results -->"
@@ -132,12 +132,38 @@ def generate() -> str:
     return "\n".join([*lines, "", textwrap.fill(prepared, WIDTH)])
 
 
+def memory() -> str:
+    """Peak memory by depth, and how many killed runs ended with the same bytes."""
+    content = read("memory")
+    settings, depth, killed = content["settings"], content["results"]["depth"], content["results"]["killed"]
+    text = (
+        f"`optq.quantize` on a CPU, Llama's architecture with random weights, {settings['hidden_size']} wide, "
+        f"{settings['config']}, {settings['calibration']}."
+    )
+    lines = [
+        textwrap.fill(text, WIDTH),
+        "",
+        "| blocks | dense weights on disk, MB | peak memory, MB |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {blocks} | {row['dense_mb_on_disk']} | {row['peak_rss_mb']} |" for blocks, row in depth["blocks"].items()
+    ]
+    text = (
+        f"With a model of {settings['blocks_of_the_killed_model']} blocks, killed {killed['kills']} times at random "
+        f"moments (`kill -9`): {killed['identical']} of {killed['runs']} runs ended with the bytes of one that was left "
+        "alone."
+    )
+    return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "quality": quality,
     "tries": tries,
     "kernels": kernels,
     "generate": generate,
+    "memory": memory,
 }
 
 

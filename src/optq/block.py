@@ -173,11 +173,11 @@ class BlockWork:
             return  # its first call would go on with other weights than its second
         room = PAUSED_SHARE * free_bytes(self.device)
         values_per_token = 2 * sum(stage.in_features for stage in stages)  # inputs, and about as much in between
-        for call in calls:
+        for position, call in enumerate(calls):
             states = hidden_states((*call.args, *call.kwargs.values()))
             room -= values_per_token * (states.numel() // states.shape[-1]) * states.element_size() * (1 + bool(twins))
             if room < 0:
-                logger.info("%s: memory for %d of %d micro-batches at once.", self.name, len(paused), len(calls))
+                logger.info("%s: memory for %d of %d micro-batches at once.", self.name, position, len(calls))
                 return
             paused.start(call.batch, lambda call=call: self.run(call))  # type: ignore[misc]
             if twins:

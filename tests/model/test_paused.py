@@ -21,9 +21,8 @@ class Block(nn.Module):
 
 
 def stages(block):
-    return [
-        Stage(views=(LinearView(name=name, module=getattr(block, name)),), calls=1) for name in ("first", "second")
-    ]
+    views = [LinearView(name=name, module=getattr(block, name)) for name in ("first", "second")]
+    return [Stage(views=(view,), calls=1) for view in views]
 
 
 def test_a_forward_sees_the_weights_that_were_written_while_it_waited():
