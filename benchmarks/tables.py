@@ -151,7 +151,7 @@ def memory() -> str:
     ]
     text = (
         f"With a model of {settings['blocks_of_the_killed_model']} blocks, killed {killed['kills']} times at random "
-        f"moments (`kill -9`): {killed['identical']} of {killed['runs']} runs ended with the bytes of one that was left "
+        f"moments: {killed['identical']} of {killed['runs']} runs ended with the bytes of one that was left "
         "alone."
     )
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
