@@ -95,25 +95,13 @@ def quantize_model(
                 _check_weights(plan.targets[name], f"{name} was not quantized")
                 work.check_finite(waiting)
                 recorded = sink.recorded(name) if sink is not None else None
-                solved: list[Solved] = []
-                outputs: dict[int, Any] = {}
                 if recorded is not None:
-                    packed = work.write_recorded(recorded)
+                    packed, solved, outputs = work.write_recorded(recorded), [], {}
                     log.advance(1, block=f"{name} was finished before")
                 else:
-                    polishes = polish_passes > 0 and name != plan.head
-                    calls, twins = streams.fitted(waiting)
-                    solved, outputs = work.solve(
-                        calls,
-                        twins,
-                        sequential,
-                        original_outputs=polishes or not last,
-                        own_outputs=not polishes and not last,
-                    )
-                    if polishes and solved:
-                        solved = _polish(work, solved, streams, waiting, outputs, polish_passes)
+                    passes = 0 if name == plan.head else polish_passes
+                    solved, outputs = _solve(work, streams, waiting, sequential, passes, last)
                     packed = {done.view: pack(done.quantized, checkpoint_format) for done in solved}
-                    del calls, twins
                 if last:
                     with placed(tensors_outside(model, blocks), device, working_dtype(device)):
                         comparison = _compare(forwards, streams, waiting, work, model)
@@ -173,6 +161,24 @@ class _Streams:
             for call in waiting
             if self._fitted <= call.batch < len(self.batches)
         ]
+
+
+def _solve(
+    work: BlockWork, streams: _Streams, waiting: list[BlockCall], sequential: bool, polish_passes: int, last: bool
+) -> tuple[list[Solved], dict[int, Any]]:
+    """What was solved, and the outputs of the block that came about meanwhile, by the number of the call."""
+    calls, twins = streams.fitted(waiting)
+    polishes = polish_passes > 0
+    solved, outputs = work.solve(
+        calls,
+        twins,
+        sequential,
+        original_outputs=polishes or not last,
+        own_outputs=not polishes and not last,  # polishing would change them
+    )
+    if polishes and solved:
+        solved = _polish(work, solved, streams, waiting, outputs, polish_passes)
+    return solved, outputs
 
 
 def _polish(
