@@ -95,8 +95,10 @@ def quantize_model(
                 _check_weights(plan.targets[name], f"{name} was not quantized")
                 work.check_finite(waiting)
                 recorded = sink.recorded(name) if sink is not None else None
+                solved: list[Solved] = []
+                outputs: dict[int, Any] = {}
                 if recorded is not None:
-                    packed, solved, outputs = work.write_recorded(recorded), [], {}
+                    packed = work.write_recorded(recorded)
                     log.advance(1, block=f"{name} was finished before")
                 else:
                     passes = 0 if name == plan.head else polish_passes
