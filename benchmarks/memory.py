@@ -20,8 +20,8 @@ from typing import Any
 
 import record
 
-DEPTHS, HIDDEN, INTERMEDIATE, SEED = (8, 64), 512, 1536, 0
-KILLED_DEPTH = 12
+DEPTHS, HIDDEN, SEED = (8, 64), 512, 0
+KILLED_DEPTH, KILLED_HIDDEN = 12, 128
 
 QUANTIZE = """
 import json, sys
@@ -35,15 +35,15 @@ print(json.dumps({"peak_rss_mb": round(peak_gib("cpu") * 2**30 / 1e6)}))
 """
 
 
-def model(depth: int, folder: Path) -> Path:
+def model(depth: int, hidden: int, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=1000,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
         num_hidden_layers=depth,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -60,7 +60,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def depths(scratch: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for depth in DEPTHS:
-        source = model(depth, scratch / f"depth-{depth}")
+        source = model(depth, HIDDEN, scratch / f"depth-{depth}")
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         started = time.perf_counter()
         command = [sys.executable, "-c", QUANTIZE, str(source), str(scratch / f"out-{depth}")]
@@ -76,7 +76,7 @@ def depths(scratch: Path) -> dict[str, Any]:
 
 
 def kills(scratch: Path, count: int) -> dict[str, Any]:
-    source = model(KILLED_DEPTH, scratch / "killed")
+    source = model(KILLED_DEPTH, KILLED_HIDDEN, scratch / "killed")
     command = [sys.executable, "-c", QUANTIZE, str(source)]
     started = time.perf_counter()
     subprocess.run([*command, str(scratch / "whole")], capture_output=True, check=True)
@@ -115,10 +115,9 @@ def main() -> None:
         results = {"depth": depths(Path(scratch)), "killed": kills(Path(scratch), arguments.kills)}
     settings = {
         "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
         "calibration": "32 x 128 random tokens",
         "config": "4 bits, groups of 64, default effort",
-        "blocks_of_the_killed_model": KILLED_DEPTH,
+        "killed_model": f"{KILLED_DEPTH} blocks, {KILLED_HIDDEN} wide",
         "seed": SEED,
     }
     record.write("memory", settings, results)

@@ -150,8 +150,7 @@ def memory() -> str:
         f"| {blocks} | {row['dense_mb_on_disk']} | {row['peak_rss_mb']} |" for blocks, row in depth["blocks"].items()
     ]
     text = (
-        f"With a model of {settings['blocks_of_the_killed_model']} blocks, killed {killed['kills']} times at random "
-        f"moments: {killed['identical']} of {killed['runs']} runs ended with the bytes of one that was left "
+        f"A smaller model ({settings['killed_model']}), killed {killed['kills']} times at random moments: {killed['identical']} of {killed['runs']} runs ended with the bytes of one that was left "
         "alone."
     )
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
