@@ -150,8 +150,8 @@ def memory() -> str:
         f"| {blocks} | {row['dense_mb_on_disk']} | {row['peak_rss_mb']} |" for blocks, row in depth["blocks"].items()
     ]
     text = (
-        f"A smaller model ({settings['killed_model']}), killed {killed['kills']} times at random moments: {killed['identical']} of {killed['runs']} runs ended with the bytes of one that was left "
-        "alone."
+        f"A smaller model ({settings['killed_model']}), killed {killed['kills']} times at random moments: "
+        f"{killed['identical']} of {killed['runs']} runs ended with the bytes of one that was left alone."
     )
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
 
