@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,18 @@ def environment() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("optq", "torch", "transformers", "safetensors", "accelerate")},
+        **{package: _version(package) for package in ("optq", "torch", "triton", "transformers", "safetensors")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # such as optq itself where only its sources are
+        return None
 
 
 def _git(*arguments: str) -> str:

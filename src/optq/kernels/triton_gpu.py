@@ -16,6 +16,7 @@ library, which then is as fast and whose product no longer waits for the weights
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -273,4 +274,4 @@ def _processors(device: torch.device) -> int:
 
 def _on(device: torch.device) -> Any:
     """Triton launches on the current device."""
-    return torch.get_device_module(device).device(device) if device.type != "cpu" else torch.no_grad()
+    return torch.get_device_module(device).device(device) if device.type != "cpu" else nullcontext()
