@@ -17,7 +17,7 @@ from optq.gptq import Hessian, solve
 from optq.hf.config import dynamic_rules
 from optq.layers import QuantLinear
 from optq.model import find_blocks
-from optq.plan import plan_quantization
+from optq.planning import plan_quantization
 from optq.scheme import LayerScheme
 
 

@@ -18,7 +18,7 @@ from optq.evaluation import Comparer
 from optq.gptq import round_to_nearest
 from optq.layers import QuantLinear
 from optq.model import find_blocks, find_linears
-from optq.plan import plan_quantization
+from optq.planning import plan_quantization
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .evaluation import perplexity as perplexity
     from .hf.api import quantize as quantize
     from .hf.config import GPTQConfig as GPTQConfig
+    from .hf.outlook import plan as plan
     from .layers import QuantLinear as QuantLinear
 
 _HOMES = {
@@ -24,10 +25,11 @@ _HOMES = {
     "OptqError": "optq.errors",
     "QuantLinear": "optq.layers",
     "perplexity": "optq.evaluation",
+    "plan": "optq.hf.outlook",
     "quantize": "optq.hf.api",
 }
 
-__all__ = ["GPTQConfig", "OptqError", "QuantLinear", "kernels", "perplexity", "quantize"]
+__all__ = ["GPTQConfig", "OptqError", "QuantLinear", "kernels", "perplexity", "plan", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,7 @@ from .model import (
     relative_error,
 )
 from .placement import execution_device, placed, tensors_outside, working_dtype
-from .plan import Plan
+from .planning import Plan
 from .progress import RunLog
 from .scheme import LayerScheme, QuantizedWeight
 from .walk import BlockSource, at_work, in_memory, suspended

@@ -28,7 +28,7 @@ from .model import (
     observe_stages,
 )
 from .placement import working_dtype
-from .plan import Target
+from .planning import Target
 from .polish import Example, polish
 from .progress import RunLog, rounded
 from .scheme import LayerScheme, QuantizedWeight

@@ -26,7 +26,7 @@ from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory
 from .model import BlockCall, Finished, LinearView, SuspendedForwards
 from .placement import execution_device, placed, tensors_outside, working_dtype
-from .plan import Plan, Target
+from .planning import Plan, Target
 from .progress import RunLog, rounded
 from .walk import BlockSink, BlockSource, at_work, suspended
 

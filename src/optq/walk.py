@@ -13,7 +13,7 @@ from .checkpoint import PackedWeight
 from .errors import ModelError
 from .model import BlockCall, SuspendedForwards
 from .placement import evaluating, placed, tensors_of, tensors_outside, working_dtype
-from .plan import Plan
+from .planning import Plan
 from .progress import RunLog
 
 

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,7 +68,9 @@ def quantize(
         config.log_file = config.log_file or str(output / LOG_NAME)
         config.journal_folder = str(partial)
         try:
-            model = _model_class(source, kwargs).from_pretrained(source, quantization_config=config, **kwargs)
+            model = _model_class(_model_config(source, kwargs)).from_pretrained(
+                source, quantization_config=config, **kwargs
+            )
             model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
             _copy_companions(_snapshot(source, kwargs), partial)
             _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
@@ -99,10 +102,28 @@ def _claim(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _model_class(source: str, kwargs: dict[str, Any]) -> Any:
-    """The class that the model's own config names, else the causal language model."""
+def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
+    """The model on the meta device, in the dtype that it would be loaded in."""
+    model_config = _model_config(source, kwargs)
+    model_class = _model_class(model_config)
+    dtype = kwargs.get("dtype", "auto")
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype) if dtype != "auto" else model_config.dtype or torch.float32
+    trusted = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    with torch.device("meta"):
+        auto = model_class is AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_config(model_config, **trusted) if auto else model_class(model_config)
+    model.config.name_or_path = source
+    return model.to(dtype)
+
+
+def _model_config(source: str, kwargs: dict[str, Any]) -> Any:
     keys = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
-    model_config = AutoConfig.from_pretrained(source, **{key: kwargs[key] for key in keys if key in kwargs})
+    return AutoConfig.from_pretrained(source, **{key: kwargs[key] for key in keys if key in kwargs})
+
+
+def _model_class(model_config: Any) -> Any:
+    """The class that the model's own config names, else the causal language model."""
     if getattr(model_config, "auto_map", None):
         return AutoModelForCausalLM
     name = (model_config.architectures or [""])[0]

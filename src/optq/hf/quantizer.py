@@ -12,31 +12,25 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from optq.allocation import allocate
-from optq.calibration import (
-    TOKENS_PER_MICRO_BATCH,
-    TOKENS_PER_STEP,
-    Calibration,
-    prepare_calibration,
-    require_dataset,
-)
+from optq.calibration import Calibration, require_dataset
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.driver import quantize_model
-from optq.errors import CheckpointError, ConfigError
+from optq.errors import CheckpointError
 from optq.evaluation import Comparison, judge
 from optq.layers import QuantLinear
 from optq.memory import GIB
-from optq.model import LINEAR_TYPES, find_blocks, find_linears
-from optq.plan import Plan, plan_quantization
+from optq.model import LINEAR_TYPES
+from optq.planning import Plan
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
 
 from . import compat
 from .config import GPTQConfig
 from .journal import Journal, described
+from .preparation import prepare
 from .streaming import StreamedBlocks, why_not_streamed
 
 logger = logging.getLogger(__name__)
@@ -87,11 +81,8 @@ class OptqHfQuantizer(HfQuantizer):
             self._insert_empty_layers(model, checkpoint_files or [])
             return
         config = self.quantization_config
-        blocks = find_blocks(model, config.block_name_to_quantize)
-        head = _find_head(model) if config.lm_head else {}
-        self._plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
-        with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
-            self._calibration = self._prepare_calibration(model)
+        self._plan, self._calibration = prepare(model, config)
+        blocks = {name: block for name, block in self._plan.blocks.items() if name != self._plan.head}
         self._files = checkpoint_files or []
         if reason := why_not_streamed(model, blocks, checkpoint_files or []):
             logger.info("The whole model is read into memory: %s.", reason)
@@ -177,26 +168,6 @@ class OptqHfQuantizer(HfQuantizer):
         """Every kernel is one operator to a graph, so `generate` may compile the model for a static cache."""
         return True
 
-    def _prepare_calibration(self, model: Any) -> Calibration:
-        config = self.quantization_config
-        text_config = model.config.get_text_config(decoder=True)
-        longest = config.model_seqlen or min(getattr(text_config, "max_position_embeddings", None) or 2048, 2048)
-        pad_token_id = (
-            config.pad_token_id if config.pad_token_id is not None else getattr(text_config, "pad_token_id", None)
-        )
-        return prepare_calibration(
-            config.dataset,
-            lambda: compat.load_tokenizer(config.tokenizer, model),
-            vocabulary=model.get_input_embeddings().weight.shape[0],
-            window=longest,
-            samples=config.num_samples,
-            batch_size=config.batch_size,
-            pad_token_id=pad_token_id,
-            seed=config.seed,
-            probe=config.quality_gate != "off",
-            micro_batch_tokens=TOKENS_PER_STEP if config.polish_passes else TOKENS_PER_MICRO_BATCH,
-        )
-
     def _budget(self, model: Any) -> float:
         """How many bits the planned linears may take."""
         assert self._plan is not None
@@ -266,17 +237,6 @@ class OptqHfQuantizer(HfQuantizer):
                 layer.prepare(model.dtype)
                 kernels[layer.kernel_name or ""] = kernels.get(layer.kernel_name or "", 0) + 1
         logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))
-
-
-def _find_head(model: Any) -> dict[str, nn.Module]:
-    """The output head by name."""
-    head = model.get_output_embeddings()
-    name = next((name for name, module in model.named_modules() if module is head), None)
-    if head is None or name is None or not find_linears(head):
-        raise ConfigError(
-            f"lm_head=True was asked for, but {type(model).__name__} has no linear output head; leave it False."
-        )
-    return {name: head}
 
 
 def _quantized_layers(model: Any) -> dict[str, QuantLinear]:

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optq.plan`: what quantizing a model will take and give, from its config and headers, before any weight is read."""
+
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+import transformers
+
+from optq.calibration import Calibration
+from optq.memory import GIB, free_bytes
+from optq.placement import execution_device, working_dtype
+from optq.planning import Plan, Target
+from optq.scheme import LayerScheme
+
+from .api import model_without_weights
+from .config import GPTQConfig
+from .preparation import prepare
+
+MARLIN_OUT, MARLIN_IN = 64, 128  # what vLLM's GPU kernel wants out_features and in_features of a part to divide by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a run will take and give. `str()` makes a table of it.
+
+    Args:
+        linears: how many of each kind: (out_features, in_features, scheme).
+        skipped: name of each linear of a block that stays as it is, with the reason.
+        tokens: of calibration, all samples together.
+        weaknesses: what makes the calibration data a poor basis.
+        bits_per_weight: of the quantized linears, scales and zeros included.
+        checkpoint_gib, dense_gib: the checkpoint, and the model that it is made of.
+        memory_gib: on `device`, by part; at the same time in memory.
+        free_gib: what is free there now.
+        not_served: what vLLM will not read: which linears, and why.
+    """
+
+    model: str
+    device: str
+    blocks: int
+    linears: dict[tuple[int, int, LayerScheme], int]
+    skipped: dict[str, str]
+    tokens: int
+    weaknesses: tuple[str, ...]
+    bits_per_weight: float
+    checkpoint_gib: float
+    dense_gib: float
+    memory_gib: dict[str, float]
+    free_gib: float
+    not_served: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory_gib.values()) <= self.free_gib
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What would make it fit."""
+        if self.fits:
+            return ()
+        largest = max(self.memory_gib, key=lambda part: self.memory_gib[part])
+        return {
+            "activations": ("fewer or shorter calibration samples (num_samples, model_seqlen)", "effort='fast'"),
+            "one block": ("dtype=torch.bfloat16",),
+        }.get(largest, ("a machine with more memory",))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {self.blocks} blocks, {sum(self.linears.values())} linears to quantize",
+            *(
+                f"  {count:5} x {out} x {columns}, {scheme.bits} bits, groups of {scheme.group_size}"
+                for (out, columns, scheme), count in self.linears.items()
+            ),
+            *(f"  stays as it is: {name}: {reason}" for name, reason in self.skipped.items()),
+            f"calibration: {self.tokens} tokens",
+            *(f"  weak: {weakness}" for weakness in self.weaknesses),
+            f"result: {self.bits_per_weight:.2f} bits per weight, {self.checkpoint_gib:.2f} GiB"
+            f" (now {self.dense_gib:.2f} GiB)",
+            f"memory on {self.device}: {sum(self.memory_gib.values()):.2f} GiB of {self.free_gib:.2f} that are free",
+            *(f"  {gib:8.2f} GiB {part}" for part, gib in self.memory_gib.items()),
+            *(f"  does not fit; try {advice}" for advice in self.advice),
+            "vLLM reads it" if not self.not_served else "vLLM does not read:",
+            *(f"  {reason}" for reason in self.not_served),
+        ]
+        return "\n".join(lines)
+
+
+def plan(
+    model_id_or_dir: str | os.PathLike[str],
+    config: transformers.GPTQConfig,
+    *,
+    tensor_parallel: int = 1,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> Outlook:
+    """Say what `optq.quantize` with the same arguments will take and give. Reads the config and the data, no weights.
+
+    Args:
+        tensor_parallel: over how many GPUs vLLM will split the model.
+        device: where blocks will be solved; by default the accelerator, if there is one.
+        kwargs: as for `optq.quantize`: dtype, revision, token, trust_remote_code, …
+    Raises:
+        ConfigError, CalibrationError, ModelError: whatever would stop the run before its work.
+    """
+    config = GPTQConfig.from_stock(config)
+    model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
+    planned, calibration = prepare(model, config)
+    device = torch.device(device) if device is not None else execution_device()
+    targets = [target for block in planned.targets.values() for target in block]
+    stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets)
+    weights = sum(math.prod(target.view.shape) for target in targets)
+    quantized = {id(target.view.parameter) for target in targets}
+    dense = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # each once, however often it is tied
+    left = sum(size for identity, size in dense.items() if identity not in quantized)
+    embedding = model.get_input_embeddings().weight
+    if id(embedding) in quantized:  # a tied head, which will be untied
+        left += dense[id(embedding)]
+    group_indices = sum(4 * target.view.shape[1] for target in targets)
+    return Outlook(
+        model=os.fspath(model_id_or_dir),
+        device=str(device),
+        blocks=len(planned.blocks) - (planned.head is not None),
+        linears=dict(Counter((*target.view.shape, target.scheme) for target in targets)),
+        skipped=planned.skipped,
+        tokens=calibration.recipe["tokens"],
+        weaknesses=calibration.weak_for(planned.widest),
+        bits_per_weight=stored / weights,
+        checkpoint_gib=(stored / 8 + group_indices + left) / GIB,
+        dense_gib=sum(dense.values()) / GIB,
+        memory_gib={part: size / GIB for part, size in _memory(model, planned, calibration, device).items()},
+        free_gib=free_bytes(device) / GIB,
+        not_served=tuple(dict.fromkeys(_not_served(model, targets, tensor_parallel))),
+    )
+
+
+def _memory(model: Any, planned: Plan, calibration: Calibration, device: torch.device) -> dict[str, int]:
+    """Bytes by part."""
+    size = (working_dtype(device) or model.dtype).itemsize
+    outside = [p for name, p in model.named_parameters() if not any(name.startswith(f"{b}.") for b in planned.blocks)]
+    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in planned.blocks.values())
+    streams = 2 if planned.propagates else 1
+    width = model.config.get_text_config(decoder=True).hidden_size
+    return {
+        "embeddings, norms, head": sum(parameter.numel() * size for parameter in outside),
+        "one block": 2 * largest * size,  # as it was, and as it becomes
+        "Hessians": 4 * 4 * planned.widest**2,
+        "activations": streams * calibration.recipe["tokens"] * width * size,
+    }
+
+
+def _not_served(model: Any, targets: list[Target], parts: int) -> list[str]:
+    ways = getattr(model.config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+    reasons = []
+    for target in targets:
+        out_features, in_features = target.view.shape
+        kind = ".".join("*" if part.isdigit() else part for part in target.view.name.split("."))
+        reason = target.scheme.why_not_served(in_features)
+        if reason is None and parts > 1:
+            way = next((way for pattern, way in ways.items() if fnmatch(target.view.name, f"*{pattern}")), None)
+            reason = _why_not_split(way, out_features, in_features, target.scheme, parts)
+        if reason is not None:
+            reasons.append(f"{kind}: {reason}")
+    return reasons
+
+
+def _why_not_split(
+    way: str | None, out_features: int, in_features: int, scheme: LayerScheme, parts: int
+) -> str | None:
+    """Why a linear cannot be split over so many GPUs, or None."""
+    if way is None:
+        return None
+    if way.startswith("colwise"):
+        if out_features % (parts * MARLIN_OUT):
+            return f"{out_features} outputs in {parts} parts are no multiples of {MARLIN_OUT}"
+        return None
+    width = scheme.group_width(in_features)
+    if scheme.group_size != -1 and in_features % (parts * width):
+        return f"{in_features} inputs in {parts} parts are no multiples of the group size {width}"
+    if in_features % (parts * MARLIN_IN):
+        return f"{in_features} inputs in {parts} parts are no multiples of {MARLIN_IN}"
+    return None

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration means for a model: which linears are quantized and how, and on what data. No weight is read."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from optq.calibration import TOKENS_PER_MICRO_BATCH, TOKENS_PER_STEP, Calibration, prepare_calibration
+from optq.errors import ConfigError
+from optq.model import find_blocks, find_linears
+from optq.planning import Plan, plan_quantization
+
+from . import compat
+from .config import GPTQConfig
+
+
+def prepare(model: Any, config: GPTQConfig) -> tuple[Plan, Calibration]:
+    """The plan and the calibration data for a model, which may be on the meta device.
+
+    Raises:
+        ConfigError, CalibrationError, ModelError: whatever can be refused before any work.
+    """
+    blocks = find_blocks(model, config.block_name_to_quantize)
+    head = _find_head(model) if config.lm_head else {}
+    plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
+    with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
+        return plan, _prepare_calibration(model, config)
+
+
+def _find_head(model: Any) -> dict[str, nn.Module]:
+    """The output head by name."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if head is None or name is None or not find_linears(head):
+        raise ConfigError(
+            f"lm_head=True was asked for, but {type(model).__name__} has no linear output head; leave it False."
+        )
+    return {name: head}
+
+
+def _prepare_calibration(model: Any, config: GPTQConfig) -> Calibration:
+    text_config = model.config.get_text_config(decoder=True)
+    longest = config.model_seqlen or min(getattr(text_config, "max_position_embeddings", None) or 2048, 2048)
+    padding = config.pad_token_id
+    return prepare_calibration(
+        config.dataset,
+        lambda: compat.load_tokenizer(config.tokenizer, model),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        window=longest,
+        samples=config.num_samples,
+        batch_size=config.batch_size,
+        pad_token_id=padding if padding is not None else getattr(text_config, "pad_token_id", None),
+        seed=config.seed,
+        probe=config.quality_gate != "off",
+        micro_batch_tokens=TOKENS_PER_STEP if config.polish_passes else TOKENS_PER_MICRO_BATCH,
+    )
