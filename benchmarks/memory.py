@@ -5,7 +5,7 @@ Models of random weights and equal width are written to disk and quantized, each
 killed at random moments, as often as asked, and repeated until it ends; its bytes are compared with those of a run
 that was left alone.
 
-    python benchmarks/memory.py [--kills 20]
+    python benchmarks/memory.py [--parts depth killed] [--kills 20]
 """
 
 import argparse
@@ -92,23 +92,31 @@ def kills(scratch: Path, count: int) -> dict[str, Any]:
             process.kill()
             process.wait()
             partial = output / ".optq-partial"
-            moments.append(len(list(partial.glob("block-*.safetensors"))) if partial.exists() else 0)
-            continue
+            if partial.exists() or not (output / "config.json").exists():
+                moments.append(len(list(partial.glob("block-*.safetensors"))))
+                continue
+            # Else it had finished, and was killed while Python ended.
         runs += 1
-        identical += process.returncode == 0 and weights(output) == expected
+        identical += weights(output) == expected
         print(f"run {runs} ended, {identical} identical; killed with so many finished blocks: {moments}", flush=True)
         output = scratch / f"resumed-{runs}"
-    last = subprocess.run([*command, str(output)], capture_output=True, check=False)
-    identical += last.returncode == 0 and weights(output) == expected
+    subprocess.run([*command, str(output)], capture_output=True, check=True)
+    identical += weights(output) == expected
     return {"kills": count, "finished_blocks_when_killed": moments, "runs": runs + 1, "identical": identical}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--parts", nargs="+", choices=("depth", "killed"), default=("depth", "killed"))
     arguments = parser.parse_args()
+    path = record.RESULTS / "memory.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        results = {"depth": depths(Path(scratch)), "killed": kills(Path(scratch), arguments.kills)}
+        if "depth" in arguments.parts:
+            results["depth"] = depths(Path(scratch))
+        if "killed" in arguments.parts:
+            results["killed"] = kills(Path(scratch), arguments.kills)
     settings = {
         "hidden_size": HIDDEN,
         "calibration": "32 x 128 random tokens",
