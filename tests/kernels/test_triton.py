@@ -49,7 +49,8 @@ def assembly(monkeypatch):
 def error(packed: PackedWeight, dtype: torch.dtype, rows: int) -> float:
     """The Triton kernel's relative error, as a multiple of torch's own."""
     dense = packed.columns(0, packed.out_features)
-    x = torch.randn(rows, packed.in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    # A row more than is used: a program with a planted fault may read beyond its input.
+    x = torch.randn(rows + 1, packed.in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)[:rows]
     exact = x.double() @ dense.double()
     found = triton_gpu.matmul(x, triton_gpu.prepare(packed))
     assert found.dtype == dtype
@@ -142,7 +143,6 @@ def test_planted_faults_are_noticed(fault, monkeypatch, tmp_path):
     planted = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(planted)
     monkeypatch.setattr(triton_gpu, "_kernels", lambda: planted)
-    # Not "more than twice": memory read beyond the input may be anything.
     assert (error(packed_weight(4, 32, True, out=OUT), torch.float16, 3) <= 2) != bool(fault)
 
 
