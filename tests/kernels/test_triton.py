@@ -125,7 +125,7 @@ FAULTS = {
         "tl.interleave(pairs >> 16, pairs & 0xFFFF)",
     ),
     "no mask on the last block": ("known & (start + column < columns)[:, None]", "known"),
-    "the first group's scales everywhere": ("tl.minimum(start // GROUP, groups - 1) * out", "0 * start"),
+    "the first group's scales everywhere": ("tl.minimum(group, groups - 1) * out", "0 * group"),
     "a block left out": ("tl.minimum((split + 1) * blocks_per_split, blocks)", "blocks - 1"),
     "zeros left out": ("- zeros.to(tl.int32)[:, None]", "- 0 * zeros.to(tl.int32)[:, None]"),
 }

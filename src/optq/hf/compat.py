@@ -26,18 +26,14 @@ Value = TypeVar("Value")
 
 
 def renamed(tensors: dict[str, Value], model: Any) -> dict[str, Value]:
-    """The checkpoint's tensors under the names that they have in the model."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    # Packed tensors have no name in the model yet, so a linear's are renamed as its weight would be.
-    state = model.state_dict()
-    result = {}
-    for key, value in tensors.items():
-        module, _, last = key.rpartition(".")
-        name, _ = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, state)
-        result[f"{name.removesuffix('.weight')}.{last}"] = value
-    return result
+    """A packed checkpoint's tensors under the names that they have in the model."""
+    # They have no name in the model yet, so a linear's are renamed as its weight would be.
+    weights = {key: f"{key.rpartition('.')[0]}.weight" for key in tensors}
+    names = names_in_model(set(weights.values()), model)
+    return {
+        f"{names[weights[key]].removesuffix('.weight')}.{key.rpartition('.')[2]}": value
+        for key, value in tensors.items()
+    }
 
 
 def names_in_model(keys: Iterable[str], model: Any) -> dict[str, str]:

@@ -98,21 +98,22 @@ def why_not_streamed(model: Any, blocks: dict[str, nn.Module], files: list[str])
     if tied:
         return f"{tied[0]} is shared with another part of the model"
     parameters = [parameter for block in blocks.values() for parameter in block.parameters()]
-    if len({id(parameter) for parameter in parameters}) < sum(1 for _ in parameters):
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
         return "blocks share weights with one another"
     return None
 
 
 def _keys_by_block(model: Any, blocks: dict[str, nn.Module], files: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     """Block -> file -> the names, in that file, of the block's tensors."""
-    keys: dict[str, dict[str, list[str]]] = {name: {} for name in blocks}
+    file_of: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-        for key, renamed in compat.names_in_model(names, model).items():
-            block = _prefix_among(renamed, blocks)
-            if block is not None:
-                keys[block].setdefault(file, []).append(key)
+            file_of |= dict.fromkeys(opened.keys(), file)
+    keys: dict[str, dict[str, list[str]]] = {name: {} for name in blocks}
+    for key, renamed in compat.names_in_model(file_of, model).items():
+        block = _prefix_among(renamed, blocks)
+        if block is not None:
+            keys[block].setdefault(file_of[key], []).append(key)
     return keys
 
 

@@ -9,7 +9,7 @@ lie in the register where the tensor core wants them:
     (word >> 4 * step) & 0x000F000F | 0x43004300     two bfloat16 numbers, 128 + code
 
 PTX says whether their arithmetic is written in assembly. Left to itself the compiler splits each pair into 16-bit
-halves, at twice the instructions; but the interpreter and GPUs of other makers do not take assembly.
+halves, at more instructions; but the interpreter and GPUs of other makers do not take assembly.
 
 The weight is the first operand of the product, with output features in the place of rows: the first operand may come
 from registers, and whole tensor cores are in use even for one row of activations.
@@ -109,7 +109,6 @@ def weights_in_ptx(
             )
     else:
         # sm_80 adds and multiplies bfloat16 as parts of a * b + c only.
-        minus_zeros = twice((-zeros.to(tl.float32)).to(tl.bfloat16))[:, None]
         if BITS == 8:
             pairs = tl.inline_asm_elementwise(
                 "{ .reg .b32 low, high, one, sixteen, minus128, minus2048;"
@@ -121,7 +120,7 @@ def weights_in_ptx(
                 "  fma.rn.bf16x2 low, high, one, low;"
                 "  fma.rn.bf16x2 $0, low, one, $3; }",
                 "=r,r,r,r",
-                [low, high_pairs(second, step), minus_zeros],
+                [low, high_pairs(second, step), twice((-zeros.to(tl.float32)).to(tl.bfloat16))[:, None]],
                 dtype=tl.int32,
                 is_pure=True,
                 pack=1,
@@ -146,6 +145,18 @@ def weights_in_ptx(
                 pack=1,
             )
     return tl.interleave(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)).to(dtype, bitcast=True)
+
+
+@triton.jit
+def grid_of(scales, zeros, group, groups, out, n, inside):
+    """The scales, float32, and zeros, int16, of outputs n in a group.
+
+    Columns that only fill up the last block may lie beyond the last group. What they get does not matter.
+    """
+    at = tl.minimum(group, groups - 1) * out + n
+    return tl.load(scales + at, mask=inside, other=0).to(tl.float32), tl.load(zeros + at, mask=inside, other=0).to(
+        tl.int16
+    )
 
 
 @triton.jit
@@ -192,10 +203,7 @@ def product(
         for step in tl.static_range(BLOCK // WIDTH):
             start = block * BLOCK + step * WIDTH
             if step * WIDTH % GROUP == 0:
-                # Columns that only fill up the last block may lie beyond the last group. Their x is 0.
-                group = tl.minimum(start // GROUP, groups - 1) * out
-                scale = tl.load(scales + group + n, mask=inside, other=0).to(tl.float32)
-                zero = tl.load(zeros + group + n, mask=inside, other=0).to(tl.int16)
+                scale, zero = grid_of(scales, zeros, start // GROUP, groups, out, n, inside)
             known = there[None, :]
             if not WHOLE:
                 known = known & (start + column < columns)[:, None]
@@ -271,9 +279,7 @@ def dequantize(
     for step in tl.static_range(BLOCK // WIDTH):
         start = block * BLOCK + step * WIDTH
         if step * WIDTH % GROUP == 0:
-            group = tl.minimum(start // GROUP, groups - 1) * out
-            scale = tl.load(scales + group + n, mask=inside, other=0).to(tl.float32)
-            zero = tl.load(zeros + group + n, mask=inside, other=0).to(tl.int16)
+            scale, zero = grid_of(scales, zeros, start // GROUP, groups, out, n, inside)
         # In float32 whatever the result: this is bound by memory, and the weight is rounded once.
         weight = weights(low, high, zero, scale, step, BITS, True)
         at = row.to(tl.int64)[:, None] * columns + (start + column)[None, :]
