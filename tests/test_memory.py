@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import platform
+import resource
 import subprocess
 import sys
 
+import psutil
+import pytest
 import torch
 
-from optq.memory import peak_gib, release_free_memory
+from optq.memory import MOST_GROWTH, peak_gib, release_free_memory, reuse_of_free_memory
 
 
 def test_peak_follows_an_allocation():
@@ -26,3 +30,39 @@ def test_releasing_memory_is_harmless():
     block = torch.ones(1000)
     release_free_memory()
     assert block.sum() == 1000
+
+
+glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide by themselves")
+
+
+def pages_taken_twice_in_turn() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(2):
+        assert len([torch.ones(5_000_000) for _ in range(8)]) == 8  # 20 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@glibc_only
+def test_free_memory_is_used_again_and_only_for_the_while():
+    with reuse_of_free_memory():
+        pages_taken_twice_in_turn()
+        again = pages_taken_twice_in_turn()
+    release_free_memory()
+    after = pages_taken_twice_in_turn()
+    assert again < 1000 < 10_000 < after
+
+
+@glibc_only
+def test_free_memory_does_not_pile_up():
+    resident = psutil.Process().memory_info
+    with reuse_of_free_memory() as bound:
+        bound()
+        first = resident().rss
+        # Held through small pieces, so that it is in the heap and not one block at its end.
+        pieces = [torch.ones(20_000) for _ in range(int(first / 80_000))]
+        kept = [torch.ones(1) for _ in pieces]
+        del pieces
+        assert resident().rss > MOST_GROWTH * first
+        bound()
+        assert resident().rss < MOST_GROWTH * first
+    assert kept

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from .checkpoint import PackedWeight, unpack
 from .errors import CalibrationError
 from .gptq import Hessian, InputDrift, Solution, solve
-from .memory import free_bytes, peak_gib, release_free_memory
+from .memory import free_bytes, peak_gib
 from .model import (
     BlockCall,
     LinearView,
@@ -159,7 +159,6 @@ class BlockWork:
                 kept = outputs if original_outputs and group is groups[-1] else None
                 for stage, hessian, drift in self.observe(group, calls, twins, kept, paused):
                     solved += self._solve_stage(stage, hessian, drift, scheme_of)
-                    release_free_memory()
                     self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1].relative_loss:.2e}")
             if own_outputs:
                 outputs |= {call.batch: paused.output_of(call.batch) for call in calls if call.batch in paused}

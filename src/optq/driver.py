@@ -23,7 +23,7 @@ from .checkpoint import pack
 from .errors import ModelError
 from .evaluation import Comparer, Comparison
 from .layers import QuantLinear
-from .memory import peak_gib, release_free_memory
+from .memory import peak_gib, release_free_memory, reuse_of_free_memory
 from .model import BlockCall, Finished, LinearView, SuspendedForwards
 from .placement import execution_device, placed, tensors_outside, working_dtype
 from .planning import Plan, Target
@@ -85,7 +85,10 @@ def quantize_model(
     release_free_memory()  # encoding the calibration texts leaves a lot behind
     streams = _Streams(calibration, follow_all=plan.propagates or polish_passes > 0)
     comparison = None
-    with suspended(model, plan, streams.model_inputs(device), device) as (forwards, waiting):
+    with (
+        reuse_of_free_memory() as bound_free_memory,
+        suspended(model, plan, streams.model_inputs(device), device) as (forwards, waiting),
+    ):
         for name in names:
             block_started = time.monotonic()
             last = name == names[-1]
@@ -105,6 +108,7 @@ def quantize_model(
                     solved, outputs = _solve(work, streams, waiting, sequential, passes, last)
                     packed = {done.view: pack(done.quantized, checkpoint_format) for done in solved}
                 if last:
+                    release_free_memory()  # logits are large
                     with placed(tensors_outside(model, blocks), device, working_dtype(device)):
                         comparison = _compare(forwards, streams, waiting, work, model)
                 else:
@@ -118,6 +122,8 @@ def quantize_model(
             if sink is not None and source is not None:
                 source.drop(name)
             work.report(solved, time.monotonic() - block_started)
+            del work, solved, outputs, packed, recorded
+            bound_free_memory()
     if comparison is not None:
         log.emit("quality", held_out=calibration.probes_held_out, **comparison.facts())
     log.emit("finished", seconds=round(time.monotonic() - started, 3), peak_gib=rounded(peak_gib(device)))
