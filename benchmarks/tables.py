@@ -73,6 +73,28 @@ def tries() -> str:
     return "\n".join(lines)
 
 
+def second_family() -> str:
+    """KL divergence of every effort with either calibration text."""
+    results = read("second-family")["results"]
+    texts = ("WikiText-2", "Python's help topics")
+    shape = re.compile(rf"(?P<grid>.*), optq (?P<effort>.*), {texts[0]}")
+    found = [match.groups() for name in results if (match := shape.fullmatch(name))]
+    grids, efforts = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
+    lines = [
+        f"KL divergence, calibrated on {' / '.join(texts)}:",
+        "",
+        f"| | {' | '.join(grids)} |",
+        f"|---|{'---|' * len(grids)}",
+    ]
+    for effort in efforts:
+        cells = [
+            " / ".join(f"{results[f'{grid}, optq {effort}, {text}']['divergence']:.5f}" for text in texts)
+            for grid in grids
+        ]
+        lines.append(f"| {effort} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def caption(content: dict[str, Any]) -> str:
     settings, environment = content["settings"], content["environment"]
     text = (
@@ -160,6 +182,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "quality": quality,
     "tries": tries,
+    "second_family": second_family,
     "kernels": kernels,
     "generate": generate,
     "memory": memory,
