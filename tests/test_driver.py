@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from conftest import VOCABULARY
 from optq import block as block_module
@@ -251,22 +251,14 @@ def test_a_group_size_that_fits_no_layer_is_refused_before_any_work(model):
         plan(model, lambda name: LayerScheme(group_size=48))
 
 
-def test_fused_experts_are_refused_instead_of_left_out():
-    config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj.*mixture"):
-        plan(model)
+def test_weights_that_are_no_linear_layers_are_said(caplog):
+    block = nn.ModuleDict({"good": nn.Linear(64, 32), "other": nn.Module()})
+    block["other"].experts = nn.Parameter(torch.zeros(4, 32, 64))
+    block["other"].scales = nn.Parameter(torch.zeros(2, 1, 8))  # too small to matter
+    found = plan_quantization({"b": block}, lambda name: LayerScheme(group_size=32))
+    assert found.skipped.keys() == {"b.other.experts"}
+    assert "b.other.experts stays in full precision: it is a parameter of shape (4, 32, 64)" in caplog.text
+    assert "80% of its block's weights" in caplog.text
 
 
 def test_a_ragged_last_group_is_warned_about_once_with_what_vllm_reads(model, caplog):

@@ -30,6 +30,7 @@ from .model import (
     Stage,
     SuspendedForwards,
     hidden_states,
+    independent_groups,
     observe_stages,
     relative_error,
 )
@@ -257,19 +258,21 @@ def _measure_block(
         return float(relative_error(hidden_states(output), hidden_states(original), mask))
 
     stages = observe_stages([target.view for target in work.targets], lambda: work.run(judged))
+    hessians = {stage: hessian for stage, hessian, _ in work.observe(stages, calls[1:], {})}
     units, middle_ones = [], []
-    for stage, hessian, _ in work.observe(stages, calls[1:], {}):
-        mean, schemes = hessian.mean(), _common(stage, candidates)
-        options = []
+    for group in independent_groups(stages):
+        views = [view for stage in group for view in stage.views]
+        schemes, options = _common(views, candidates), []
         for scheme in schemes:
-            quantized = _solve_quickly(stage, mean, scheme)
-            if scheme is schemes[len(schemes) // 2]:
-                middle_ones.append((stage, quantized))
-            write_rows(stage.views, quantized)
-            bits = sum(scheme.stored_bits(*view.shape) for view in stage.views)
+            for stage in group:
+                quantized = _solve_quickly(stage, hessians[stage].mean(), scheme)
+                if scheme is schemes[len(schemes) // 2]:
+                    middle_ones.append((stage, quantized))
+                write_rows(stage.views, quantized)
+            bits = sum(scheme.stored_bits(*view.shape) for view in views)
             options.append(Option(scheme=scheme, bits=bits, loss=error_of(work.run(judged))))
-            work.restore(stage.views)
-        units.append(Unit(names=tuple(view.name for view in stage.views), options=tuple(options)))
+            work.restore(views)
+        units.append(Unit(names=tuple(view.name for view in views), options=tuple(options)))
     for stage, quantized in middle_ones:
         write_rows(stage.views, quantized)
     damaged = work.run(judged)
@@ -277,14 +280,14 @@ def _measure_block(
     return _MeasuredBlock(units=units, damaged_output=damaged, error=error_of(damaged))
 
 
-def _common(stage: Stage, candidates: Callable[[LinearView], Sequence[LayerScheme]]) -> list[LayerScheme]:
-    """The schemes that all linears of a stage may have."""
-    first, *others = (candidates(view) for view in stage.views)
+def _common(views: list[LinearView], candidates: Callable[[LinearView], Sequence[LayerScheme]]) -> list[LayerScheme]:
+    """The schemes that all of these linears may have."""
+    first, *others = (candidates(view) for view in views)
     common = [scheme for scheme in first if all(scheme in allowed for allowed in others)]
     if not common:
         raise ConfigError(
-            f"{', '.join(view.name for view in stage.views)} share an input and must have one scheme, because readers "
-            "fuse them, but `dynamic` leaves them none in common. Give them the same entry."
+            f"{', '.join(view.name for view in views[:4])}{' …' if len(views) > 4 else ''} must have one scheme, "
+            "because readers fuse them, but `dynamic` leaves them none in common. Give them the same entry."
         )
     return common
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from .checkpoint import PackedWeight, unpack
 from .errors import CalibrationError
 from .gptq import Hessian, InputDrift, Solution, solve
-from .memory import free_bytes, peak_gib
+from .memory import free_bytes, peak_gib, release_free_memory
 from .model import (
     BlockCall,
     LinearView,
@@ -25,6 +25,7 @@ from .model import (
     feed_stages,
     fitting_mask,
     hidden_states,
+    independent_groups,
     observe_stages,
 )
 from .placement import working_dtype
@@ -150,8 +151,11 @@ class BlockWork:
             self.log.emit("unreached", linear=name)
         solved: list[Solved] = []
         outputs: dict[int, Any] = {}
-        groups = [[stage] for stage in stages] if sequential else [stages]
-        with PausedForwards(stages) as paused:
+        groups = independent_groups(stages)
+        stages = [stage for group in groups for stage in group]
+        if not sequential:
+            groups = [stages]
+        with PausedForwards(groups) as paused:
             if len(groups) > 1:
                 self._pause(paused, stages, calls, twins)
             for group in groups:
@@ -168,13 +172,17 @@ class BlockWork:
         self, paused: PausedForwards, stages: list[Stage], calls: list[BlockCall], twins: dict[int, BlockCall]
     ) -> None:
         """Start as many forwards as find room; the others are run anew for every stage."""
-        if any(stage.calls > 1 for stage in stages):
-            return  # its first call would go on with other weights than its second
+        if not all(stage.orderly for stage in stages):
+            return  # what was called before its turn would have gone on with other weights
+        states = [hidden_states((*call.args, *call.kwargs.values())) for call in calls]
+        inputs = sum(stage.rows * stage.in_features for stage in stages) * states[0].element_size()
+        bytes_per_value = 2 * inputs / states[0].numel() * (1 + bool(twins))  # and about as much in between
         room = PAUSED_SHARE * free_bytes(self.device)
-        values_per_token = 2 * sum(stage.in_features for stage in stages)  # inputs, and about as much in between
+        if room < bytes_per_value * sum(map(torch.numel, states)):
+            release_free_memory()  # so that what earlier blocks left behind counts as free
+            room = PAUSED_SHARE * free_bytes(self.device)
         for position, call in enumerate(calls):
-            states = hidden_states((*call.args, *call.kwargs.values()))
-            room -= values_per_token * (states.numel() // states.shape[-1]) * states.element_size() * (1 + bool(twins))
+            room -= bytes_per_value * states[position].numel()
             if room < 0:
                 logger.info("%s: memory for %d of %d micro-batches at once.", self.name, position, len(calls))
                 return
@@ -197,11 +205,13 @@ class BlockWork:
             paused: forwards that wait inside the block; micro-batches that are not among them are run.
         """
         hessians = {stage: Hessian(stage.in_features, self.device) for stage in stages}
-        drifts = {stage: InputDrift(stage.in_features, self.device) for stage in stages if twins}
+        # The original model may route a token to another expert, so that experts' inputs cannot be compared.
+        compared = [stage for stage in stages if twins and stage.family is None]
+        drifts = {stage: InputDrift(stage.in_features, self.device) for stage in compared}
         for call in calls:
-            originals: dict[Stage, list[Tensor]] = {stage: [] for stage in stages}
-            if twins:
-                self._feed_originals(stages, twins[call.batch], originals, outputs, paused)
+            originals: dict[Stage, list[Tensor]] = {stage: [] for stage in compared}
+            if twins and (compared or outputs is not None):
+                self._feed_originals(compared, twins[call.batch], originals, outputs, paused)
             mask = self.masks[call.batch]
 
             def feed(
@@ -212,14 +222,43 @@ class BlockWork:
             ) -> None:
                 keep = fitting_mask(mask, x)
                 hessians[stage].add(x, keep)
-                if twins:
+                if stage in drifts:
                     drifts[stage].add(originals[stage].pop(0), x, keep)
 
             if paused is not None and call.batch in paused:
                 _feed_paused(paused, call.batch, stages, feed)
             else:
                 feed_stages(stages, lambda call=call: self.run(call), feed)  # type: ignore[misc]
+        self._support_starved(hessians)
         return [(stage, hessians[stage], drifts.get(stage)) for stage in stages]
+
+    def _support_starved(self, hessians: dict[Stage, Hessian]) -> None:
+        """Where an expert saw fewer tokens than it has inputs, all experts' mean makes up for the rest."""
+        families: dict[tuple[str, ...], list[Hessian]] = {}
+        for stage, hessian in hessians.items():
+            if stage.family is not None:
+                families.setdefault(stage.family, []).append(hessian)
+        for family, members in families.items():
+            full = [member for member in members if member.tokens]  # what follows changes only the others' sums
+            starved = [member for member in members if member.tokens < member.features]
+            if not starved or not full:
+                continue
+            tokens = [member.tokens for member in members]
+            mean = Hessian(members[0].features, self.device)
+            mean.support(full, 1)
+            for member in starved:
+                member.support([mean], member.features - member.tokens)
+            logger.warning(
+                "%s: %d of %d experts saw fewer calibration tokens than the %d inputs of %s, %d of them none. The "
+                "layer's mean over all experts makes up for what they lack; more calibration data would be better.",
+                self.name,
+                len(starved),
+                len(members),
+                members[0].features,
+                " and ".join(name.rpartition(".")[2] for name in family),
+                tokens.count(0),
+            )
+            self.log.emit("starved_experts", block=self.name, family=family, tokens=tokens)
 
     def _feed_originals(
         self,
@@ -353,11 +392,10 @@ class BlockWork:
 
 
 def _feed_paused(
-    paused: PausedForwards, number: int, stages: list[Stage], feed: Callable[[Stage, Tensor], None]
+    paused: PausedForwards, number: int, group: list[Stage], feed: Callable[[Stage, Tensor], None]
 ) -> None:
-    for stage in stages:
-        x = paused.input_of(number, stage)
-        if x is not None:
+    if group:
+        for stage, x in paused.inputs_of(number, group).items():
             feed(stage, x)
 
 

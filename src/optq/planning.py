@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import ConfigError, ModelError
+from .errors import ConfigError
 from .model import LinearView, find_linears
 from .scheme import SERVED_GROUP_SIZES, LayerScheme
 
 logger = logging.getLogger(__name__)
+
+NOTABLE_SHARE = 0.02
+EXCLUDED, ROUTES = "excluded by the configuration", "it routes tokens to experts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +67,15 @@ def plan_quantization(
     skipped: dict[str, str] = {}
     ragged: dict[int, set[int]] = {}
     for block_name, block in blocks.items():
-        _refuse_fused_experts(block_name, block)
+        skipped |= _other_weights(block_name, block)
         chosen = []
         for name, view in find_linears(block, block_name).items():
             out_features, in_features = view.shape
             scheme = scheme_for(name)
-            if scheme is None:
-                skipped[name] = "excluded by the configuration"
+            if view.routes:
+                skipped[name] = ROUTES
+            elif scheme is None:
+                skipped[name] = EXCLUDED
             elif reason := scheme.why_not_packed(in_features, out_features):
                 skipped[name] = reason
             elif reason := scheme.why_not_grouped(in_features):
@@ -87,7 +92,7 @@ def plan_quantization(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ConfigError(f"No linear layer is left to quantize ({len(skipped)} skipped; {reasons or 'none found'}).")
     for name, reason in skipped.items():
-        if reason != "excluded by the configuration":
+        if reason not in (EXCLUDED, ROUTES):
             logger.warning("%s stays in full precision: %s.", name, reason)
     for group_size, widths in ragged.items():
         logger.warning(
@@ -100,14 +105,17 @@ def plan_quantization(
     return Plan(blocks=blocks, targets=targets, skipped=skipped, head=head)
 
 
-def _refuse_fused_experts(block_name: str, block: nn.Module) -> None:
-    """Experts fused into one 3-D parameter hold most weights of a block; leaving them out silently would be a lie."""
+def _other_weights(block_name: str, block: nn.Module) -> dict[str, str]:
+    """What holds a good part of a block's weights and is no linear layer, with that part in words."""
+    total = sum(parameter.numel() for parameter in block.parameters())
+    found = {}
     for module_name, module in block.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and parameter.shape[0] > 1:
-                raise ModelError(
-                    f"{block_name}.{module_name}.{name} is a parameter of shape {tuple(parameter.shape)}: experts "
-                    "of a mixture, fused into one tensor. Such models are not supported yet; nothing was quantized."
+        for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+            if parameter.ndim == 3 and parameter.shape[0] > 1 and parameter.numel() > NOTABLE_SHARE * total:
+                found[f"{block_name}.{name}"] = (
+                    f"it is a parameter of shape {tuple(parameter.shape)} and no linear layer, with "
+                    f"{parameter.numel() / total:.0%} of its block's weights"
                 )
+    return found

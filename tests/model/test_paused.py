@@ -22,20 +22,20 @@ class Block(nn.Module):
 
 def stages(block):
     views = [LinearView(name=name, module=getattr(block, name)) for name in ("first", "second")]
-    return [Stage(views=(view,), calls=1) for view in views]
+    return [Stage(views=(view,), calls=1, rows=1) for view in views]
 
 
 def test_a_forward_sees_the_weights_that_were_written_while_it_waited():
     block, x = Block(), torch.randn(3, 4)
     first, second = stages(block)
-    with torch.no_grad(), PausedForwards([first, second]) as paused:
+    with torch.no_grad(), PausedForwards([[first], [second]]) as paused:
         paused.start(7, lambda: block(x))
         assert 7 in paused
         assert len(paused) == 1
-        assert paused.input_of(7, first) is x
+        assert paused.inputs_of(7, [first])[first] is x
         block.first.weight.zero_()
         expected = block.first(x).relu()
-        assert torch.equal(paused.input_of(7, second), expected)
+        assert torch.equal(paused.inputs_of(7, [second])[second], expected)
         block.second.weight.mul_(2)
         assert torch.equal(paused.output_of(7), block(x))
         assert 7 not in paused
@@ -43,7 +43,7 @@ def test_a_forward_sees_the_weights_that_were_written_while_it_waited():
 
 def test_others_may_run_the_block_meanwhile():
     block, x = Block(), torch.randn(3, 4)
-    with torch.no_grad(), PausedForwards(stages(block)) as paused:
+    with torch.no_grad(), PausedForwards([[stage] for stage in stages(block)]) as paused:
         paused.start(0, lambda: block(x))
         paused.start(1, lambda: block(-x))
         expected = block(-x)
@@ -53,9 +53,9 @@ def test_others_may_run_the_block_meanwhile():
 def test_a_stage_that_is_not_reached_has_no_input():
     block, x = Block(), torch.randn(3, 4)
     first, second = stages(block)
-    with torch.no_grad(), PausedForwards([first, second]) as paused:
+    with torch.no_grad(), PausedForwards([[first], [second]]) as paused:
         paused.start(0, lambda: block(x, skip=True))
-        assert paused.input_of(0, second) is None
+        assert paused.inputs_of(0, [second]) == {}
         assert torch.equal(paused.output_of(0), block.first(x))
 
 
@@ -66,7 +66,10 @@ def test_leaving_ends_the_threads_and_removes_the_hooks():
         raise ValueError("in the block")
 
     before = threading.active_count()
-    with pytest.raises(ValueError, match="in the block"), PausedForwards(stages(block)) as paused:
+    with (
+        pytest.raises(ValueError, match="in the block"),
+        PausedForwards([[stage] for stage in stages(block)]) as paused,
+    ):
         paused.start(0, lambda: block(torch.randn(1, 4)))
         paused.start(1, fail)
     assert threading.active_count() == before

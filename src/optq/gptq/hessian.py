@@ -33,12 +33,17 @@ class _TokenMean:
     """
 
     def __init__(self, features: int, device: torch.device | str) -> None:
+        self.features = features
         self.tokens = 0
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
 
 
 class Hessian(_TokenMean):
     """The mean of x·xᵀ."""
+
+    def __init__(self, features: int, device: torch.device | str) -> None:
+        super().__init__(features, device)
+        self._support = 0
 
     def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
         """Add a batch of inputs.
@@ -56,16 +61,23 @@ class Hessian(_TokenMean):
             stop = min(start + strip, features)
             self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
 
+    def support(self, others: list["Hessian"], tokens: int) -> None:
+        """Add the mean over other Hessians' tokens, as if it were of so many tokens; they do not count as `tokens`."""
+        weight = tokens / sum(other.tokens + other._support for other in others)
+        for other in others:
+            self._sum.add_(other._sum, alpha=weight)
+        self._support += tokens
+
     def mean(self) -> Tensor:
         """The (features, features) float32 mean over all tokens added so far; symmetric.
 
         Raises:
             CalibrationError: no token was added, or the sum is not finite.
         """
-        if self.tokens == 0:
+        if self.tokens + self._support == 0:
             raise CalibrationError("No calibration token reached this layer, so there is nothing to fit it to.")
         upper = self._sum.triu()
-        mean = (upper + upper.triu(1).T) / self.tokens
+        mean = (upper + upper.triu(1).T) / (self.tokens + self._support)
         if not bool(mean.isfinite().all()):
             raise CalibrationError(
                 "The inputs of this layer are not finite (NaN or infinity) on the calibration data."

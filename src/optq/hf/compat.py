@@ -2,12 +2,14 @@
 """Every use of transformers that is internal to it or differs between its versions 5.17 and 5.23."""
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -27,22 +29,52 @@ Value = TypeVar("Value")
 
 def renamed(tensors: dict[str, Value], model: Any) -> dict[str, Value]:
     """A packed checkpoint's tensors under the names that they have in the model."""
-    # They have no name in the model yet, so a linear's are renamed as its weight would be.
+    # They have no name in the model yet, so a linear's are renamed as its weight would be; but nothing is fused.
     weights = {key: f"{key.rpartition('.')[0]}.weight" for key in tensors}
-    names = names_in_model(set(weights.values()), model)
+    names = names_in_model(set(weights.values()), model, fused=False)
     return {
         f"{names[weights[key]].removesuffix('.weight')}.{key.rpartition('.')[2]}": value
         for key, value in tensors.items()
     }
 
 
-def names_in_model(keys: Iterable[str], model: Any) -> dict[str, str]:
-    """What tensors of a dense checkpoint are called in the model; of those that become one, its name."""
+def names_in_model(keys: Iterable[str], model: Any, *, fused: bool = True) -> dict[str, str]:
+    """What tensors of a dense checkpoint are called in the model; of those that become one, its name if `fused`."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    converters = [entry for entry in conversions if fused and isinstance(entry, WeightConverter)]
     state = model.state_dict()
     return {key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0] for key in keys}
+
+
+def expert_names(model: Any, fused: str) -> list[str]:
+    """What checkpoints call the linears gate, up and down of an expert in the fused module of this name.
+
+    Where experts are fused on disk as well, they have the names that are usual elsewhere.
+    """
+    merged = [entry for entry in get_model_conversion_mapping(model) if _merges_experts(entry)]
+
+    def sources(parameter: str) -> list[str]:
+        for entry in merged:
+            if any(re.search(rf"{target}$", f"{fused}.{parameter}") for target in entry.target_patterns):
+                return [source.removesuffix(".weight").rpartition(".")[2] for source in entry.source_patterns]
+        return []
+
+    gate_and_up, up, down = sources("gate_up_proj"), sources("up_proj"), sources("down_proj")
+    if len(gate_and_up) != 2:
+        gate_and_up = ["gate_proj", *(up or ["up_proj"])]
+    return [*gate_and_up, *(down or ["down_proj"])]
+
+
+def without_fusing_experts(conversions: list[Any]) -> list[Any]:
+    """Conversions for a model whose experts are split as they are on disk."""
+    return [entry for entry in conversions if not _merges_experts(entry)]
+
+
+def _merges_experts(entry: Any) -> bool:
+    return isinstance(entry, WeightConverter) and any(
+        isinstance(operation, MergeModulelist) for operation in entry.operations
+    )
 
 
 def named_as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -61,6 +61,7 @@ RUN_ONLY = (
     "model_seqlen",
     "num_samples",
     "seed",
+    "calibrate_all_experts",
     "log_file",
     "journal_folder",
 )
@@ -101,6 +102,8 @@ class GPTQConfig(transformers.GPTQConfig):
         num_samples: most calibration sequences to use; by default all of a list and 128 of anything else.
         batch_size: calibration sequences per forward; by default as many as fit in 2048 tokens, or in 512 where
             blocks are polished: every forward is a step.
+        calibrate_all_experts: of a mixture, show every expert all tokens while calibrating, not only those that are
+            routed to it. Slower, and not what the experts see in use; for data that leaves many experts idle.
         seed: chooses which calibration sequences are used when there are more than num_samples.
         polish: passes over the calibration data, at most, in which every finished block's scales and codes are tuned
             by gradient.
@@ -142,6 +145,7 @@ class GPTQConfig(transformers.GPTQConfig):
         module_name_preceding_first_block: list[str] | None = None,
         batch_size: int | None = None,
         pad_token_id: int | None = None,
+        calibrate_all_experts: bool = False,
         seed: int = 0,
         quality_gate: QualityGate = "warn",
         max_perplexity_ratio: float = GOOD_PERPLEXITY_RATIO,
@@ -184,6 +188,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.module_name_preceding_first_block = module_name_preceding_first_block
         self.batch_size = batch_size
         self.pad_token_id = pad_token_id
+        self.calibrate_all_experts = bool(calibrate_all_experts)
         self.seed = seed
         self.quality_gate = quality_gate
         self.max_perplexity_ratio = max_perplexity_ratio

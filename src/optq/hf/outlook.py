@@ -109,7 +109,8 @@ def plan(
     """
     config = GPTQConfig.from_stock(config)
     model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
-    planned, calibration = prepare(model, config)
+    prepared = prepare(model, config)
+    planned, calibration = prepared.plan, prepared.calibration
     device = torch.device(device) if device is not None else execution_device()
     targets = [target for block in planned.targets.values() for target in block]
     stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a configuration means for a model: which linears are quantized and how, and on what data. No weight is read."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,24 +9,53 @@ from torch import nn
 
 from optq.calibration import TOKENS_PER_MICRO_BATCH, TOKENS_PER_STEP, Calibration, prepare_calibration
 from optq.errors import ConfigError
-from optq.model import find_blocks, find_linears
+from optq.model import Experts, find_blocks, find_fused_experts, find_linears, put_fused, put_split
 from optq.planning import Plan, plan_quantization
 
 from . import compat
 from .config import GPTQConfig
 
 
-def prepare(model: Any, config: GPTQConfig) -> tuple[Plan, Calibration]:
-    """The plan and the calibration data for a model, which may be on the meta device.
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What was decided before any work.
+
+    Args:
+        experts: by name, those that will be split into linears; the plan's targets are among these. The model still
+            holds them in fused form.
+    """
+
+    plan: Plan
+    calibration: Calibration
+    experts: dict[str, Experts]
+
+
+def prepare(model: Any, config: GPTQConfig) -> Preparation:
+    """The plan and the calibration data for a model, which may be on the meta device and is left as it is.
 
     Raises:
         ConfigError, CalibrationError, ModelError: whatever can be refused before any work.
     """
     blocks = find_blocks(model, config.block_name_to_quantize)
     head = _find_head(model) if config.lm_head else {}
-    plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
+    experts = {
+        f"{block_name}.{name}": Experts(fused, compat.expert_names(model, f"{block_name}.{name}"))
+        for block_name, block in blocks.items()
+        for name, fused in find_fused_experts(block).items()
+    }
+    put_split(model, experts)
+    try:
+        plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
+    finally:
+        put_fused(model, experts)
+    planned = {target.view.name for targets in plan.targets.values() for target in targets}
+    experts = {
+        name: module for name, module in experts.items() if any(linear.startswith(f"{name}.") for linear in planned)
+    }
+    for module in experts.values():
+        module.every_token = config.calibrate_all_experts
     with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
-        return plan, _prepare_calibration(model, config)
+        return Preparation(plan=plan, calibration=_prepare_calibration(model, config), experts=experts)
 
 
 def _find_head(model: Any) -> dict[str, nn.Module]:

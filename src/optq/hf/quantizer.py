@@ -7,6 +7,8 @@ puts an empty `QuantLinear` wherever the checkpoint has packed words, and *after
 """
 
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from optq.errors import CheckpointError
 from optq.evaluation import Comparison, judge
 from optq.layers import QuantLinear
 from optq.memory import GIB
-from optq.model import LINEAR_TYPES
+from optq.model import LINEAR_TYPES, Experts, find_fused_experts, put_fused, put_split
 from optq.planning import Plan
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
@@ -34,6 +36,9 @@ from .preparation import prepare
 from .streaming import StreamedBlocks, why_not_streamed
 
 logger = logging.getLogger(__name__)
+
+ONE_EXPERT = re.compile(r"(.+)\.\d+\.\w+\.(\w+)$")
+"""The name of a tensor of one expert's linear: the module that holds all experts, and the tensor's kind."""
 
 
 class OptqHfQuantizer(HfQuantizer):
@@ -59,6 +64,7 @@ class OptqHfQuantizer(HfQuantizer):
         self._streamed: StreamedBlocks | None = None
         self._files: list[str] = []
         self.journal: Journal | None = None
+        self._experts: dict[str, Experts] = {}
         self._without_g_idx: set[str] = set()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -81,13 +87,14 @@ class OptqHfQuantizer(HfQuantizer):
             self._insert_empty_layers(model, checkpoint_files or [])
             return
         config = self.quantization_config
-        self._plan, self._calibration = prepare(model, config)
+        prepared = prepare(model, config)
+        self._plan, self._calibration, self._experts = prepared.plan, prepared.calibration, prepared.experts
         blocks = {name: block for name, block in self._plan.blocks.items() if name != self._plan.head}
         self._files = checkpoint_files or []
         if reason := why_not_streamed(model, blocks, checkpoint_files or []):
             logger.info("The whole model is read into memory: %s.", reason)
         else:
-            self._streamed = StreamedBlocks(model, blocks, checkpoint_files or [])
+            self._streamed = StreamedBlocks(model, blocks, checkpoint_files or [], self._experts)
             self._streamed.leave()
         for weakness in self._calibration.weak_for(self._plan.widest):
             logger.warning("Weak calibration data: %s.", weakness)
@@ -105,6 +112,10 @@ class OptqHfQuantizer(HfQuantizer):
         self.log = RunLog(Path(config.log_file) if config.log_file else None)
         if self._streamed is not None:
             self._streamed.come_back()
+        else:
+            for experts in self._experts.values():
+                experts.take_weights()
+        put_split(model, self._experts)
         if self._plan.head is not None:
             compat.untie_head(model)
         with self.log:
@@ -147,6 +158,10 @@ class OptqHfQuantizer(HfQuantizer):
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
         for name, layer in _quantized_layers(model).items():
             model.set_submodule(name, layer.dense(wanted))
+        for experts in self._experts.values():
+            experts.return_weights()
+        put_fused(model, self._experts)
+        self._experts = {}
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -165,8 +180,11 @@ class OptqHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Every kernel is one operator to a graph, so `generate` may compile the model for a static cache."""
-        return True
+        """Every kernel is one operator to a graph, so `generate` may compile the model for a static cache.
+
+        Not with experts: which of them run depends on the data.
+        """
+        return not self._experts
 
     def _budget(self, model: Any) -> float:
         """How many bits the planned linears may take."""
@@ -198,11 +216,15 @@ class OptqHfQuantizer(HfQuantizer):
         )
         model.config.quantization_config = self.quantization_config
         compat.make_generation_config_savable(model)
+        for experts in self._experts.values():
+            experts.every_token = False
         self._plan = self._calibration = self._streamed = None  # free the calibration data
 
     def _insert_empty_layers(self, model: Any, checkpoint_files: list[str]) -> None:
         config = self.quantization_config
-        found = find_quantized_linears(compat.renamed(read_headers(checkpoint_files), model))
+        headers = compat.renamed(read_headers(checkpoint_files), model)
+        self._split_experts(model, headers)
+        found = find_quantized_linears(headers)
         if not found:
             raise CheckpointError(
                 f"{model.config.name_or_path} says that it is quantized with GPTQ, but none of its tensors is named "
@@ -213,8 +235,7 @@ class OptqHfQuantizer(HfQuantizer):
         if strangers:
             raise CheckpointError(
                 f"{len(strangers)} quantized tensors of the checkpoint, such as {strangers[0]}, belong to no "
-                f"linear layer of {type(model).__name__}. Mixture-of-experts checkpoints are not supported yet; "
-                "otherwise the checkpoint was made for another architecture."
+                f"linear layer of {type(model).__name__}. The checkpoint was made for another architecture."
             )
         dtype = model.dtype
         for name, tensors in found.items():
@@ -223,6 +244,25 @@ class OptqHfQuantizer(HfQuantizer):
             if "g_idx" not in tensors.headers:
                 self._without_g_idx.add(name)
             model.set_submodule(name, QuantLinear.empty(tensors, config.format, config.backend, dtype))
+
+    def _split_experts(self, model: Any, headers: Iterable[str]) -> None:
+        """Split the experts that the checkpoint has one by one, if any of them is packed.
+
+        Then also those that are not: transformers' conversions, which would fuse them, hold for all layers.
+        """
+        found = [match for match in map(ONE_EXPERT.match, headers) if match is not None]
+        one_by_one = {match[1] for match in found} if any(match[2] == "qweight" for match in found) else set()
+        self._experts = {
+            name: Experts(fused, compat.expert_names(model, name))
+            for name, fused in find_fused_experts(model).items()
+            if name in one_by_one
+        }
+        put_split(model, self._experts)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """While a checkpoint is read, experts that were split stay split."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *args, **kwargs)
+        return compat.without_fusing_experts(conversions) if self.pre_quantized and self._experts else conversions
 
     def _prepare_layers(self, model: Any) -> None:
         """Let every layer choose its kernel; fill in a g_idx that the checkpoint left out."""

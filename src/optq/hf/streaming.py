@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from optq.errors import ModelError
+from optq.model import Experts, put_fused, put_split
 
 from . import compat
 
@@ -31,11 +32,22 @@ class StreamedBlocks:
         model: on the meta device, as transformers hands it over before it reads the weights.
         blocks: by name.
         files: the checkpoint's safetensors files.
+        experts: by name, those to be split into linears once their block has been read; fused in the model until then.
     """
 
-    def __init__(self, model: Any, blocks: dict[str, nn.Module], files: Iterable[str]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        blocks: dict[str, nn.Module],
+        files: Iterable[str],
+        experts: dict[str, Experts] | None = None,
+    ) -> None:
         self._model = model
         self._blocks = blocks
+        self._experts = {
+            block: {name: module for name, module in (experts or {}).items() if name.startswith(f"{block}.")}
+            for block in blocks
+        }
         self._keys = _keys_by_block(model, blocks, files)
         self._ignored = model._keys_to_ignore_on_load_unexpected
 
@@ -60,11 +72,12 @@ class StreamedBlocks:
         """Fill a block with its tensors, on the CPU.
 
         Raises:
-            ModelError: the checkpoint lacks some of them.
+            ModelError: the checkpoint lacks some of them, or holds experts of an unknown kind.
         """
         if name not in self._blocks:  # the head, which was read with the rest
             return
-        block = self._blocks[name]
+        block, experts = self._blocks[name], self._experts[name]
+        put_fused(self._model, experts)
         with _opened(self._keys[name]) as slices:
             compat.load_tensors(self._model, slices)
         compat.initialise_buffers(self._model, name)
@@ -75,6 +88,9 @@ class StreamedBlocks:
                 + (f" and lacks {len(missing) - 1} more tensors of this block" if len(missing) > 1 else "")
                 + ". It is incomplete, or belongs to another architecture."
             )
+        for module in experts.values():
+            module.take_weights()
+        put_split(self._model, experts)
 
     def drop(self, name: str) -> None:
         """Free a block's tensors again."""

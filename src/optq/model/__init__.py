@@ -2,6 +2,10 @@
 """Where things are in a model, found by watching it run instead of by a list of architectures."""
 
 from .blocks import find_blocks as find_blocks
+from .experts import Experts as Experts
+from .experts import find_fused_experts as find_fused_experts
+from .experts import put_fused as put_fused
+from .experts import put_split as put_split
 from .forwards import BlockCall as BlockCall
 from .forwards import Finished as Finished
 from .forwards import SuspendedForwards as SuspendedForwards
@@ -14,4 +18,5 @@ from .outputs import relative_error as relative_error
 from .paused import PausedForwards as PausedForwards
 from .stages import Stage as Stage
 from .stages import feed_stages as feed_stages
+from .stages import independent_groups as independent_groups
 from .stages import observe_stages as observe_stages

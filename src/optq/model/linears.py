@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .experts import Experts
+
 LINEAR_TYPES = (nn.Linear, Conv1D)
 
 
@@ -16,10 +18,17 @@ class LinearView:
     Args:
         name: the module's name in the model.
         module: `nn.Linear`, or transformers' `Conv1D`, which stores its weight transposed.
+        family: of an expert's linear: the name that it shares with its counterparts in the layer's other experts.
+        entrance: of an expert's linear: the module that the inputs of all experts' counterparts pass before any of
+            these runs, and the expert's place among them; None if there is none.
+        routes: it decides which tokens go to which expert.
     """
 
     name: str
     module: nn.Module
+    family: str | None = None
+    entrance: tuple[nn.Module, int] | None = None
+    routes: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -59,10 +68,66 @@ class LinearView:
 
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, LinearView]:
     """The linear layers inside `module`, by name; `prefix` is the module's own name in the model."""
+    families, routers = _find_mixtures(module)
+    entrances = {
+        linear: (entrance, place)
+        for experts in module.modules()
+        if isinstance(experts, Experts)
+        for linear, entrance, place in experts.entrances()
+    }
     views = {}
     for name, child in module.named_modules():
         # Exact types: a subclass of nn.Linear may compute something else than a product with its weight.
         if type(child) in LINEAR_TYPES:
             full_name = ".".join(part for part in (prefix, name) if part)
-            views[full_name] = LinearView(name=full_name, module=child)
+            family = families.get(name)
+            views[full_name] = LinearView(
+                name=full_name,
+                module=child,
+                family=None if family is None else f"{prefix}.{family}",
+                entrance=entrances.get(child),
+                routes=name in routers,
+            )
     return views
+
+
+def _find_mixtures(module: nn.Module) -> tuple[dict[str, str], set[str]]:
+    """The family of each expert's linear, and the routers, by name.
+
+    Experts are `Experts`, or the members of a list beside which something has one output per member.
+    """
+    families: dict[str, str] = {}
+    routers: set[str] = set()
+    for name, parent in module.named_modules():
+        for child_name, child in parent.named_children():
+            count = _expert_count(child)
+            path = ".".join(part for part in (name, child_name) if part)
+            beside = {
+                found: linear
+                for found, linear in parent.named_modules(prefix=name)
+                if _outputs(linear) == count and not found.startswith(f"{path}.")
+            }
+            if not count or (isinstance(child, nn.ModuleList) and not beside):
+                continue
+            routers |= beside.keys()
+            for found in child.named_modules(prefix=path):
+                rest = found[0].removeprefix(f"{path}.").split(".")
+                if type(found[1]) in LINEAR_TYPES and rest[0].isdecimal():
+                    families[found[0]] = ".".join((path, "*", *rest[1:]))
+    return families, routers
+
+
+def _expert_count(module: nn.Module) -> int:
+    """How many experts a module may be made of; 0 if it is no such thing."""
+    if isinstance(module, Experts):
+        return module.layout.count
+    alike = isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(child) for child in module}) == 1
+    return len(module) if alike else 0  # type: ignore[arg-type]
+
+
+def _outputs(module: nn.Module) -> int | None:
+    """out_features of a linear, also of one that only has the weight of one."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or weight.ndim != 2:
+        return None
+    return weight.shape[1 if isinstance(module, Conv1D) else 0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards of one block that wait at the input of each stage while its linears are solved.
+"""Forwards of one block that wait at the inputs of its stages while their linears are solved.
 
 So one forward per micro-batch serves all stages of a block, and its output as well. The price is that what a forward
 holds at that point stays in memory; those that find no room are run anew for every stage instead, with the same
@@ -7,7 +7,7 @@ result.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,31 +20,31 @@ from .stages import Stage, first_input
 
 
 @dataclass(frozen=True)
-class _AtStage:
-    """What a forward posts when it reaches a stage."""
+class _AtGroup:
+    """What a forward posts when it reaches a group of stages."""
 
     index: int
-    x: Tensor
+    x: Tensor | Sequence[Tensor]
 
 
 class PausedForwards:
     """Run a block in threads that take turns. A context manager: leaving it ends them.
 
     Args:
-        stages: in the order in which the block reaches them, each once per forward.
+        groups: as of `independent_groups`, in the order in which the block reaches them, each once per forward.
     """
 
-    def __init__(self, stages: list[Stage]) -> None:
-        self._index_of = {stage: index for index, stage in enumerate(stages)}
-        self._threads: dict[int, TurnThread[_AtStage]] = {}
-        self._reached: dict[int, _AtStage | Finished] = {}
+    def __init__(self, groups: list[list[Stage]]) -> None:
+        self._groups = groups
+        self._threads: dict[int, TurnThread[_AtGroup]] = {}
+        self._reached: dict[int, _AtGroup | Finished] = {}
         self._current = threading.local()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "PausedForwards":
-        for stage, index in self._index_of.items():
-            hook = self._hook(index)
-            self._handles.append(stage.views[0].module.register_forward_pre_hook(hook, with_kwargs=True))
+        for index, group in enumerate(self._groups):
+            module, _ = group[0].stop
+            self._handles.append(module.register_forward_pre_hook(self._hook(index), with_kwargs=True))
         return self
 
     def __exit__(
@@ -62,23 +62,27 @@ class PausedForwards:
         return len(self._threads)
 
     def start(self, number: int, run: Callable[[], Any]) -> None:
-        """Begin a forward, up to its first stage."""
+        """Begin a forward, up to its first group."""
 
         def main() -> Any:
             self._current.thread = thread
             return run()
 
-        thread: TurnThread[_AtStage] = TurnThread(main, number)
+        thread: TurnThread[_AtGroup] = TurnThread(main, number)
         self._threads[number] = thread
         thread.start()
         self._reached[number] = thread.wait()
 
-    def input_of(self, number: int, stage: Stage) -> Tensor | None:
-        """Let a forward run on to a stage: its input there, or None if it ended, or went on, without reaching it."""
-        wanted = self._index_of[stage]
-        while isinstance(reached := self._reached[number], _AtStage) and reached.index < wanted:
+    def inputs_of(self, number: int, group: list[Stage]) -> dict[Stage, Tensor]:
+        """Let a forward run on to a group: the inputs there, as far as there are any."""
+        wanted = self._groups.index(group)
+        while isinstance(reached := self._reached[number], _AtGroup) and reached.index < wanted:
             self._run_on(number)
-        return reached.x if isinstance(reached, _AtStage) and reached.index == wanted else None
+        if not isinstance(reached, _AtGroup) or reached.index > wanted:
+            return {}
+        places = {stage: stage.stop[1] for stage in group}
+        inputs = {stage: reached.x if place is None else reached.x[place] for stage, place in places.items()}
+        return {stage: x for stage, x in inputs.items() if isinstance(x, Tensor) and x.numel()}
 
     def output_of(self, number: int) -> Any:
         """Let a forward run to its end."""
@@ -96,8 +100,8 @@ class PausedForwards:
 
     def _hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            thread: TurnThread[_AtStage] | None = getattr(self._current, "thread", None)
+            thread: TurnThread[_AtGroup] | None = getattr(self._current, "thread", None)
             if thread is not None:  # else somebody else runs the block
-                thread.pause(_AtStage(index, first_input(args, kwargs)))
+                thread.pause(_AtGroup(index, first_input(args, kwargs)))
 
         return hook

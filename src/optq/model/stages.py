@@ -21,14 +21,32 @@ class Stage:
     Args:
         views: in the order in which the block calls them.
         calls: how often the block calls the first of them per forward.
+        rows: how many rows the input had while the stages were observed.
     """
 
     views: tuple[LinearView, ...]
     calls: int
+    rows: int
 
     @property
     def in_features(self) -> int:
         return self.views[0].shape[1]
+
+    @property
+    def family(self) -> tuple[str, ...] | None:
+        """Of an expert's stage: what it shares with those of the layer's other experts."""
+        families = [view.family for view in self.views if view.family is not None]
+        return tuple(families) if len(families) == len(self.views) else None
+
+    @property
+    def stop(self) -> tuple[nn.Module, int | None]:
+        """The module whose call shows the inputs of all of its family at once, and the place of this one's there."""
+        return self.views[0].entrance or (self.views[0].module, None)
+
+    @property
+    def orderly(self) -> bool:
+        """Whether every forward comes to its group once, and then has not run any of it."""
+        return self.calls == 1 and (self.family is None or self.views[0].entrance is not None)
 
     @property
     def name(self) -> str:
@@ -63,24 +81,54 @@ def _watching(modules: list[nn.Module], seen: Callable[[nn.Module, Tensor], None
 def observe_stages(views: list[LinearView], run: Callable[[], Any]) -> list[Stage]:
     """Group `views` by the tensor they read while `run` executes the block once, in order of execution.
 
-    Linears that `run` never calls are in no stage.
+    Linears that `run` never calls are in no stage, but for those of experts: what no token was routed to this time is
+    grouped as in an expert that had some.
     """
     view_of = {view.module: view for view in views}
-    inputs: list[Tensor] = []  # kept alive: otherwise a freed tensor's address could be taken for another's
+    # Inputs are kept alive: otherwise a freed tensor's address could be taken for another's.
+    inputs: dict[tuple[object, ...], Tensor] = {}
     members: dict[tuple[object, ...], list[LinearView]] = {}
     calls: dict[nn.Module, int] = {}
 
     def seen(module: nn.Module, x: Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
         if calls[module] == 1:
-            inputs.append(x)
             # The same memory, unchanged in between: two views of one tensor count as one input.
             key = (x.data_ptr(), x.shape, x.stride(), x._version)
+            inputs.setdefault(key, x)
             members.setdefault(key, []).append(view_of[module])
 
     with _watching(list(view_of), seen):
         run()
-    return [Stage(views=tuple(group), calls=calls[group[0].module]) for group in members.values()]
+    stages = [
+        Stage(
+            views=tuple(group), calls=calls[group[0].module], rows=inputs[key].numel() // max(inputs[key].shape[-1], 1)
+        )
+        for key, group in members.items()
+    ]
+    return _with_idle_experts(stages, views)
+
+
+def _with_idle_experts(stages: list[Stage], views: list[LinearView]) -> list[Stage]:
+    """Add the stages of experts that no token was routed to, beside those of their family."""
+    completed: list[Stage] = []
+    stage_of = {stage.views: stage for stage in stages}
+    for family in dict.fromkeys(stage.family or stage for stage in stages):
+        if isinstance(family, Stage):
+            completed.append(family)
+            continue
+        # The counterparts of each view, expert by expert.
+        columns = [[view for view in views if view.family == name] for name in family]
+        completed += [stage_of.get(row, Stage(views=row, calls=1, rows=0)) for row in zip(*columns, strict=True)]
+    return completed
+
+
+def independent_groups(stages: list[Stage]) -> list[list[Stage]]:
+    """Stages that do not depend on one another together: those of one family; the groups in order of execution."""
+    groups: dict[object, list[Stage]] = {}
+    for stage in stages:
+        groups.setdefault(stage.family or stage, []).append(stage)
+    return list(groups.values())
 
 
 def feed_stages(
