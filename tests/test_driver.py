@@ -254,11 +254,13 @@ def test_a_group_size_that_fits_no_layer_is_refused_before_any_work(model):
 def test_weights_that_are_no_linear_layers_are_said(caplog):
     block = nn.ModuleDict({"good": nn.Linear(64, 32), "other": nn.Module()})
     block["other"].experts = nn.Parameter(torch.zeros(4, 32, 64))
+    block["odd"] = type("Odd", (nn.Linear,), {"forward": lambda self, x: x})(64, 64)
     block["other"].scales = nn.Parameter(torch.zeros(2, 1, 8))  # too small to matter
     found = plan_quantization({"b": block}, lambda name: LayerScheme(group_size=32))
-    assert found.skipped.keys() == {"b.other.experts"}
+    assert found.skipped.keys() == {"b.other.experts", "b.odd"}
+    assert "b.odd stays in full precision: Odd computes something else than the product with its weight" in caplog.text
     assert "b.other.experts stays in full precision: it is a parameter of shape (4, 32, 64)" in caplog.text
-    assert "80% of its block's weights" in caplog.text
+    assert "57% of its block's weights" in caplog.text
 
 
 def test_a_ragged_last_group_is_warned_about_once_with_what_vllm_reads(model, caplog):

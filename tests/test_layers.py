@@ -4,7 +4,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from optq import GPTQConfig
 from optq.checkpoint import pack
 from optq.gptq import round_to_nearest
 from optq.layers import QuantLinear
@@ -80,3 +82,21 @@ def test_copies_are_independent(layer):
     twin.load_state_dict({**twin.state_dict(), "qweight": torch.zeros_like(twin.qweight)})
     x = torch.randn(1, 64)
     assert not torch.equal(twin(x), layer(x))
+
+
+def test_who_computes_with_the_weight_that_is_not_there_gets_nan(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_llama,
+        quantization_config=GPTQConfig(bits=4, group_size=32, dataset=[{"input_ids": list(range(3, 100))}]),
+        dtype=torch.float32,
+    )
+    layer = model.model.layers[0].mlp.down_proj
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == (
+        (64, 96),
+        torch.float32,
+        torch.device("cpu"),
+    )
+    assert bool((torch.ones(1, 96) @ layer.weight.T).isnan().all())
+    assert "weight" not in layer.state_dict()
+    with pytest.raises(RuntimeError):
+        layer.weight.div_(2)

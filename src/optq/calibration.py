@@ -73,10 +73,12 @@ class MicroBatch:
     Args:
         input_ids: (samples, longest) int64, padded on the right.
         attention_mask: (samples, longest) int64, 1 for real tokens; None when there is no padding.
+        decoded: the model's decoder reads the same tokens as its encoder.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
+    decoded: bool = False
 
     @property
     def next_ids(self) -> Tensor:
@@ -92,6 +94,8 @@ class MicroBatch:
         inputs = {"input_ids": self.input_ids.to(device)}
         if self.attention_mask is not None:
             inputs["attention_mask"] = self.attention_mask.to(device)
+        if self.decoded:
+            inputs |= {f"decoder_{name}": tensor for name, tensor in inputs.items()}
         return inputs
 
 
@@ -136,6 +140,7 @@ def prepare_calibration(
     pad_token_id: int | None = None,
     seed: int = 0,
     probe: bool = True,
+    decoded: bool = False,
     micro_batch_tokens: int = TOKENS_PER_MICRO_BATCH,
 ) -> Calibration:
     """Turn whatever `GPTQConfig.dataset` accepts into micro-batches.
@@ -151,6 +156,7 @@ def prepare_calibration(
         pad_token_id: fills up shorter samples; they are masked, so any id of the vocabulary does.
         probe: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
             samples none is held out; the longest is then used for both.
+        decoded: of a model with an encoder and a decoder: both read the text.
     Raises:
         CalibrationError: the data is missing, empty, too short, of an unknown form, or does not fit the vocabulary.
     """
@@ -196,9 +202,9 @@ def prepare_calibration(
         held_out,
     )
     return Calibration(
-        batches=tuple(_batches(fitted, batch_size, pad_token_id or 0, micro_batch_tokens)),
+        batches=tuple(_batches(fitted, batch_size, pad_token_id or 0, micro_batch_tokens, decoded)),
         recipe=recipe,
-        probes=tuple(_batches([ids[:PROBE_TOKENS] for ids in probes], 1, pad_token_id or 0)),
+        probes=tuple(_batches([ids[:PROBE_TOKENS] for ids in probes], 1, pad_token_id or 0, decoded=decoded)),
         probes_held_out=held_out > 0,
         weaknesses=tuple(_weaknesses(chosen, window, samples)),
     )
@@ -391,7 +397,11 @@ def _draw(windows: list[list[int]], limit: int | None, seed: int) -> list[list[i
 
 
 def _batches(
-    samples: list[list[int]], batch_size: int | None, pad_token_id: int, tokens: int = TOKENS_PER_MICRO_BATCH
+    samples: list[list[int]],
+    batch_size: int | None,
+    pad_token_id: int,
+    tokens: int = TOKENS_PER_MICRO_BATCH,
+    decoded: bool = False,
 ) -> Iterable[MicroBatch]:
     """Pad samples of similar length together."""
     pending = sorted(samples, key=len, reverse=True)  # stable
@@ -404,4 +414,4 @@ def _batches(
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-        yield MicroBatch(input_ids=input_ids, attention_mask=None if bool(mask.all()) else mask)
+        yield MicroBatch(input_ids=input_ids, attention_mask=None if bool(mask.all()) else mask, decoded=decoded)

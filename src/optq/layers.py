@@ -89,11 +89,13 @@ class QuantLinear(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Choose the kernel for this device and activations of `dtype`, and derive what it wants."""
-        vars(self).pop("weight", None)
         packed = self.packed
         self._kernel = choose_kernel(packed, dtype, self.backend)
         self._prepared = self._kernel.prepare(packed)
         self._prepared_for = (self.scales.device, dtype)
+        # Some models look at a linear's weight for its dtype or device. Who computes with this one gets NaN.
+        nothing = torch.full((), torch.nan, dtype=dtype, device=self.scales.device)
+        self.weight = nothing.expand(self.out_features, self.in_features)
         self.qweight = packed.qweight if self._prepared.codes is packed.qweight else packed.qweight.to("meta")
 
     def _words(self) -> Tensor:

@@ -42,8 +42,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, module in model.named_modules():  # by name: a quantized layer takes over its predecessor's flag
-            module.training = training[name]
+        # By name: a quantized layer takes over its predecessor's flag. Some models exchange modules while they run.
+        for name, module in model.named_modules():
+            module.training = training.get(name, training[""])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import ConfigError
-from .model import LinearView, find_linears
+from .model import LinearView, find_linears, is_linear
 from .scheme import SERVED_GROUP_SIZES, LayerScheme
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,10 @@ def _other_weights(block_name: str, block: nn.Module) -> dict[str, str]:
     for module_name, module in block.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             continue
+        if isinstance(module, nn.Linear) and not is_linear(module):
+            found[f"{block_name}.{module_name}"] = (
+                f"{type(module).__name__} computes something else than the product with its weight"
+            )
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
             if parameter.ndim == 3 and parameter.shape[0] > 1 and parameter.numel() > NOTABLE_SHARE * total:
                 found[f"{block_name}.{name}"] = (

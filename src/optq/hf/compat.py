@@ -71,6 +71,27 @@ def without_fusing_experts(conversions: list[Any]) -> list[Any]:
     return [entry for entry in conversions if not _merges_experts(entry)]
 
 
+def keep_unconverted(model: Any, linears: Iterable[str]) -> None:
+    """Have saving leave these linears, which are going to be packed, as they are in the model."""
+    if getattr(model, "_weight_conversions", None):
+        model._weight_conversions = without_converting(model._weight_conversions, linears) or None
+
+
+def without_converting(conversions: list[Any], linears: Iterable[str]) -> list[Any]:
+    """Conversions that leave these linears as they are in the model: packed weights can only be renamed.
+
+    Where such a linear is a part of a larger tensor in the original checkpoint, or holds several of its tensors, there
+    is no way back to that form.
+    """
+    weights = [f"{name}.weight" for name in linears]
+
+    def touches(entry: Any) -> bool:
+        back = entry.reverse_transform()
+        return any(rename_source_key(weight, [], [back], reverse=True)[1] is not None for weight in weights)
+
+    return [entry for entry in conversions if not (isinstance(entry, WeightConverter) and touches(entry))]
+
+
 def _merges_experts(entry: Any) -> bool:
     return isinstance(entry, WeightConverter) and any(
         isinstance(operation, MergeModulelist) for operation in entry.operations

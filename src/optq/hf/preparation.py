@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a configuration means for a model: which linears are quantized and how, and on what data. No weight is read."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from optq.planning import Plan, plan_quantization
 
 from . import compat
 from .config import GPTQConfig
+
+LONGEST = 2048  # tokens of a calibration sequence, by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,14 @@ def prepare(model: Any, config: GPTQConfig) -> Preparation:
         return Preparation(plan=plan, calibration=_prepare_calibration(model, config), experts=experts)
 
 
+def _vocabulary(model: Any) -> int:
+    """How many token ids there are."""
+    embedding = model.get_input_embeddings()
+    if isinstance(getattr(embedding, "weight", None), torch.Tensor):
+        return int(embedding.weight.shape[0])
+    return int(model.config.get_text_config(decoder=True).vocab_size)  # some have an embedding per codebook
+
+
 def _find_head(model: Any) -> dict[str, nn.Module]:
     """The output head by name."""
     head = model.get_output_embeddings()
@@ -71,17 +82,19 @@ def _find_head(model: Any) -> dict[str, nn.Module]:
 
 def _prepare_calibration(model: Any, config: GPTQConfig) -> Calibration:
     text_config = model.config.get_text_config(decoder=True)
-    longest = config.model_seqlen or min(getattr(text_config, "max_position_embeddings", None) or 2048, 2048)
+    longest = getattr(text_config, "max_position_embeddings", None) or LONGEST
+    longest = config.model_seqlen or (min(longest, LONGEST) if longest > 0 else LONGEST)  # XLNet's is -1: no limit
     padding = config.pad_token_id
     return prepare_calibration(
         config.dataset,
         lambda: compat.load_tokenizer(config.tokenizer, model),
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=_vocabulary(model),
         window=longest,
         samples=config.num_samples,
         batch_size=config.batch_size,
         pad_token_id=padding if padding is not None else getattr(text_config, "pad_token_id", None),
         seed=config.seed,
         probe=config.quality_gate != "off",
+        decoded="decoder_input_ids" in inspect.signature(model.forward).parameters,
         micro_batch_tokens=TOKENS_PER_STEP if config.polish_passes else TOKENS_PER_MICRO_BATCH,
     )

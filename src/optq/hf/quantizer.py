@@ -65,6 +65,7 @@ class OptqHfQuantizer(HfQuantizer):
         self._files: list[str] = []
         self.journal: Journal | None = None
         self._experts: dict[str, Experts] = {}
+        self._packed: list[str] = []  # names of linears
         self._without_g_idx: set[str] = set()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -116,6 +117,8 @@ class OptqHfQuantizer(HfQuantizer):
             for experts in self._experts.values():
                 experts.take_weights()
         put_split(model, self._experts)
+        planned = [target.view.name for targets in self._plan.targets.values() for target in targets]
+        compat.keep_unconverted(model, planned)
         if self._plan.head is not None:
             compat.untie_head(model)
         with self.log:
@@ -225,6 +228,7 @@ class OptqHfQuantizer(HfQuantizer):
         headers = compat.renamed(read_headers(checkpoint_files), model)
         self._split_experts(model, headers)
         found = find_quantized_linears(headers)
+        self._packed = list(found)
         if not found:
             raise CheckpointError(
                 f"{model.config.name_or_path} says that it is quantized with GPTQ, but none of its tensors is named "
@@ -262,7 +266,9 @@ class OptqHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """While a checkpoint is read, experts that were split stay split."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *args, **kwargs)
-        return compat.without_fusing_experts(conversions) if self.pre_quantized and self._experts else conversions
+        if self.pre_quantized and self._experts:
+            conversions = compat.without_fusing_experts(conversions)
+        return compat.without_converting(conversions, self._packed) if self.pre_quantized else conversions
 
     def _prepare_layers(self, model: Any) -> None:
         """Let every layer choose its kernel; fill in a g_idx that the checkpoint left out."""

@@ -12,6 +12,7 @@ from .forwards import SuspendedForwards as SuspendedForwards
 from .linears import LINEAR_TYPES as LINEAR_TYPES
 from .linears import LinearView as LinearView
 from .linears import find_linears as find_linears
+from .linears import is_linear as is_linear
 from .outputs import fitting_mask as fitting_mask
 from .outputs import hidden_states as hidden_states
 from .outputs import relative_error as relative_error

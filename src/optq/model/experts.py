@@ -8,6 +8,7 @@ and saved under the names that checkpoints with one tensor per expert have for t
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,7 @@ class Experts(nn.Module):
         self._names = dict(zip(ROLES, names, strict=True))
         self._fused = (fused,)  # in a tuple, so that its parameters are not counted as ours
         self.every_token = False  # show all tokens to all experts; what a token is not routed to has no effect
-        for name, child in fused.named_children():
-            self.add_module(name, child)
+        self._modules |= fused._modules  # not by add_module, which `__getattr__` makes believe that they are there
         weights = layout.split(fused.get_parameter(self._up)[0], fused.get_parameter("down_proj")[0])
         for index in range(layout.count):
             expert = Expert()
@@ -131,6 +131,15 @@ class Experts(nn.Module):
     @property
     def fused(self) -> nn.Module:
         return self._fused[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """What the fused module has besides: models look at its counts, and initialise its weights on meta."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("_fused", "layout"):  # not there yet, or not in a copy under construction
+                raise
+            return getattr(self._fused[0], name)
 
     @property
     def _up(self) -> str:

@@ -108,7 +108,8 @@ class SuspendedForwards:
     """Run `model` on every batch, pausing at each of `blocks`. A context manager: leaving it ends the threads.
 
     Args:
-        model: called as `model(**batch)`, with `use_cache=False` where it takes that argument.
+        model: called as `model(**batch)`, with `use_cache=False` where it takes that argument: a block that is run
+            twice would find its own keys in the cache.
         blocks: the blocks, in order; their `forward` is replaced while the context is open.
         batches: keyword arguments of the model, tensors on its device.
     """
@@ -117,7 +118,12 @@ class SuspendedForwards:
         self._blocks = blocks
         self.original_forwards = [block.forward for block in blocks]
         self._overridden = [block.__dict__.get("forward") for block in blocks]  # None: inherited from the class
-        extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        parameters = inspect.signature(model.forward).parameters
+        passed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        configs: list[Any] = [getattr(model, "config", None)]
+        configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
+        cached = "use_cache" in parameters or (passed_on and any(hasattr(config, "use_cache") for config in configs))
+        extra = {"use_cache": False} if cached else {}
         self._current = threading.local()
         self._threads = [
             TurnThread[BlockCall](self._bound(model, {**batch, **extra}, index), index)

@@ -3,12 +3,41 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .experts import Experts
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
+
+_is_plain: dict[type, bool] = {}  # subclasses of nn.Linear, and whether they compute what it does
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes the product with its weight, and adds its bias: subclasses are tried out, once."""
+    kind = type(module)
+    if kind in LINEAR_TYPES or not isinstance(module, nn.Linear):
+        return kind in LINEAR_TYPES
+    if kind not in _is_plain:
+        _is_plain[kind] = _computes_a_product(module)
+    return _is_plain[kind]
+
+
+def _computes_a_product(module: nn.Linear) -> bool:
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if not tensors.keys() <= {"weight", "bias"}:
+        return False
+    x = torch.arange(15, dtype=torch.float32, device="cpu").view(3, 5) - 7
+    weight = torch.arange(30, dtype=torch.float32, device="cpu").view(6, 5).cos()
+    bias = torch.arange(6, dtype=torch.float32, device="cpu")
+    replaced = {"weight": weight, "bias": bias} if "bias" in tensors else {"weight": weight}
+    try:
+        found = torch.func.functional_call(module, replaced, (x,))
+    except Exception:  # its code may do anything, also want its own sizes
+        return False
+    expected = nn.functional.linear(x, weight, replaced.get("bias"))
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +106,7 @@ def find_linears(module: nn.Module, prefix: str = "") -> dict[str, LinearView]:
     }
     views = {}
     for name, child in module.named_modules():
-        # Exact types: a subclass of nn.Linear may compute something else than a product with its weight.
-        if type(child) in LINEAR_TYPES:
+        if is_linear(child):
             full_name = ".".join(part for part in (prefix, name) if part)
             family = families.get(name)
             views[full_name] = LinearView(
@@ -94,7 +122,7 @@ def find_linears(module: nn.Module, prefix: str = "") -> dict[str, LinearView]:
 def _find_mixtures(module: nn.Module) -> tuple[dict[str, str], set[str]]:
     """The family of each expert's linear, and the routers, by name.
 
-    Experts are `Experts`, or the members of a list beside which something has one output per member.
+    Experts are `Experts`, or the members of a list or dictionary beside which something has one output per member.
     """
     families: dict[str, str] = {}
     routers: set[str] = set()
@@ -107,13 +135,13 @@ def _find_mixtures(module: nn.Module) -> tuple[dict[str, str], set[str]]:
                 for found, linear in parent.named_modules(prefix=name)
                 if _outputs(linear) == count and not found.startswith(f"{path}.")
             }
-            if not count or (isinstance(child, nn.ModuleList) and not beside):
+            if not count or not (beside or isinstance(child, Experts)):
                 continue
             routers |= beside.keys()
             for found in child.named_modules(prefix=path):
-                rest = found[0].removeprefix(f"{path}.").split(".")
-                if type(found[1]) in LINEAR_TYPES and rest[0].isdecimal():
-                    families[found[0]] = ".".join((path, "*", *rest[1:]))
+                _, *rest = found[0].removeprefix(f"{path}.").split(".")
+                if is_linear(found[1]) and found[0] != path:
+                    families[found[0]] = ".".join((path, "*", *rest))
     return families, routers
 
 
@@ -121,8 +149,8 @@ def _expert_count(module: nn.Module) -> int:
     """How many experts a module may be made of; 0 if it is no such thing."""
     if isinstance(module, Experts):
         return module.layout.count
-    alike = isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(child) for child in module}) == 1
-    return len(module) if alike else 0  # type: ignore[arg-type]
+    members = list(module.children()) if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else []
+    return len(members) if len(members) > 1 and len({type(member) for member in members}) == 1 else 0
 
 
 def _outputs(module: nn.Module) -> int | None:
