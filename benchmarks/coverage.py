@@ -57,7 +57,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"rope_head_dim|nope_head_dim|v_head_dim", HEAD_DIM),
     (r"lora_rank|_rank$|lora_dim|lora_r$", 32),
     (r"intermediate|ffn|d_ff|n_inner|mlp_dim|inner_dim|feed_forward|ff_dim|expert_dim|mlp_hidden", INNER),
-    (r"hidden_size|d_model|n_embd|^dim$|embed_dim|width|embedding_size|hidden_dim|d_embed|model_dim|out_hidden|"
+    (r"hidden_size|d_model|d_latents|n_embd|^dim$|embed_dim|width|embedding_size|hidden_dim|d_embed|model_dim|out_hidden|"
      r"lru_width|projection_dim|output_dim|emb_dim|word_embed_proj_dim|attention_hidden", HIDDEN),
     (r"vocab_size|vocabulary|vocab_file_size", VOCABULARY),
     (r"sliding_window|window_size|attention_window|local_window|chunk_size|block_size", 32),
@@ -151,6 +151,8 @@ def shrunk(config: Any, changes: dict[str, Any] | None = None) -> Any:
             fields[name] = small_id(value)
         elif re.search(r"^(num_hidden_layers|num_layers|n_layers?)$", name):
             fields[name] = layers
+        elif isinstance(value, (list, tuple)) and re.search(r"intermediate|ffn_dim", name) and len(value) > layers:
+            fields[name] = [INNER] * layers
         elif isinstance(value, int):
             small = next((small for pattern, small in RULES if re.search(pattern, name)), value)
             fields[name] = min(value, small)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md", "docs/kernels.md", "docs/large-models.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/kernels.md", "docs/large-models.md", "docs/coverage.md")
 WIDTH = 119
 BEGIN = "<!-- results: {name}; made by benchmarks/tables.py from benchmarks/results/*.json, not by hand -->"
 END = "<!-- end of results -->"
@@ -178,6 +178,47 @@ def memory() -> str:
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
 
 
+UNTRIED = ("instantiate", "run")  # a tiny model could not be made or did not run by itself
+
+
+def coverage() -> str:
+    """How many types of each mapping pass, and every type with what was found."""
+    content = read("coverage")
+    lines = ["| mapping | types | tiny model runs | passed | of those that run |", "|---|---|---|---|---|"]
+    parts = []
+    total = [0, 0, 0]
+    for title, rows in content["results"].items():
+        counts = [
+            len(rows),
+            sum(row["passed"] or row["step"] not in UNTRIED for row in rows.values()),
+            sum(row["passed"] for row in rows.values()),
+        ]
+        total = [sum(pair) for pair in zip(total, counts, strict=True)]
+        lines.append(_coverage_line(title, counts))
+        parts += ["", f"### {title[0].upper()}{title[1:]}", "", "| type | | linears | |", "|---|---|---|---|"]
+        parts += [
+            f"| {name} | {'✓' if row['passed'] else '✗'} | {row.get('linears', '')} | {_remark(row)} |"
+            for name, row in rows.items()
+        ]
+    environment = content["environment"]
+    text = f"transformers {environment['transformers']}, torch {environment['torch']}, on a CPU."
+    return "\n".join([text, "", *lines, _coverage_line("all", total), *parts])
+
+
+def _coverage_line(title: str, counts: list[int]) -> str:
+    types, tried, passed = counts
+    return f"| {title} | {types} | {tried} | {passed} | {passed / max(tried, 1):.1%} |"
+
+
+def _remark(row: dict[str, Any]) -> str:
+    """Why a type did not pass, or what of it stays in full precision."""
+    if not row["passed"]:
+        return f"{row['step']}: {' '.join(row['reason'].split())}".replace("|", "\\|")[:220]
+    dense = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in [*row["skipped"], *row["idle"]]})
+    shown = ", ".join(name.partition(".*.")[2] or name for name in dense[:3])
+    return f"dense: {shown}{', …' if len(dense) > 3 else ''}" if dense else ""
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "quality": quality,
@@ -186,6 +227,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "generate": generate,
     "memory": memory,
+    "coverage": coverage,
 }
 
 
