@@ -16,7 +16,7 @@ if sys.platform != "win32":
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 MOST_IN_HEAP = 32 * 2**20  # the largest blocks, in bytes, for which glibc can be made to use its heap
-MOST_GROWTH = 1.3
+MOST_GROWTH = 1.1
 
 
 def peak_gib(device: torch.device | str) -> float | None:

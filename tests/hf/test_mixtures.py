@@ -259,6 +259,20 @@ def test_a_budget_gives_all_experts_of_a_layer_one_scheme(qwen, rows, tmp_path):
         assert len({mixture.linear(index, "down_proj").bits for index in range(8)}) == 1
 
 
+def test_names_of_other_tools_are_read(checkpoint, tmp_path):
+    """GPTQModel calls experts' linears as transformers does, also where the original checkpoint does not."""
+    folder, _ = checkpoint
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    renamed = {}
+    for name, tensor in tensors(folder).items():
+        parts = name.replace("block_sparse_moe", "mlp").split(".")
+        renamed[".".join(theirs.get(part, part) for part in parts)] = tensor
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
 def test_generation_goes_on_as_without_a_cache(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
     prompt = torch.arange(3, 23)[None]

@@ -24,6 +24,7 @@ NAMES = (
     "gm-4b-g32-desc_act",
     "gm-4b-g64-sym",
     "gm-8b-gm1-sym",
+    "gm-moe-4b-g32",
 )
 
 pytestmark = pytest.mark.skipif(not PEERS.is_dir(), reason="GPTQModel's checkpoints are not beside the repository")

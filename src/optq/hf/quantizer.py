@@ -24,7 +24,7 @@ from optq.errors import CheckpointError
 from optq.evaluation import Comparison, judge
 from optq.layers import QuantLinear
 from optq.memory import GIB
-from optq.model import LINEAR_TYPES, Experts, find_fused_experts, put_fused, put_split
+from optq.model import LINEAR_TYPES, ROLES, Experts, find_fused_experts, put_fused, put_split
 from optq.planning import Plan
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
@@ -37,8 +37,8 @@ from .streaming import StreamedBlocks, why_not_streamed
 
 logger = logging.getLogger(__name__)
 
-ONE_EXPERT = re.compile(r"(.+)\.\d+\.\w+\.(\w+)$")
-"""The name of a tensor of one expert's linear: the module that holds all experts, and the tensor's kind."""
+ONE_EXPERT = re.compile(r"(?P<experts>.+)\.\d+\.(?P<linear>\w+)\.(?P<kind>\w+)$")
+"""The name of a tensor of one expert's linear."""
 
 
 class OptqHfQuantizer(HfQuantizer):
@@ -255,11 +255,16 @@ class OptqHfQuantizer(HfQuantizer):
         Then also those that are not: transformers' conversions, which would fuse them, hold for all layers.
         """
         found = [match for match in map(ONE_EXPERT.match, headers) if match is not None]
-        one_by_one = {match[1] for match in found} if any(match[2] == "qweight" for match in found) else set()
+        if not any(match["kind"] == "qweight" for match in found):
+            return
+        linears: dict[str, set[str]] = {}
+        for match in found:
+            linears.setdefault(match["experts"], set()).add(match["linear"])
         self._experts = {
-            name: Experts(fused, compat.expert_names(model, name))
+            # GPTQModel gives them transformers' names whatever the original has.
+            name: Experts(fused, ROLES if linears[name] <= set(ROLES) else compat.expert_names(model, name))
             for name, fused in find_fused_experts(model).items()
-            if name in one_by_one
+            if name in linears
         }
         put_split(model, self._experts)
 
