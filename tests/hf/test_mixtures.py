@@ -222,6 +222,17 @@ def test_starved_experts_are_said_counted_and_still_better_than_rounding(qwen, r
     assert all(event["relative_loss"] <= event["nearest_relative_loss"] for event in done)
 
 
+def test_a_plan_counts_the_hessians_of_all_experts(qwen, rows):
+    outlook = optq.plan(qwen, config(rows))
+    assert sum(outlook.linears.values()) == 2 * (4 + 8 * 3)
+    assert round(outlook.memory_gib["Hessians"] * 2**30) == 4 * (3 + 8) * 64**2
+    size = sum(file.stat().st_size for file in qwen.glob("*.safetensors")) / 2**30
+    assert outlook.dense_gib == pytest.approx(size, rel=0.05)
+    written = optq.quantize(qwen, config(rows), output_dir=qwen.parent / "out")
+    size = sum(file.stat().st_size for file in written.glob("*.safetensors")) / 2**30
+    assert outlook.checkpoint_gib == pytest.approx(size, rel=0.15)  # the names of many small tensors take space too
+
+
 def test_all_experts_may_be_shown_all_tokens(qwen, rows, tmp_path):
     output = optq.quantize(
         qwen, config(rows, calibrate_all_experts=True, quality_gate="off"), output_dir=tmp_path / "out"

@@ -4,6 +4,7 @@
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 
 from optq.calibration import Calibration
 from optq.memory import GIB, free_bytes
+from optq.model import put_split
 from optq.placement import execution_device, working_dtype
 from optq.planning import Plan, Target
 from optq.scheme import LayerScheme
@@ -111,6 +113,7 @@ def plan(
     model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
     prepared = prepare(model, config)
     planned, calibration = prepared.plan, prepared.calibration
+    put_split(model, prepared.experts)
     device = torch.device(device) if device is not None else execution_device()
     targets = [target for block in planned.targets.values() for target in block]
     stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets)
@@ -149,9 +152,21 @@ def _memory(model: Any, planned: Plan, calibration: Calibration, device: torch.d
     return {
         "embeddings, norms, head": sum(parameter.numel() * size for parameter in outside),
         "one block": 2 * largest * size,  # as it was, and as it becomes
-        "Hessians": 4 * 4 * planned.widest**2,
+        "Hessians": 4 * 3 * planned.widest**2 + max(map(_hessians, planned.targets.values())),
         "activations": streams * calibration.recipe["tokens"] * width * size,
     }
+
+
+def _hessians(targets: Sequence[Target]) -> int:
+    """Bytes of the Hessians that exist at once: of one stage, or of all experts of a layer."""
+    experts = Counter(target.view.family for target in targets)
+    return max(
+        (
+            4 * target.view.shape[1] ** 2 * (experts[target.view.family] if target.view.family else 1)
+            for target in targets
+        ),
+        default=0,
+    )
 
 
 def _not_served(model: Any, targets: list[Target], parts: int) -> list[str]:
