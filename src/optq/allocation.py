@@ -223,7 +223,9 @@ def _first_tokens(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
 
 
 def _excerpt(batch: MicroBatch) -> MicroBatch:
-    """The first tokens of the first sample: one of these per block is under way at once."""
+    """The first tokens of the first sample, or all of one that is more: one per block is under way at once."""
+    if batch.inputs is not None:
+        return batch
     mask = batch.attention_mask
     return MicroBatch(
         input_ids=batch.input_ids[:1, :JUDGED_TOKENS],

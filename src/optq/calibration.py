@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ SHORT_SAMPLES = 128  # tokens
 SAMPLES_PER_PROBE = 16  # one sample in so many is held out to judge the result …
 MOST_PROBES = 8
 PROBE_TOKENS = 512  # … by its first tokens, so that the logits stay small
+
+
+Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +77,14 @@ class MicroBatch:
         input_ids: (samples, longest) int64, padded on the right.
         attention_mask: (samples, longest) int64, 1 for real tokens; None when there is no padding.
         decoded: the model's decoder reads the same tokens as its encoder.
+        inputs: of a sample that is more than text: all that the model is called with. `input_ids` are then those that
+            it predicts.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     decoded: bool = False
+    inputs: Mapping[str, Tensor] | None = None
 
     @property
     def next_ids(self) -> Tensor:
@@ -91,6 +97,8 @@ class MicroBatch:
 
     def as_model_inputs(self, device: torch.device | str) -> dict[str, Tensor]:
         """Keyword arguments for the model."""
+        if self.inputs is not None:
+            return {name: tensor.to(device) for name, tensor in self.inputs.items()}
         inputs = {"input_ids": self.input_ids.to(device)}
         if self.attention_mask is not None:
             inputs["attention_mask"] = self.attention_mask.to(device)
@@ -142,12 +150,13 @@ def prepare_calibration(
     probe: bool = True,
     decoded: bool = False,
     micro_batch_tokens: int = TOKENS_PER_MICRO_BATCH,
+    dtype: torch.dtype = torch.float32,
 ) -> Calibration:
     """Turn whatever `GPTQConfig.dataset` accepts into micro-batches.
 
     Args:
-        dataset: a list of strings, of chats, or of dicts with input_ids; a `datasets.Dataset`; a path to a file; or a
-            key of `DATASETS`.
+        dataset: a list of strings, of chats, of dicts with input_ids, or of what a processor returns for one sample
+            with images or sound; a `datasets.Dataset`; a path to a file; or a key of `DATASETS`.
         load_tokenizer: called only if there is text to encode.
         vocabulary: rows of the model's input embedding; every token id must be below.
         window: longest sequence, in tokens.
@@ -157,9 +166,13 @@ def prepare_calibration(
         probe: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
             samples none is held out; the longest is then used for both.
         decoded: of a model with an encoder and a decoder: both read the text.
+        dtype: of images and sound, the model's.
     Raises:
         CalibrationError: the data is missing, empty, too short, of an unknown form, or does not fit the vocabulary.
     """
+    if isinstance(dataset, Sequence) and any(_is_more_than_text(row) for row in dataset):
+        rows = [_whole(row, index, decoded, dtype) for index, row in enumerate(dataset)]
+        return _prepare_whole(dataset, rows, vocabulary, window, samples, seed, probe)
     samples_read, bounded = _read(dataset, load_tokenizer)
     if not samples_read:
         raise CalibrationError(f"The calibration dataset is empty. Pass {_accepted()}.")
@@ -175,13 +188,7 @@ def prepare_calibration(
         logger.warning("%d calibration samples shorter than %d tokens are left out.", dropped, SHORTEST_SAMPLE)
     limit = samples if samples is not None else (None if bounded else DEFAULT_SAMPLES)
     chosen = _draw(long_enough, limit, seed)
-    largest = max(max(ids) for ids in chosen)
-    if largest >= vocabulary:
-        raise CalibrationError(
-            f"The calibration data has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}. "
-            "The tokenizer does not belong to this model; pass tokenizer= with the right one, or leave it out to take "
-            "the one in the model's folder."
-        )
+    _check_vocabulary(max(max(ids) for ids in chosen), vocabulary)
     fitted, probes = _set_apart(chosen, seed) if probe else (chosen, [])
     tokens = sum(map(len, fitted))
     held_out = len(chosen) - len(fitted)
@@ -210,15 +217,107 @@ def prepare_calibration(
     )
 
 
-def _set_apart(samples: list[list[int]], seed: int) -> tuple[list[list[int]], list[list[int]]]:
+def _prepare_whole(
+    dataset: Any, rows: list[MicroBatch], vocabulary: int, window: int, limit: int | None, seed: int, probe: bool
+) -> Calibration:
+    """Samples that are more than text: each is run as it is, by itself."""
+    chosen = _draw(rows, limit, seed, _length)
+    _check_vocabulary(max(int(row.input_ids.max()) for row in chosen), vocabulary)
+    fitted, probes = _set_apart(chosen, seed, _length) if probe else (chosen, [])
+    held_out = len(chosen) - len(fitted)
+    digest = hashlib.sha256()
+    for row in chosen:
+        for name, tensor in sorted((row.inputs or {}).items()):
+            digest.update(name.encode() + bytes_of(tensor))
+    lengths = [_length(row) for row in fitted]
+    names = sorted(set().union(*(row.inputs or {} for row in chosen)))
+    recipe = {
+        "source": _source_name(dataset),
+        "samples": len(fitted),
+        "held_out": held_out,
+        "tokens": sum(lengths),
+        "longest": max(lengths),
+        "inputs": names,
+        "seed": seed,
+        "sha256": digest.hexdigest(),
+    }
+    logger.info("Calibration: %d samples with %s, as they are.", len(fitted), ", ".join(names))
+    return Calibration(
+        batches=tuple(fitted),
+        recipe=recipe,
+        probes=tuple(probes),
+        probes_held_out=held_out > 0,
+        weaknesses=tuple(_weaknesses([row.input_ids.flatten().tolist() for row in chosen], window, limit)),
+    )
+
+
+def _length(row: MicroBatch) -> int:
+    return row.input_ids.numel()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """Shape and values, for hashes."""
+    return str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _is_more_than_text(row: Any) -> bool:
+    """Whether a row has images or sound in numbers."""
+    return isinstance(row, Mapping) and any(
+        isinstance(value, Tensor) and value.is_floating_point() for value in row.values()
+    )
+
+
+def _whole(row: Any, index: int, decoded: bool, dtype: torch.dtype) -> MicroBatch:
+    """What a processor has returned for one sample, with or without labels."""
+    if not isinstance(row, Mapping):
+        raise CalibrationError(
+            f"Calibration sample {index} is a {type(row).__name__}, but others have images or sound. Pass what the "
+            "model's processor returns for every sample, with return_tensors='pt'."
+        )
+    inputs = {name: value for name, value in row.items() if isinstance(value, Tensor)}
+    labels = inputs.pop("labels", None)
+    if decoded and "decoder_input_ids" not in inputs:
+        predicted = labels if labels is not None else inputs.get("input_ids")
+        if predicted is None:
+            raise CalibrationError(
+                f"Calibration sample {index} has {', '.join(sorted(inputs))}, but nothing for the decoder to read. "
+                "Add decoder_input_ids or labels: the text that belongs to it, encoded."
+            )
+        inputs["decoder_input_ids"] = predicted.clamp(min=0)  # -100: of no interest to the loss
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if ids is None or ids.ndim != 2 or ids.numel() == 0:
+        raise CalibrationError(
+            f"Calibration sample {index} has {', '.join(sorted(inputs))}, but no input_ids of shape (samples, "
+            "tokens). Pass what the model's processor returns for one sample, with return_tensors='pt'."
+        )
+    mask = inputs.get("attention_mask")
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    fits = mask is not None and mask.shape == ids.shape and not bool(mask.all())
+    return MicroBatch(input_ids=ids, attention_mask=mask if fits else None, inputs=inputs)
+
+
+def _check_vocabulary(largest: int, vocabulary: int) -> None:
+    if largest >= vocabulary:
+        raise CalibrationError(
+            f"The calibration data has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}. "
+            "The tokenizer does not belong to this model; pass tokenizer= with the right one, or leave it out to take "
+            "the one in the model's folder."
+        )
+
+
+def _set_apart(
+    samples: list[Sample],
+    seed: int,
+    length: Callable[[Sample], int] = len,  # type: ignore[assignment]
+) -> tuple[list[Sample], list[Sample]]:
     """The samples to calibrate on, and those to judge the result with."""
     count = min(len(samples) // SAMPLES_PER_PROBE, MOST_PROBES)
     if count == 0:
-        return samples, [max(samples, key=len)]
+        return samples, [max(samples, key=length)]
     drawn = set(random.Random(seed).sample(range(len(samples)), count))
     return (
-        [ids for index, ids in enumerate(samples) if index not in drawn],
-        [ids for index, ids in enumerate(samples) if index in drawn],
+        [sample for index, sample in enumerate(samples) if index not in drawn],
+        [sample for index, sample in enumerate(samples) if index in drawn],
     )
 
 
@@ -264,7 +363,8 @@ def _source_name(dataset: Any) -> str:
 
 def _accepted() -> str:
     return (
-        "a list of strings, a list of chats, a list of dicts with input_ids, a datasets.Dataset, a path to a "
+        "a list of strings, a list of chats, a list of dicts with input_ids, a list of what a processor returns for "
+        "samples with images or sound, a datasets.Dataset, a path to a "
         f"{'/'.join(FILE_SUFFIXES)} file, or one of the names {', '.join(DATASETS)}"
     )
 
@@ -386,13 +486,18 @@ def _datasets(purpose: str) -> Any:
     return datasets
 
 
-def _draw(windows: list[list[int]], limit: int | None, seed: int) -> list[list[int]]:
+def _draw(
+    windows: list[Sample],
+    limit: int | None,
+    seed: int,
+    length: Callable[[Sample], int] = len,  # type: ignore[assignment]
+) -> list[Sample]:
     """At most `limit` windows: a seeded choice among the longest ones, in their original order."""
     if limit is None or len(windows) <= limit:
         return windows
     shuffled = list(range(len(windows)))
     random.Random(seed).shuffle(shuffled)
-    shuffled.sort(key=lambda index: -len(windows[index]))  # stable: equal lengths stay shuffled
+    shuffled.sort(key=lambda index: -length(windows[index]))  # stable: equal lengths stay shuffled
     return [windows[index] for index in sorted(shuffled[:limit])]
 
 

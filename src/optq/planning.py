@@ -2,6 +2,7 @@
 """What will be done to which linear, decided and checked before any work."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -91,9 +92,13 @@ def plan_quantization(
     if not any(targets.values()):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ConfigError(f"No linear layer is left to quantize ({len(skipped)} skipped; {reasons or 'none found'}).")
+    unasked: dict[tuple[str, str], list[str]] = {}
     for name, reason in skipped.items():
         if reason not in (EXCLUDED, ROUTES):
-            logger.warning("%s stays in full precision: %s.", name, reason)
+            unasked.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
+    for (_, reason), names in unasked.items():
+        more = f" and {len(names) - 1} more of that name" if len(names) > 1 else ""
+        logger.warning("%s%s stays in full precision: %s.", names[0], more, reason)
     for group_size, widths in ragged.items():
         logger.warning(
             "group_size=%d does not divide in_features %s: the last group of each row is narrower. vLLM does not read "

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from optq import GPTQConfig
+from optq.calibration import prepare_calibration
+from optq.errors import CalibrationError
 
 COVERAGE = Path(__file__).parents[2] / "benchmarks/coverage.py"
 CAUSAL = (
@@ -83,3 +85,109 @@ def test_encoder_and_decoder_read_the_same_text(coverage, tmp_path):
     assert quantized.hf_quantizer.quality.divergence < 0.5
     generated = quantized.generate(torch.arange(12, 30)[None], max_new_tokens=4, decoder_start_token_id=0)
     assert generated.shape[1] <= 5
+
+
+def quantized_from_samples(coverage, folder, model, rows, **settings):
+    """The quantized model, reloaded, after checking that loading changes nothing; and the blocks that were done."""
+    model.save_pretrained(folder / "original")
+    log = folder / "log.jsonl"
+    config = GPTQConfig(bits=4, group_size=32, dataset=rows, log_file=str(log), effort="fast", **settings)
+    quantized = type(model).from_pretrained(folder / "original", quantization_config=config, dtype=torch.float32)
+    quantized.save_pretrained(folder / "quantized")
+    reloaded = type(model).from_pretrained(folder / "quantized", dtype=torch.float32)
+    inputs = {name: value for name, value in rows[0].items() if name != "labels"}
+    if "labels" in rows[0]:
+        inputs["decoder_input_ids"] = rows[0]["labels"].clamp(min=0)
+    with torch.no_grad():
+        found, expected = quantized(**inputs).logits, model(**inputs).logits
+        assert torch.equal(found, reloaded(**inputs).logits)
+    assert float((found - expected).square().mean() / expected.square().mean()) < 0.5
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert quantized.hf_quantizer.quality.divergence < 0.5
+    return reloaded, [event["block"] for event in events if event["event"] == "block"]
+
+
+def test_speech_models_are_calibrated_on_sound_and_its_text(coverage, tmp_path):
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in SIZES.items()}
+    config = WhisperConfig(
+        vocab_size=160,
+        d_model=64,
+        num_mel_bins=16,
+        max_source_positions=40,
+        max_target_positions=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config).eval()
+    rows = [
+        {"input_features": torch.randn(1, 16, 80), "labels": torch.randint(4, 160, (1, 12 + index))}
+        for index in range(6)
+    ]
+    rows[0]["labels"][0, -1] = -100
+    reloaded, blocks = quantized_from_samples(coverage, tmp_path, model, rows)
+    assert blocks == [f"model.{part}.layers.{index}" for part in ("encoder", "decoder") for index in range(2)]
+    recipe = reloaded.config.quantization_config.meta["calibration"]
+    assert recipe["inputs"] == ["decoder_input_ids", "input_features"]
+    assert recipe["tokens"] == sum(12 + index for index in range(6))
+
+
+SIZES = {"layers": 2, "attention_heads": 4, "ffn_dim": 96}
+
+
+@pytest.mark.parametrize("blocks", [None, "model.vision_tower.encoder.layers"])
+def test_images_reach_the_language_model_and_on_request_the_vision_tower(coverage, tmp_path, blocks):
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    from conftest import tiny_llama_config
+
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **vision},
+        text_config=tiny_llama_config().to_dict(),
+        image_token_index=5,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    rows = [
+        {
+            "input_ids": torch.cat((torch.full((1, 16), 5), torch.randint(6, 100, (1, 20))), 1),
+            "attention_mask": torch.ones(1, 36, dtype=torch.int64),
+            "pixel_values": torch.randn(1, 3, 32, 32),
+        }
+        for _ in range(6)
+    ]
+    names = [name for name, _ in model.named_modules() if name.endswith("layers.1")]
+    vision_list = next(name.removesuffix(".1") for name in names if "vision" in name)
+    _, done = quantized_from_samples(
+        coverage, tmp_path, model, rows, block_name_to_quantize=vision_list if blocks else None
+    )
+    assert done == [f"{vision_list if blocks else 'model.language_model.layers'}.{index}" for index in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a text", "sample 1 is a str, but others have images or sound"),
+        ({"pixel_values": torch.randn(1, 3, 32, 32)}, "sample 1 has pixel_values, but no input_ids"),
+        ({"input_ids": torch.arange(5), "pixel_values": torch.randn(3, 32, 32)}, "of shape"),
+        ({"input_ids": torch.tensor([[500]]), "pixel_values": torch.randn(1, 3, 32, 32)}, "token id 500"),
+    ],
+)
+def test_samples_that_do_not_fit_the_others_are_refused(row, message):
+    good = {"input_ids": torch.arange(5)[None], "pixel_values": torch.randn(1, 3, 32, 32)}
+    with pytest.raises(CalibrationError, match=message):
+        prepare_calibration([good, row], lambda: None, vocabulary=100, window=64)
+
+
+def test_sound_without_text_is_refused_for_models_that_decode():
+    with pytest.raises(CalibrationError, match="nothing for the decoder to read"):
+        prepare_calibration([{"input_features": torch.randn(1, 4, 8)}], None, vocabulary=9, window=9, decoded=True)

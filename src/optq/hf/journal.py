@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from optq.calibration import Calibration
+from optq.calibration import Calibration, bytes_of
 from optq.checkpoint import PackedWeight, find_quantized_linears, read_headers
 from optq.errors import OutputError
 from optq.version import __version__
@@ -177,8 +177,8 @@ def _identity(file: Path) -> str:
 def _hash_of(calibration: Calibration) -> str:
     digest = hashlib.sha256()
     for batch in (*calibration.batches, *calibration.probes):
-        for tensor in (batch.input_ids, batch.attention_mask, batch.next_ids):
-            digest.update(b"none" if tensor is None else str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+        for tensor in (batch.input_ids, batch.attention_mask, batch.next_ids, *(batch.inputs or {}).values()):
+            digest.update(b"none" if tensor is None else bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 

@@ -96,5 +96,6 @@ def _prepare_calibration(model: Any, config: GPTQConfig) -> Calibration:
         seed=config.seed,
         probe=config.quality_gate != "off",
         decoded="decoder_input_ids" in inspect.signature(model.forward).parameters,
+        dtype=model.dtype,
         micro_batch_tokens=TOKENS_PER_STEP if config.polish_passes else TOKENS_PER_MICRO_BATCH,
     )
