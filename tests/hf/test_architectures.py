@@ -11,6 +11,7 @@ import torch
 from optq import GPTQConfig
 from optq.calibration import prepare_calibration
 from optq.errors import CalibrationError
+from optq.model import BlockCall, SuspendedForwards, find_blocks
 
 COVERAGE = Path(__file__).parents[2] / "benchmarks/coverage.py"
 CAUSAL = (
@@ -191,3 +192,34 @@ def test_samples_that_do_not_fit_the_others_are_refused(row, message):
 def test_sound_without_text_is_refused_for_models_that_decode():
     with pytest.raises(CalibrationError, match="nothing for the decoder to read"):
         prepare_calibration([{"input_features": torch.randn(1, 4, 8)}], None, vocabulary=9, window=9, decoded=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [
+        ("gemma3_text", "Gemma3ForCausalLM"),
+        ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+        ("bamba", "BambaForCausalLM"),
+        ("falcon_mamba", "FalconMambaForCausalLM"),
+        ("t5", "T5ForConditionalGeneration"),
+        ("qwen3_next", "Qwen3NextForCausalLM"),
+    ],
+)
+def test_a_forward_that_waits_at_every_block_computes_what_a_plain_one_does(coverage, model_type, class_name):
+    model = coverage["instantiated"](model_type, class_name)
+    inputs = torch.arange(12, 76).view(2, 32)
+    expected = coverage["outputs_of"](model, inputs)
+    batch = {"input_ids": inputs}
+    if "decoder" in " ".join(name for name, _ in model.named_children()):
+        batch["decoder_input_ids"] = inputs
+    blocks = list(find_blocks(model).values())
+    with torch.no_grad(), SuspendedForwards(model, blocks, [batch]) as forwards:
+        (waiting,) = forwards.start()
+        seen = []
+        while isinstance(waiting, BlockCall):
+            seen.append(waiting.block)
+            for _ in range(2):  # as the driver does: a block that keeps something would notice
+                output = forwards.original_forwards[waiting.block](*waiting.args, **waiting.kwargs)
+            waiting = forwards.resume(waiting, output)
+    assert seen == list(range(len(blocks)))
+    assert torch.equal(waiting.output.logits, expected)
