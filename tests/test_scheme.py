@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from optq.errors import ConfigError
-from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
+from optq.scheme import LayerScheme, QuantizedWeight, per_column, run_width, trivial_groups
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,14 @@ def test_decode_and_split_rows():
     expected = torch.tensor([[-0.5, -1.0, 0.5, 1.0], [4.0, 0.0, 0.0, -2.0]])
     assert torch.equal(weight.decode(), expected)
     assert torch.equal(torch.cat([part.decode() for part in weight.split_rows([1, 1])]), expected)
+
+
+@pytest.mark.parametrize(
+    ("groups", "width"),
+    [([0, 0, 1, 1], 2), ([0, 0, 0, 0], 4), ([0, 1, 0, 1], None), ([1, 1, 0, 0], None), ([0, 0, 0, 1], None)],
+)
+def test_values_per_column_are_those_of_its_group(groups, width):
+    group_of_column = torch.tensor(groups, dtype=torch.int32)
+    values = torch.randn(3, max(groups) + 1)
+    assert run_width(group_of_column, values.shape[1]) == width
+    assert torch.equal(per_column(values, group_of_column), values[:, group_of_column.long()])

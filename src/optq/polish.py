@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .gptq import stored_scales
 from .model import BlockCall, LinearView, hidden_states, relative_error
-from .scheme import QuantizedWeight
+from .scheme import QuantizedWeight, per_column, run_width
 
 SCALE_RATE = 1e-2  # Adam's step for the logarithm of a scale
 CODE_RATE = 5e-3  # Adam's step for a code, in codes
@@ -114,15 +114,14 @@ class _Tuned:
     def __init__(self, view: LinearView, original: Tensor, start: QuantizedWeight) -> None:
         self.view, self._start = view, start
         self.weight = view.parameter
-        self._columns = start.group_of_column.long()
-        self._zeros = start.zeros.float()[:, self._columns]
+        self._zeros = per_column(start.zeros.float(), start.group_of_column)
         self._max_code = (1 << start.bits) - 1
         self._codes = start.codes.float()
         # Inside its code's cell a weight starts where the original lies, so that those near an edge cross it first.
-        position = original.float() / start.scales[:, self._columns] + self._zeros - self._codes
+        position = original.float() / per_column(start.scales, start.group_of_column) + self._zeros - self._codes
         self._codes += position.clamp_(-MARGIN, MARGIN)
         self._signs, self._log_scales = start.scales.sign(), start.scales.abs().log()
-        self._membership = torch.nn.functional.one_hot(self._columns, start.scales.shape[1]).float()
+        self._run = run_width(start.group_of_column, start.scales.shape[1])
         self._averages = [torch.zeros_like(tensor) for tensor in (self._codes, self._codes)]
         self._scale_averages = [torch.zeros_like(tensor) for tensor in (self._log_scales, self._log_scales)]
 
@@ -138,14 +137,26 @@ class _Tuned:
         distance = self._codes.round() - self._zeros
         _adam(
             self._log_scales,
-            ((gradient * distance) @ self._membership) * scales,
+            self._sums_by_group(gradient * distance) * scales,
             self._scale_averages,
             number,
             rate * SCALE_RATE,
         )
-        _adam(self._codes, gradient * scales[:, self._columns], self._averages, number, rate * CODE_RATE)
+        _adam(
+            self._codes,
+            gradient * per_column(scales, self._start.group_of_column),
+            self._averages,
+            number,
+            rate * CODE_RATE,
+        )
         self._codes.clamp_(0, self._max_code)
         self.view.write(self.quantized().decode())
+
+    def _sums_by_group(self, values: Tensor) -> Tensor:
+        """(out, in) -> (out, groups)."""
+        if self._run is not None:
+            return values.view(values.shape[0], -1, self._run).sum(-1)
+        return torch.zeros_like(self._start.scales).index_add_(1, self._start.group_of_column.long(), values)
 
 
 def _adam(values: Tensor, gradient: Tensor, averages: list[Tensor], number: int, rate: float) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from optq.errors import ModelError
-from optq.scheme import LayerScheme
+from optq.scheme import LayerScheme, per_column
 
 SCALE_DTYPE = torch.float16
 LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
@@ -42,8 +42,8 @@ class Grid:
 
     def encode(self, weight: Tensor, group_of_column: Tensor) -> Tensor:
         """The nearest codes of `weight` (out, in), as float32 (out, in)."""
-        columns = group_of_column.long()
-        return (weight / self.scales[:, columns]).round_().add_(self.zeros[:, columns]).clamp_(0, self.max_code)
+        codes = (weight / per_column(self.scales, group_of_column)).round_()
+        return codes.add_(per_column(self.zeros, group_of_column)).clamp_(0, self.max_code)
 
 
 def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, importance: Tensor | None = None) -> Grid:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from optq.scheme import QuantizedWeight
+from optq.scheme import QuantizedWeight, per_column
 
 from .grid import LARGEST_SCALE, SMALLEST_SCALE, stored_scales
 from .hessian import output_energy
@@ -71,7 +71,7 @@ def refit_scales(target: Tensor, hessian: Tensor, quantized: QuantizedWeight) ->
     order = torch.argsort(quantized.group_of_column, stable=True)
     hessian = hessian[order][:, order]
     widths = torch.bincount(quantized.group_of_column).tolist()
-    steps = quantized.codes.float() - quantized.zeros.float()[:, quantized.group_of_column.long()]
+    steps = quantized.codes.float() - per_column(quantized.zeros.float(), quantized.group_of_column)
     steps, wanted = steps[:, order], target[:, order] @ hessian
     rows_at_once = max(1, ELEMENTS_AT_ONCE // (steps.shape[1] * len(widths)))
     refitted = []
