@@ -120,9 +120,7 @@ class Experts(nn.Module):
             expert = Expert()
             for role, weight in zip(layout.roles, weights, strict=True):
                 out_features, in_features = weight.shape
-                linear = nn.Linear(
-                    in_features, out_features, bias=layout.biased, device="meta", dtype=weight.dtype
-                ).requires_grad_(requires_grad=False)
+                linear = nn.Linear(in_features, out_features, bias=layout.biased, device="meta", dtype=weight.dtype)
                 expert.add_module(self._names[role], linear)
             self.add_module(str(index), expert)
         self.before_first, self.before_last = Entrance(), Entrance()
@@ -168,7 +166,7 @@ class Experts(nn.Module):
         for up, down, kind in parts:
             for index in range(layout.count):
                 for role, values in zip(layout.roles, layout.split(up[index], down[index]), strict=True):
-                    parameter = nn.Parameter(values.detach().contiguous(), requires_grad=False)
+                    parameter = nn.Parameter(values.detach().contiguous(), requires_grad=up.requires_grad)
                     setattr(self.linear(index, role), kind, parameter)
         self._check()
         for name, parameter in fused.named_parameters(recurse=False):
