@@ -6,7 +6,7 @@ bits in groups of 32 while it is loaded, saved, and loaded again. Checked are: a
 but those with a stated reason; outputs are finite and those of the dequantized weights; what is loaded again gives
 bit-identical outputs; tensors have the original's names.
 
-    python benchmarks/coverage.py                    # all types of all mappings, about half an hour on two cores
+    python benchmarks/coverage.py                    # all types of all mappings, about ten minutes on one core
     python benchmarks/coverage.py --only llama t5    # some; the others keep what they had
 """
 
