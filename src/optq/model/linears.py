@@ -128,14 +128,15 @@ def _find_mixtures(module: nn.Module) -> tuple[dict[str, str], set[str]]:
     routers: set[str] = set()
     for name, parent in module.named_modules():
         for child_name, child in parent.named_children():
-            count = _expert_count(child)
+            if not (count := _expert_count(child)):
+                continue
             path = ".".join(part for part in (name, child_name) if part)
             beside = {
                 found: linear
                 for found, linear in parent.named_modules(prefix=name)
                 if _outputs(linear) == count and not found.startswith(f"{path}.")
             }
-            if not count or not (beside or isinstance(child, Experts)):
+            if not beside and not isinstance(child, Experts):
                 continue
             routers |= beside.keys()
             for found in child.named_modules(prefix=path):
