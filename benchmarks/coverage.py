@@ -295,8 +295,7 @@ def steps(model_class: Any, folder: Path, inputs: Any, idle: set[str], blocks: s
         raise AssertionError(f"{len(unreached - idle)} linears were not reached, such as {min(unreached - idle)}")
     if len(layers) + len(unreached) != started["linears"]:
         raise AssertionError(f"{len(layers)} of {started['linears']} linears were quantized")
-    yield {"next": "all linears", "idle": sorted(unreached)}
-    yield {"next": "outputs"}
+    yield {"next": "outputs", "idle": sorted(unreached)}
     quantized = outputs_of(model, inputs)
     if not bool(quantized.isfinite().all()):
         raise AssertionError("outputs are not finite")

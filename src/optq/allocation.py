@@ -92,7 +92,7 @@ def allocate(
     """
     units = measure(model, plan, calibration, candidates, torch.device(device or execution_device()), source)
     chosen = choose([unit.options for unit in units], budget)
-    weights = sum(target.view.weight.numel() for targets in plan.targets.values() for target in targets)
+    weights = sum(target.view.weight.numel() for target in plan.all_targets)
     if chosen is None:
         least = sum(min(option.bits for option in unit.options) for unit in units)
         raise ConfigError(
@@ -264,10 +264,11 @@ def _measure_block(
     units, middle_ones = [], []
     for group in independent_groups(stages):
         views = [view for stage in group for view in stage.views]
+        means = {stage: hessians[stage].mean() for stage in group}
         schemes, options = _common(views, candidates), []
         for scheme in schemes:
             for stage in group:
-                quantized = _solve_quickly(stage, hessians[stage].mean(), scheme)
+                quantized = _solve_quickly(stage, means[stage], scheme)
                 if scheme is schemes[len(schemes) // 2]:
                     middle_ones.append((stage, quantized))
                 write_rows(stage.views, quantized)

@@ -43,14 +43,19 @@ class Plan:
     head: str | None = None
 
     @property
+    def all_targets(self) -> tuple[Target, ...]:
+        """Those of all blocks."""
+        return tuple(target for targets in self.targets.values() for target in targets)
+
+    @property
     def widest(self) -> int:
         """The largest in_features of a linear that will be quantized."""
-        return max(target.view.shape[1] for targets in self.targets.values() for target in targets)
+        return max(target.view.shape[1] for target in self.all_targets)
 
     @property
     def propagates(self) -> bool:
         """Whether any layer makes up for the errors of earlier ones, so that the original model must run as well."""
-        return any(target.scheme.propagation > 0 for targets in self.targets.values() for target in targets)
+        return any(target.scheme.propagation > 0 for target in self.all_targets)
 
 
 def plan_quantization(

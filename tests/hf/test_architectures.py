@@ -88,7 +88,7 @@ def test_encoder_and_decoder_read_the_same_text(coverage, tmp_path):
     assert generated.shape[1] <= 5
 
 
-def quantized_from_samples(coverage, folder, model, rows, **settings):
+def quantized_from_samples(folder, model, rows, **settings):
     """The quantized model, reloaded, after checking that loading changes nothing; and the blocks that were done."""
     model.save_pretrained(folder / "original")
     log = folder / "log.jsonl"
@@ -108,7 +108,7 @@ def quantized_from_samples(coverage, folder, model, rows, **settings):
     return reloaded, [event["block"] for event in events if event["event"] == "block"]
 
 
-def test_speech_models_are_calibrated_on_sound_and_its_text(coverage, tmp_path):
+def test_speech_models_are_calibrated_on_sound_and_its_text(tmp_path):
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in SIZES.items()}
@@ -133,7 +133,7 @@ def test_speech_models_are_calibrated_on_sound_and_its_text(coverage, tmp_path):
         for index in range(6)
     ]
     rows[0]["labels"][0, -1] = -100
-    reloaded, blocks = quantized_from_samples(coverage, tmp_path, model, rows)
+    reloaded, blocks = quantized_from_samples(tmp_path, model, rows)
     assert blocks == [f"model.{part}.layers.{index}" for part in ("encoder", "decoder") for index in range(2)]
     recipe = reloaded.config.quantization_config.meta["calibration"]
     assert recipe["inputs"] == ["decoder_input_ids", "input_features"]
@@ -143,8 +143,8 @@ def test_speech_models_are_calibrated_on_sound_and_its_text(coverage, tmp_path):
 SIZES = {"layers": 2, "attention_heads": 4, "ffn_dim": 96}
 
 
-@pytest.mark.parametrize("blocks", [None, "model.vision_tower.encoder.layers"])
-def test_images_reach_the_language_model_and_on_request_the_vision_tower(coverage, tmp_path, blocks):
+@pytest.mark.parametrize("vision_tower", [False, True])
+def test_images_reach_the_language_model_and_on_request_the_vision_tower(tmp_path, vision_tower):
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     from conftest import tiny_llama_config
@@ -168,10 +168,9 @@ def test_images_reach_the_language_model_and_on_request_the_vision_tower(coverag
     ]
     names = [name for name, _ in model.named_modules() if name.endswith("layers.1")]
     vision_list = next(name.removesuffix(".1") for name in names if "vision" in name)
-    _, done = quantized_from_samples(
-        coverage, tmp_path, model, rows, block_name_to_quantize=vision_list if blocks else None
-    )
-    assert done == [f"{vision_list if blocks else 'model.language_model.layers'}.{index}" for index in range(2)]
+    asked = vision_list if vision_tower else None
+    _, done = quantized_from_samples(tmp_path, model, rows, block_name_to_quantize=asked)
+    assert done == [f"{asked or 'model.language_model.layers'}.{index}" for index in range(2)]
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,13 @@ def tensors(folder):
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+def assert_same_tensors(one, other):
+    """Of two checkpoint folders."""
+    before, after = tensors(one), tensors(other)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def events(folder, kind):
     found = [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]
     return [event for event in found if event["event"] == kind]
@@ -145,17 +152,13 @@ def test_loading_computes_what_the_dequantized_weights_do_in_the_original_archit
 def test_saving_what_was_loaded_writes_the_same_tensors(checkpoint, tmp_path):
     folder, _ = checkpoint
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
-    before, after = tensors(folder), tensors(tmp_path)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_tensors(folder, tmp_path)
 
 
 def test_a_model_that_is_quantized_in_memory_gets_the_same_bytes(family, checkpoint, rows, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(family[0], quantization_config=config(rows))
     model.save_pretrained(tmp_path)
-    before, after = tensors(checkpoint[0]), tensors(tmp_path)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_tensors(checkpoint[0], tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(model), logits(reloaded))
 
@@ -193,9 +196,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bytes(family, checkpoint, rows
         patch.setattr(Journal, "write", once)
         optq.quantize(family[0], config(rows), output_dir=tmp_path)
     optq.quantize(family[0], config(rows), output_dir=tmp_path)
-    before, after = tensors(checkpoint[0]), tensors(tmp_path)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_tensors(checkpoint[0], tmp_path)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def plan(
     planned, calibration = prepared.plan, prepared.calibration
     put_split(model, prepared.experts)
     device = torch.device(device) if device is not None else execution_device()
-    targets = [target for block in planned.targets.values() for target in block]
+    targets = planned.all_targets
     stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets)
     weights = sum(math.prod(target.view.shape) for target in targets)
     quantized = {id(target.view.parameter) for target in targets}
@@ -169,7 +169,7 @@ def _hessians(targets: Sequence[Target]) -> int:
     )
 
 
-def _not_served(model: Any, targets: list[Target], parts: int) -> list[str]:
+def _not_served(model: Any, targets: Sequence[Target], parts: int) -> list[str]:
     ways = getattr(model.config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
     reasons = []
     for target in targets:

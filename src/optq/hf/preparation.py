@@ -51,7 +51,7 @@ def prepare(model: Any, config: GPTQConfig) -> Preparation:
         plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
     finally:
         put_fused(model, experts)
-    planned = {target.view.name for targets in plan.targets.values() for target in targets}
+    planned = {target.view.name for target in plan.all_targets}
     experts = {
         name: module for name, module in experts.items() if any(linear.startswith(f"{name}.") for linear in planned)
     }

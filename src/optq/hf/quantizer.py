@@ -117,7 +117,7 @@ class OptqHfQuantizer(HfQuantizer):
             for experts in self._experts.values():
                 experts.take_weights()
         put_split(model, self._experts)
-        planned = [target.view.name for targets in self._plan.targets.values() for target in targets]
+        planned = [target.view.name for target in self._plan.all_targets]
         compat.keep_unconverted(model, planned)
         if self._plan.head is not None:
             compat.untie_head(model)
@@ -193,7 +193,7 @@ class OptqHfQuantizer(HfQuantizer):
         """How many bits the planned linears may take."""
         assert self._plan is not None
         config = self.quantization_config
-        planned = [target.view for targets in self._plan.targets.values() for target in targets]
+        planned = [target.view for target in self._plan.all_targets]
         if config.target_bits_per_weight is not None:
             return config.target_bits_per_weight * sum(view.weight.numel() for view in planned)
         assert config.target_size_gib is not None
@@ -210,7 +210,7 @@ class OptqHfQuantizer(HfQuantizer):
         assert self._plan is not None
         assert self._calibration is not None
         config = self.quantization_config
-        planned = {target.view.name: target.scheme for targets in self._plan.targets.values() for target in targets}
+        planned = {target.view.name: target.scheme for target in self._plan.all_targets}
         done = _quantized_layers(model)
         asked_for = [name for name in self._plan.skipped if config.scheme_for(name) is not None]
         left_out = [*asked_for, *(name for name in planned if name not in done)]
