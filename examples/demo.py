@@ -50,7 +50,7 @@ def measure(model_id: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from optq.evaluation import decode_speed, perplexity
+    from optq.evaluation import generation_speed, perplexity
     from optq.memory import peak_gib
 
     started = time.monotonic()
@@ -63,7 +63,7 @@ def measure(model_id: str) -> dict[str, Any]:
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     answer = model.generate(**chat, max_new_tokens=32, do_sample=False)[0, chat["input_ids"].shape[1] :]
-    speed = decode_speed(model, chat["input_ids"]).tokens_per_second
+    speed = generation_speed(model, chat["input_ids"]).new_tokens_per_second
     peak = peak_gib(model.device)  # before the logits of whole windows
     return {
         "weights_mb": sum(weights.values()) / 1e6,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .evaluation import perplexity as perplexity
     from .hf.api import quantize as quantize
     from .hf.config import GPTQConfig as GPTQConfig
+    from .hf.inspection import inspect as inspect
     from .hf.outlook import plan as plan
     from .layers import QuantLinear as QuantLinear
 
@@ -24,12 +25,13 @@ _HOMES = {
     "GPTQConfig": "optq.hf.config",
     "OptqError": "optq.errors",
     "QuantLinear": "optq.layers",
+    "inspect": "optq.hf.inspection",
     "perplexity": "optq.evaluation",
     "plan": "optq.hf.outlook",
     "quantize": "optq.hf.api",
 }
 
-__all__ = ["GPTQConfig", "OptqError", "QuantLinear", "kernels", "perplexity", "plan", "quantize"]
+__all__ = ["GPTQConfig", "OptqError", "QuantLinear", "inspect", "kernels", "perplexity", "plan", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

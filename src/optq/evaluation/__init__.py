@@ -6,6 +6,10 @@ from .comparison import Comparison as Comparison
 from .gate import GOOD_PERPLEXITY_RATIO as GOOD_PERPLEXITY_RATIO
 from .gate import judge as judge
 from .perplexity import Perplexity as Perplexity
+from .perplexity import Protocol as Protocol
+from .perplexity import Span as Span
+from .perplexity import compare_on as compare_on
 from .perplexity import perplexity as perplexity
-from .speed import DecodeSpeed as DecodeSpeed
-from .speed import decode_speed as decode_speed
+from .perplexity import spans as spans
+from .speed import Speed as Speed
+from .speed import generation_speed as generation_speed

@@ -106,10 +106,11 @@ class Comparer:
             finite=self._finite,
             divergence=self._divergence / self._tokens,
             agreement=self._agreed / self._tokens,
-            original_perplexity=_exponential(self._original_loss / predicted) if predicted else None,
-            perplexity=_exponential(self._loss / predicted) if predicted else None,
+            original_perplexity=exponential(self._original_loss / predicted) if predicted else None,
+            perplexity=exponential(self._loss / predicted) if predicted else None,
         )
 
 
-def _exponential(loss: float) -> float:
+def exponential(loss: float) -> float:
+    """exp, without the error where it is too large."""
     return math.inf if loss > 700 else math.exp(loss)  # a NaN stays one

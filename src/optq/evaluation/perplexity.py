@@ -1,13 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity over fixed windows of a text: exp of the mean negative log-likelihood of each window's tokens 2 … n."""
+"""Perplexity of a text: exp of the mean negative log-likelihood of its tokens, by the protocols in use.
+
+A protocol cuts the text into spans that the model reads one by one, and says from which token on each is predicted:
+the fewer tokens stand before a predicted one, the higher the perplexity. So figures of two protocols, or of two window
+lengths, must not be compared.
+"""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+
+from .comparison import Comparer, Comparison, exponential
+
+Protocol = Literal["consecutive", "sliding", "rolling"]
+"""How a text is cut.
+
+consecutive  windows without overlap, a shorter last one left out; all but the first token of each are predicted. That
+             of the GPTQ paper (arXiv:2210.17323) and most tables since, with windows of 2048 tokens.
+sliding      windows that overlap: each predicts as many tokens as it is ahead of the last one, so that these see at
+             least `window - stride` tokens. That of the guide in transformers' documentation.
+rolling      as lm-evaluation-harness does: every token is predicted once, the first from a token put before the text.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,27 +34,106 @@ class Perplexity:
     perplexity: float
     tokens: int
 
+    @property
+    def loss(self) -> float:
+        """Negative log-likelihood of all predicted tokens together, in nats."""
+        return math.log(self.perplexity) * self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Tokens [start, stop) of a text are read at once; those from `first` on are predicted."""
+
+    start: int
+    first: int
+    stop: int
+
+
+def spans(tokens: int, protocol: Protocol = "consecutive", window: int = 512, stride: int | None = None) -> list[Span]:
+    """How a text of so many tokens is cut.
+
+    Args:
+        window: the most tokens that the model reads at once.
+        stride: of "sliding": how far each window is ahead of the last; by default half a window.
+    Raises:
+        ValueError: the text is too short for the protocol, or the stride no positive number up to `window`.
+    """
+    least = window if protocol == "consecutive" else 2
+    if tokens < least:
+        raise ValueError(f"The text has {tokens} tokens; at least {least} are needed.")
+    if protocol == "consecutive":
+        return [Span(start=at, first=at + 1, stop=at + window) for at in range(0, tokens - window + 1, window)]
+    if protocol == "sliding":
+        stride = window // 2 if stride is None else stride
+        if not 0 < stride <= window:
+            raise ValueError(f"stride={stride} was asked for; it is a number from 1 to the window, {window}.")
+        return list(_sliding(tokens, window, stride))
+    return list(_rolling(tokens, window))
+
+
+def _sliding(tokens: int, window: int, stride: int) -> Iterator[Span]:
+    first = 1
+    for start in range(0, tokens, stride):
+        stop = min(start + window, tokens)
+        yield Span(start=start, first=first, stop=stop)
+        if stop == tokens:
+            return
+        first = stop
+
+
+def _rolling(tokens: int, window: int) -> Iterator[Span]:
+    # The last token of a span is predicted, not read, hence one more than the window.
+    for first in range(1, tokens, window):
+        stop = min(first + window, tokens)
+        yield Span(start=max(0, stop - window - 1), first=first, stop=stop)
+
 
 @torch.no_grad()
-def perplexity(model: Any, input_ids: Tensor, window: int = 512, windows: int | None = None) -> Perplexity:
-    """Perplexity of `model` on consecutive windows without overlap; a shorter last window is left out.
+def perplexity(
+    model: Any,
+    input_ids: Tensor,
+    window: int = 512,
+    windows: int | None = None,
+    *,
+    protocol: Protocol = "consecutive",
+    stride: int | None = None,
+) -> Perplexity:
+    """Perplexity of `model` on a text.
 
     Args:
         model: a causal language model; its device and dtype are used, losses are summed in float64.
-        input_ids: (tokens,) or (1, tokens) int64.
-        window: tokens per window.
+        input_ids: (tokens,) or (1, tokens) int64. For "rolling" with the token before the text as its first.
+        window: the most tokens read at once.
         windows: how many to use at most, from the start; by default all.
+        protocol, stride: see `Protocol` and `spans`.
     Raises:
-        ValueError: fewer tokens than one window.
+        ValueError: the text is too short for the protocol.
     """
     ids = input_ids.reshape(-1)
-    count = ids.numel() // window
-    if count == 0:
-        raise ValueError(f"The text has {ids.numel()} tokens; at least one window of {window} is needed.")
-    rows = ids[: count * window].view(count, window)[:windows]
-    total = 0.0
-    for row in rows:
-        logits = model(input_ids=row[None].to(model.device), use_cache=False).logits[0, :-1].float()
-        total += cross_entropy(logits, row[1:].to(logits.device), reduction="sum").double().item()
-    tokens = rows.shape[0] * (window - 1)
-    return Perplexity(perplexity=math.exp(total / tokens), tokens=tokens)
+    loss, tokens = 0.0, 0
+    for span in spans(ids.numel(), protocol, window, stride)[:windows]:
+        logits = _logits(model, ids, span)
+        predicted = ids[span.first : span.stop].to(logits.device)
+        # Of a window of 2048 and a vocabulary of 150 000, float32 logits take 1.2 GB: a part at a time.
+        for part, targets in zip(logits.split(512), predicted.split(512), strict=True):
+            loss += torch.nn.functional.cross_entropy(part.float(), targets, reduction="sum").double().item()
+        tokens += span.stop - span.first
+    return Perplexity(perplexity=exponential(loss / tokens), tokens=tokens)
+
+
+@torch.no_grad()
+def compare_on(original: Any, model: Any, input_ids: Tensor, cut: Iterable[Span]) -> Comparison:
+    """How close `model` is to `original` wherever a token of the text is predicted; arguments as of `perplexity`."""
+    ids, comparer = input_ids.reshape(-1), Comparer()
+    for span in cut:
+        comparer.add(
+            _logits(original, ids, span)[None], _logits(model, ids, span)[None], ids[None, span.first : span.stop]
+        )
+    return comparer.result()
+
+
+def _logits(model: Any, ids: Tensor, span: Span) -> Tensor:
+    """What a model thinks of the tokens from `first` to `stop`: (stop - first, vocabulary)."""
+    read = ids[None, span.start : span.stop - 1].to(model.device)
+    logits: Tensor = model(input_ids=read, use_cache=False).logits[0, span.first - span.start - 1 :]
+    return logits

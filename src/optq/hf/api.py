@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from optq.errors import OutputError
 
 from .config import GPTQConfig
 from .journal import DESCRIPTION, differences_to, has_finished_blocks, write_whole
+from .source import COMPANIONS, companions_folder, model_class_of, model_config_of
 
 PARTIAL = ".optq-partial"
 """Where files grow inside the output folder before they get their names."""
@@ -25,9 +26,6 @@ READY = "ready.json"
 """In there, once all files are: their final names."""
 
 LOG_NAME = "quantization_log.jsonl"
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-"""Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
-
 NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
 OURS = (PARTIAL, LOG_NAME)
 
@@ -68,11 +66,11 @@ def quantize(
         config.log_file = config.log_file or str(output / LOG_NAME)
         config.journal_folder = str(partial)
         try:
-            model = _model_class(_model_config(source, kwargs)).from_pretrained(
+            model = model_class_of(model_config_of(source, kwargs)).from_pretrained(
                 source, quantization_config=config, **kwargs
             )
             model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
-            _copy_companions(_snapshot(source, kwargs), partial)
+            _copy_companions(companions_folder(source, kwargs), partial)
             _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
         finally:
             if not has_finished_blocks(partial):
@@ -104,8 +102,8 @@ def _claim(output: Path) -> None:
 
 def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
     """The model on the meta device, in the dtype that it would be loaded in."""
-    model_config = _model_config(source, kwargs)
-    model_class = _model_class(model_config)
+    model_config = model_config_of(source, kwargs)
+    model_class = model_class_of(model_config)
     dtype = kwargs.get("dtype", "auto")
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype) if dtype != "auto" else model_config.dtype or torch.float32
@@ -115,36 +113,6 @@ def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
         model = AutoModelForCausalLM.from_config(model_config, **trusted) if auto else model_class(model_config)
     model.config.name_or_path = source
     return model.to(dtype)
-
-
-def _model_config(source: str, kwargs: dict[str, Any]) -> Any:
-    keys = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
-    return AutoConfig.from_pretrained(source, **{key: kwargs[key] for key in keys if key in kwargs})
-
-
-def _model_class(model_config: Any) -> Any:
-    """The class that the model's own config names, else the causal language model."""
-    if getattr(model_config, "auto_map", None):
-        return AutoModelForCausalLM
-    name = (model_config.architectures or [""])[0]
-    return getattr(transformers, name, AutoModelForCausalLM)
-
-
-def _snapshot(source: str, kwargs: dict[str, Any]) -> Path:
-    """The folder with the model's files; for a model of the Hub, the companions are fetched into its cache."""
-    if Path(source).is_dir():
-        return Path(source, kwargs.get("subfolder") or "")
-    from huggingface_hub import snapshot_download
-
-    keys = ("revision", "token", "cache_dir", "local_files_only")
-    return Path(
-        snapshot_download(
-            source,
-            allow_patterns=list(COMPANIONS),
-            **{key: kwargs[key] for key in keys if key in kwargs},
-        ),
-        kwargs.get("subfolder") or "",
-    )
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -18,12 +17,11 @@ from optq.model import put_split
 from optq.placement import execution_device, working_dtype
 from optq.planning import Plan, Target
 from optq.scheme import LayerScheme
+from optq.serving import Linear, refusals, split_of
 
 from .api import model_without_weights
 from .config import GPTQConfig
 from .preparation import prepare
-
-MARLIN_OUT, MARLIN_IN = 64, 128  # what vLLM's GPU kernel wants out_features and in_features of a part to divide by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +136,7 @@ def plan(
         dense_gib=sum(dense.values()) / GIB,
         memory_gib={part: size / GIB for part, size in _memory(model, planned, calibration, device).items()},
         free_gib=free_bytes(device) / GIB,
-        not_served=tuple(dict.fromkeys(_not_served(model, targets, tensor_parallel))),
+        not_served=refusals("vllm", _as_linears(model, targets), tensor_parallel),
     )
 
 
@@ -169,34 +167,15 @@ def _hessians(targets: Sequence[Target]) -> int:
     )
 
 
-def _not_served(model: Any, targets: Sequence[Target], parts: int) -> list[str]:
-    ways = getattr(model.config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
-    reasons = []
-    for target in targets:
-        out_features, in_features = target.view.shape
-        kind = ".".join("*" if part.isdigit() else part for part in target.view.name.split("."))
-        reason = target.scheme.why_not_served(in_features)
-        if reason is None and parts > 1:
-            way = next((way for pattern, way in ways.items() if fnmatch(target.view.name, f"*{pattern}")), None)
-            reason = _why_not_split(way, out_features, in_features, target.scheme, parts)
-        if reason is not None:
-            reasons.append(f"{kind}: {reason}")
-    return reasons
-
-
-def _why_not_split(
-    way: str | None, out_features: int, in_features: int, scheme: LayerScheme, parts: int
-) -> str | None:
-    """Why a linear cannot be split over so many GPUs, or None."""
-    if way is None:
-        return None
-    if way.startswith("colwise"):
-        if out_features % (parts * MARLIN_OUT):
-            return f"{out_features} outputs in {parts} parts are no multiples of {MARLIN_OUT}"
-        return None
-    width = scheme.group_width(in_features)
-    if scheme.group_size != -1 and in_features % (parts * width):
-        return f"{in_features} inputs in {parts} parts are no multiples of the group size {width}"
-    if in_features % (parts * MARLIN_IN):
-        return f"{in_features} inputs in {parts} parts are no multiples of {MARLIN_IN}"
-    return None
+def _as_linears(model: Any, targets: Sequence[Target]) -> list[Linear]:
+    plan = getattr(model.config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+    return [
+        Linear(
+            name=target.view.name,
+            out_features=target.view.shape[0],
+            in_features=target.view.shape[1],
+            scheme=target.scheme,
+            split=split_of(target.view.name, plan),
+        )
+        for target in targets
+    ]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optq.inspect`: what a checkpoint holds and who reads it, from its config and headers and a few small tensors."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from optq.checkpoint import CHECKPOINT_FORMATS, find_quantized_linears, read_headers, unpack_codes
+from optq.errors import CheckpointError
+from optq.memory import GIB
+from optq.scheme import LayerScheme, trivial_groups
+from optq.serving import READERS, Linear, kind_of, refusals, split_of
+
+from .config import GPTQConfig
+from .source import model_config_of, weight_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a checkpoint holds.
+
+    Args:
+        config: what config.json says about the quantization; None of a dense model.
+        linears: how many quantized linears of each kind: (name with * for numbers, out_features, in_features, scheme).
+        dense: how many matrices of the blocks of each kind are not quantized, by name with * for numbers.
+        bits_per_weight: of all matrices of the blocks, quantized or not, with scales, zeros and group indices.
+        size_gib: of all files with weights.
+        contradictions: where the bytes are not what config.json says.
+        refused: by reader, what it does not read and why; empty where it reads all.
+    """
+
+    model: str
+    config: GPTQConfig | None
+    linears: dict[tuple[str, int, int, LayerScheme], int]
+    dense: dict[str, int]
+    bits_per_weight: float
+    size_gib: float
+    contradictions: tuple[str, ...]
+    refused: dict[str, tuple[str, ...]]
+
+
+def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1, **kwargs: Any) -> Inspection:
+    """Say what a checkpoint holds, GPTQ or dense. Loads no model.
+
+    Args:
+        tensor_parallel: over how many GPUs a server will split it.
+        kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
+    Raises:
+        CheckpointError: no safetensors files, or tensors that fit no GPTQ layout.
+    """
+    source = os.fspath(model_id_or_dir)
+    described = model_config_of(source, kwargs)
+    files = weight_files(source, kwargs)
+    headers = read_headers([os.fspath(file) for file in files])
+    quantized = find_quantized_linears(headers)
+    stated = getattr(described, "quantization_config", None)
+    config = None
+    if quantized:
+        if not stated:
+            raise CheckpointError(
+                f"{source} has packed GPTQ tensors, but its config.json says nothing about quantization. "
+                "Add its quantization_config: bits, group_size, desc_act, sym and checkpoint_format at least."
+            )
+        config = GPTQConfig(**(stated if isinstance(stated, dict) else stated.to_dict()))
+    plan = getattr(described.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+    linears = {
+        name: Linear(
+            name=name,
+            out_features=tensors.out_features,
+            in_features=tensors.in_features,
+            scheme=config.scheme_for(name) or LayerScheme(bits=tensors.bits),
+            split=split_of(name, plan),
+            checkpoint_format=config.format,
+        )
+        for name, tensors in quantized.items()
+        if config is not None
+    }
+    dense = {
+        name: header
+        for name, header in headers.items()
+        if len(header.shape) >= 2 and kind_of(name) != name and name.rpartition(".")[0] not in quantized
+    }
+    packed = [header for x in quantized.values() for part, header in x.headers.items() if part != "bias"]
+    stored = sum(math.prod(header.shape) * header.dtype.itemsize for header in (*packed, *dense.values()))
+    weights = sum(x.out_features * x.in_features for x in linears.values())
+    weights += sum(math.prod(header.shape) for header in dense.values())
+    return Inspection(
+        model=source,
+        config=config,
+        linears=dict(Counter((x.kind, x.out_features, x.in_features, x.scheme) for x in linears.values())),
+        dense=dict(Counter(map(kind_of, dense))),
+        bits_per_weight=8 * stored / weights if weights else math.nan,
+        size_gib=sum(file.stat().st_size for file in files) / GIB,
+        contradictions=tuple(_contradictions(files, linears.values())),
+        refused={reader: refusals(reader, linears.values(), tensor_parallel) for reader in READERS},
+    )
+
+
+def _contradictions(files: Sequence[Path], linears: Iterable[Linear]) -> Iterator[str]:
+    """Where bytes and labels disagree, of the first linear of each kind."""
+    firsts = {(linear.kind, linear.scheme): linear for linear in reversed(list(linears))}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            for linear in firsts.values():
+                if f"{linear.name}.qzeros" in names:
+                    yield from _zeros_contradict(linear, tensors.get_tensor(f"{linear.name}.qzeros"))
+                if f"{linear.name}.g_idx" in names:
+                    yield from _groups_contradict(linear, tensors.get_tensor(f"{linear.name}.g_idx"))
+
+
+def _zeros_contradict(linear: Linear, qzeros: Tensor) -> Iterator[str]:
+    scheme = linear.scheme
+    stored = set(unpack_codes(qzeros.T.contiguous(), scheme.bits).unique().tolist())
+    offset = CHECKPOINT_FORMATS[linear.checkpoint_format]
+    middle = 2 ** (scheme.bits - 1)
+    if not scheme.symmetric or stored == {middle - offset}:
+        return
+    for other, its_offset in CHECKPOINT_FORMATS.items():
+        if stored == {middle - its_offset}:
+            yield (
+                f"{linear.name}: config.json says checkpoint_format {linear.checkpoint_format!r}, but every stored "
+                f"zero is {middle - its_offset}: so {other!r} writes the middle of a {scheme.bits}-bit grid. Read as "
+                f"labelled, every weight is off by one step. Correct checkpoint_format to {other!r}."
+            )
+            return
+    shown = ", ".join(map(str, sorted(stored)[:6]))
+    yield (
+        f"{linear.name}: config.json says sym=true, but the stored zeros are {shown}{' …' * (len(stored) > 6)}, not "
+        f"{middle - offset} everywhere. Readers that believe the label compute nonsense. Correct sym to false."
+    )
+
+
+def _groups_contradict(linear: Linear, g_idx: Tensor) -> Iterator[str]:
+    trivial = trivial_groups(linear.in_features, linear.scheme.group_width(linear.in_features), g_idx.device)
+    if linear.scheme.act_order != "desc_act" and not torch.equal(g_idx, trivial):
+        yield (
+            f"{linear.name}: config.json says desc_act=false, but its groups are not runs of neighbouring columns. "
+            "Readers that believe the label, among them vLLM, compute nonsense. Correct desc_act to true."
+        )

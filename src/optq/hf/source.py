@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model comes from: its config, class and files, of a folder or of a repository on the Hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from optq.errors import CheckpointError
+
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+"""Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
+
+
+def model_config_of(source: str, kwargs: dict[str, Any]) -> Any:
+    """The model's config, from a folder or the Hub; of `kwargs` what tells where that is."""
+    keys = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
+    return AutoConfig.from_pretrained(source, **_only(keys, kwargs))
+
+
+def model_class_of(model_config: Any) -> Any:
+    """The class that the model's own config names, else the causal language model."""
+    if getattr(model_config, "auto_map", None):
+        return AutoModelForCausalLM
+    name = (model_config.architectures or [""])[0]
+    return getattr(transformers, name, AutoModelForCausalLM)
+
+
+def companions_folder(source: str, kwargs: dict[str, Any]) -> Path:
+    """The folder with the model's files; for a model of the Hub, the companions are fetched into its cache."""
+    if Path(source).is_dir():
+        return Path(source, kwargs.get("subfolder") or "")
+    from huggingface_hub import snapshot_download
+
+    keys = ("revision", "token", "cache_dir", "local_files_only")
+    snapshot = snapshot_download(source, allow_patterns=list(COMPANIONS), **_only(keys, kwargs))
+    return Path(snapshot, kwargs.get("subfolder") or "")
+
+
+def weight_files(source: str, kwargs: dict[str, Any]) -> list[Path]:
+    """The safetensors files of a model, those of the Hub in its cache.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    keys = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+
+    def file(name: str) -> Path | None:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_only(keys, kwargs))
+        return None if found is None else Path(found)
+
+    names = [SAFE_WEIGHTS_NAME]
+    if (index := file(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    files = {name: file(name) for name in names}
+    if missing := [name for name, path in files.items() if path is None]:
+        raise CheckpointError(
+            f"{source!r} has no {', '.join(missing[:3])}. Weights are read from safetensors files only: unpickling a "
+            "file from elsewhere can run its code. Convert the model once, where you trust it, with save_pretrained()."
+        )
+    return [path for path in files.values() if path is not None]
+
+
+def _only(keys: tuple[str, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in keys if key in kwargs}

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import optq
+from optq import GPTQConfig
+from optq.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama, token_rows, tmp_path_factory):
+    config = GPTQConfig(
+        bits=4, group_size=32, effort="fast", dataset=token_rows, dynamic={"-:.*o_proj": {}, "+:.*v_proj": {"bits": 8}}
+    )
+    return optq.quantize(tiny_llama, config, output_dir=tmp_path_factory.mktemp("inspected") / "out")
+
+
+@pytest.fixture
+def changeable(checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+
+    def change(label=None, **tensors):
+        if label:
+            path = folder / "config.json"
+            config = json.loads(path.read_text())
+            config["quantization_config"] |= label
+            path.write_text(json.dumps(config))
+        for file in folder.glob("*.safetensors"):
+            held = load_file(file)
+            for name in held:
+                for last, function in tensors.items():
+                    if name.endswith(f".{last}"):
+                        held[name] = function(held[name])
+            save_file(held, file, metadata={"format": "pt"})
+        return optq.inspect(folder)
+
+    return change
+
+
+def test_what_a_checkpoint_holds_is_told_from_its_headers(checkpoint):
+    found = optq.inspect(checkpoint)
+    kinds = {
+        (kind.rpartition(".")[2], out, columns, scheme.bits): n
+        for (kind, out, columns, scheme), n in found.linears.items()
+    }
+    assert kinds[("q_proj", 64, 64, 4)] == kinds[("down_proj", 64, 96, 4)] == 2
+    assert kinds[("v_proj", 32, 64, 8)] == 2
+    assert found.dense == {"model.layers.*.self_attn.o_proj.weight": 2}
+    assert found.contradictions == ()
+    assert found.refused["vllm"] == ()
+    files = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    assert found.size_gib == pytest.approx(files / 2**30)
+
+
+def test_bits_per_weight_count_scales_zeros_and_indices(tiny_llama, token_rows, tmp_path):
+    config = GPTQConfig(bits=4, group_size=32, effort="fast", dataset=token_rows)
+    found = optq.inspect(optq.quantize(tiny_llama, config, output_dir=tmp_path / "out"))
+    # Per block: 2·64·64 + 2·32·64 of attention, 3·64·96 of the MLP; one scale and zero per 32 weights; 32 bits of
+    # g_idx per column of each of the seven linears.
+    weights = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96
+    indices = 32 * (6 * 64 + 96)
+    assert found.bits_per_weight == pytest.approx(4 + 20 / 32 + indices / weights)
+
+
+def test_a_dense_model_is_inspected_too(tiny_llama):
+    found = optq.inspect(tiny_llama)
+    assert found.config is None
+    assert found.linears == {}
+    assert sum(found.dense.values()) == 14
+    assert found.bits_per_weight == 32
+
+
+def test_a_label_of_the_other_format_is_noticed(changeable):
+    found = changeable({"checkpoint_format": "gptq_v2", "format": "gptq_v2"}).contradictions
+    assert len(found) == 6  # one per kind of quantized linear
+    (bits8,) = (text for text in found if "v_proj" in text)
+    assert "every stored zero is 127" in bits8
+    assert "Correct checkpoint_format to 'gptq'" in bits8
+
+
+def test_zeros_that_are_not_in_the_middle_contradict_sym(changeable):
+    found = changeable(qzeros=lambda words: words + 1).contradictions
+    assert found
+    assert "Correct sym to false" in found[0]
+
+
+def test_groups_in_activation_order_contradict_desc_act_false(changeable):
+    found = changeable(g_idx=lambda groups: groups.flip(0)).contradictions
+    assert found
+    assert "Correct desc_act to true" in found[0]
+
+
+def test_readers_say_what_they_refuse(changeable):
+    refused = changeable({"desc_act": True}).refused
+    assert "desc_act=True" in refused["vllm"][0]
+    assert refused["gptqmodel"] == refused["transformers"] == ()
+
+
+def test_splitting_over_gpus_is_checked(checkpoint):
+    found = optq.inspect(checkpoint, tensor_parallel=2)
+    assert any("64 outputs in 2 parts" in reason for reason in found.refused["vllm"])
+
+
+def test_packed_tensors_without_a_config_are_refused(checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"nothing about quantization.*Add its quantization_config"):
+        optq.inspect(folder)
+
+
+def test_pickled_weights_are_refused(tiny_llama, tmp_path):
+    shutil.copy(tiny_llama / "config.json", tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors.*unpickling"):
+        optq.inspect(tmp_path)
