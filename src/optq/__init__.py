@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .evaluation import perplexity as perplexity
     from .hf.api import quantize as quantize
     from .hf.config import GPTQConfig as GPTQConfig
+    from .hf.evaluate import compare as compare
+    from .hf.evaluate import evaluate as evaluate
     from .hf.inspection import inspect as inspect
     from .hf.outlook import plan as plan
     from .layers import QuantLinear as QuantLinear
@@ -25,13 +27,26 @@ _HOMES = {
     "GPTQConfig": "optq.hf.config",
     "OptqError": "optq.errors",
     "QuantLinear": "optq.layers",
+    "compare": "optq.hf.evaluate",
+    "evaluate": "optq.hf.evaluate",
     "inspect": "optq.hf.inspection",
     "perplexity": "optq.evaluation",
     "plan": "optq.hf.outlook",
     "quantize": "optq.hf.api",
 }
 
-__all__ = ["GPTQConfig", "OptqError", "QuantLinear", "inspect", "kernels", "perplexity", "plan", "quantize"]
+__all__ = [
+    "GPTQConfig",
+    "OptqError",
+    "QuantLinear",
+    "compare",
+    "evaluate",
+    "inspect",
+    "kernels",
+    "perplexity",
+    "plan",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,24 +44,30 @@ class NamedDataset:
     column: str
     one_document: bool
     arguments: dict[str, Any]
+    evaluation: dict[str, Any]
 
 
 _C4 = {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
+_C4_VALIDATION = {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"}
 DATASETS = {
     "wikitext2": NamedDataset(
         path="Salesforce/wikitext",
         column="text",
         one_document=True,
         arguments={"name": "wikitext-2-raw-v1", "split": "train"},
+        evaluation={"split": "test"},
     ),
-    "c4": NamedDataset(path="allenai/c4", column="text", one_document=False, arguments=_C4),
-    "c4-new": NamedDataset(path="allenai/c4", column="text", one_document=False, arguments=_C4),
+    "c4": NamedDataset(path="allenai/c4", column="text", one_document=False, arguments=_C4, evaluation=_C4_VALIDATION),
+    "c4-new": NamedDataset(
+        path="allenai/c4", column="text", one_document=False, arguments=_C4, evaluation=_C4_VALIDATION
+    ),
     "ptb": NamedDataset(
         path="ptb-text-only/ptb_text_only",
         column="sentence",
         one_document=True,
         # The repository's loading script is not run; the Hub's own conversion to Parquet is read.
         arguments={"split": "train", "revision": "refs/convert/parquet"},
+        evaluation={"split": "test"},
     ),
 }
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -354,6 +360,15 @@ def _read(dataset: Any, load_tokenizer: Callable[[], Any]) -> tuple[list[list[in
     return [encode(row, index) for index, row in enumerate(rows)], bounded
 
 
+def read_for_evaluation(dataset: Any, load_tokenizer: Callable[[], Any]) -> list[list[int]]:
+    """Samples of token ids from whatever `prepare_calibration` takes; of a named dataset, its part for evaluation."""
+    if isinstance(dataset, str) and dataset in DATASETS:
+        named = DATASETS[dataset]
+        dataset = _read_named(named, {**named.arguments, **named.evaluation})
+    samples, _ = _read(dataset, load_tokenizer)
+    return samples
+
+
 def _source_name(dataset: Any) -> str:
     """What the recipe calls the data: its name on the Hub, the kind of file, or the type of the object."""
     if not isinstance(dataset, (str, Path)):
@@ -452,7 +467,7 @@ def _read_columns(dataset: Any) -> Iterable[Any]:
 def _read_source(source: str) -> Sequence[Any] | Iterable[Any]:
     """Rows of a file, or of a named dataset."""
     if source in DATASETS:
-        return _read_named(DATASETS[source])
+        return _read_named(DATASETS[source], DATASETS[source].arguments)
     path = Path(source)
     if not path.is_file() or path.suffix not in FILE_SUFFIXES:
         raise CalibrationError(f"dataset={source!r} is neither a known name nor a readable file. Pass {_accepted()}.")
@@ -472,10 +487,10 @@ def _read_source(source: str) -> Sequence[Any] | Iterable[Any]:
     return rows
 
 
-def _read_named(named: NamedDataset) -> list[str]:
-    rows = _datasets("a dataset by name").load_dataset(named.path, **named.arguments)[named.column]
-    texts = [text for text in rows if text.strip()]
-    return ["\n\n".join(texts)] if named.one_document else texts
+def _read_named(named: NamedDataset, arguments: dict[str, Any]) -> list[str]:
+    rows = list(_datasets("a dataset by name").load_dataset(named.path, **arguments)[named.column])
+    # With the empty lines, as the GPTQ paper's code joins them: else perplexities cannot be compared with others'.
+    return ["\n\n".join(rows)] if named.one_document else [text for text in rows if text.strip()]
 
 
 def _datasets(purpose: str) -> Any:

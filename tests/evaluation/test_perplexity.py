@@ -124,4 +124,4 @@ def test_a_model_of_nothing_but_nan_has_no_perplexity(model, text):
 def test_logits_are_those_of_one_forward(model, text):
     logits = model(input_ids=text[None, :200]).logits[0, :-1]
     whole = cross_entropy(logits, text[1:200])
-    assert perplexity(model, text[:200], 200).perplexity == pytest.approx(math.exp(whole), rel=1e-5)
+    assert perplexity(model, text[:200], 200).perplexity == pytest.approx(math.exp(whole.item()), rel=1e-5)

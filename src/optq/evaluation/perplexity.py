@@ -88,7 +88,6 @@ def _rolling(tokens: int, window: int) -> Iterator[Span]:
         yield Span(start=max(0, stop - window - 1), first=first, stop=stop)
 
 
-@torch.no_grad()
 def perplexity(
     model: Any,
     input_ids: Tensor,
@@ -109,9 +108,15 @@ def perplexity(
     Raises:
         ValueError: the text is too short for the protocol.
     """
+    return perplexity_on(model, input_ids, spans(input_ids.numel(), protocol, window, stride)[:windows])
+
+
+@torch.no_grad()
+def perplexity_on(model: Any, input_ids: Tensor, cut: Iterable[Span]) -> Perplexity:
+    """Perplexity of `model` on a text that is cut already; arguments as of `perplexity`."""
     ids = input_ids.reshape(-1)
     loss, tokens = 0.0, 0
-    for span in spans(ids.numel(), protocol, window, stride)[:windows]:
+    for span in cut:
         logits = _logits(model, ids, span)
         predicted = ids[span.first : span.stop].to(logits.device)
         # Of a window of 2048 and a vocabulary of 150 000, float32 logits take 1.2 GB: a part at a time.

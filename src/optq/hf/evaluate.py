@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optq.evaluate` and `optq.compare`: how good, how large and how fast models are, all by the same protocols."""
+
+import gc
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from optq.calibration import read_for_evaluation
+from optq.errors import CalibrationError
+from optq.evaluation import (
+    Comparison,
+    Perplexity,
+    Protocol,
+    Span,
+    Speed,
+    compare_on,
+    generation_speed,
+    perplexity_on,
+    spans,
+)
+from optq.layers import QuantLinear
+from optq.placement import execution_device
+
+from .compat import load_tokenizer
+from .inspection import inspect
+from .source import model_config_of
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 2048  # tokens, as in the GPTQ paper
+STRIDE = 512  # tokens, as in transformers' guide
+PROMPT = 128  # tokens of the text that speed is measured on
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def fibonacci(n):\n",
+    "Once upon a time, there was a little girl who",
+    "Question: Tom has three apples and buys two more. How many apples does he have?\nAnswer:",
+)
+ANSWER = 32  # tokens
+
+Verdict = Literal["as good as the original", "good", "usable", "poor"]
+VERDICTS: dict[Verdict, float] = {"as good as the original": 1.01, "good": 1.05, "usable": 1.25}
+"""Up to how many times the original's perplexity. Above: poor. docs/evaluation.md says where these come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured of one model.
+
+    Args:
+        model: its id or folder.
+        bits_per_weight: of all matrices of its blocks; see `optq.inspect`.
+        size_gib: of its files with weights.
+        perplexities: by protocol, in words.
+        comparison: with the original, on the tokens of the first protocol; None of the original itself.
+        speeds: one per batch size asked for.
+        answers: what it continues each of `PROMPTS` with, if asked for.
+        kernels: how many quantized linears are run by each.
+    """
+
+    model: str
+    bits_per_weight: float
+    size_gib: float
+    perplexities: dict[str, Perplexity]
+    comparison: Comparison | None = None
+    speeds: tuple[Speed, ...] = ()
+    answers: tuple[str, ...] = ()
+    kernels: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """How good it is, compared with the original; None where nothing was compared."""
+        if self.comparison is None or self.comparison.perplexity_ratio is None:
+            return None
+        ratio = self.comparison.perplexity_ratio
+        return next((verdict for verdict, limit in VERDICTS.items() if ratio <= limit), "poor")
+
+
+def evaluate(
+    model: str | os.PathLike[str], *, baseline: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> Evaluation:
+    """Measure one model, and compare it with the original if that is named. Arguments as of `compare`."""
+    return compare([model], baseline=baseline, **kwargs)[0]
+
+
+def compare(
+    models: Sequence[str | os.PathLike[str]],
+    *,
+    baseline: str | os.PathLike[str] | None = None,
+    dataset: Any = "wikitext2",
+    tokenizer: Any = None,
+    protocols: Sequence[Protocol] = ("consecutive", "sliding"),
+    window: int = WINDOW,
+    stride: int = STRIDE,
+    tokens: int | None = None,
+    batch_sizes: Sequence[int] = (),
+    answers: bool = False,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> list[Evaluation]:
+    """Measure any number of models on the same text.
+
+    Args:
+        models: ids or folders, dense or quantized by any tool.
+        baseline: the original that they are compared with: perplexity, KL divergence, how often the most likely token
+            is the same. It stays in memory beside each of them. By default nothing is compared.
+        dataset: the text, in any form that `GPTQConfig.dataset` takes; of a named dataset its part for evaluation.
+            Samples are read one after another, as one text.
+        tokenizer: object, id or folder; by default that of the baseline, else of the first model.
+        protocols: see `optq.evaluation.Protocol`; not "rolling", which wants a token before the text.
+        window: tokens that a model reads at once, at most what all of the models can.
+        stride: of the protocol "sliding".
+        tokens: how many of the text to use at most, from its start.
+        batch_sizes: for which the speed of generation is measured, after a prompt from the text.
+        answers: have each model continue a few prompts.
+        device: where models run; by default the accelerator, if there is one.
+        kwargs: for `from_pretrained` of every model: dtype, revision, token, trust_remote_code, …
+    Raises:
+        CalibrationError: the text cannot be read, or is shorter than a window.
+    """
+    device = torch.device(device) if device is not None else execution_device()
+    names = [os.fspath(model) for model in models]
+    origin = None if baseline is None else os.fspath(baseline)
+    reference = origin or names[0]
+    encoder = cache(lambda: load_tokenizer(tokenizer or reference, None))
+    ids = torch.tensor([token for sample in read_for_evaluation(dataset, encoder) for token in sample][:tokens])
+    longest = getattr(model_config_of(reference, kwargs).get_text_config(), "max_position_embeddings", None)
+    window = min(window, longest or window)
+    yardstick = _Yardstick(
+        encoder=encoder,
+        ids=ids,
+        cuts={_in_words(protocol, window, stride): _cut(ids, protocol, window, stride) for protocol in protocols},
+        batch_sizes=tuple(batch_sizes),
+        answers=answers,
+    )
+    original = None if origin is None else _load(origin, device, kwargs)
+    found = []
+    for name in names:
+        model = original if name == origin else _load(name, device, kwargs)
+        found.append(yardstick.measure(name, model, None if name == origin else original, kwargs))
+        del model
+        gc.collect()  # a model refers to itself, and the next one is to find its memory free
+    return found
+
+
+def _load(name: str, device: torch.device, kwargs: dict[str, Any]) -> Any:
+    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", "device_map": device, **kwargs}).eval()
+
+
+def _cut(ids: Tensor, protocol: Protocol, window: int, stride: int) -> list[Span]:
+    try:
+        return spans(ids.numel(), protocol, window, min(stride, window))
+    except ValueError as error:
+        raise CalibrationError(f"{error} Name a longer text, or a shorter window.") from error
+
+
+def _in_words(protocol: Protocol, window: int, stride: int) -> str:
+    return {
+        "consecutive": f"consecutive windows of {window}",
+        "sliding": f"sliding window of {window}, stride {min(stride, window)}",
+        "rolling": f"rolling window of {window}",
+    }[protocol]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Yardstick:
+    """What all models are measured by."""
+
+    encoder: Callable[[], Any]  # the tokenizer, loaded when it is needed
+    ids: Tensor  # (tokens,)
+    cuts: dict[str, list[Span]]
+    batch_sizes: tuple[int, ...]
+    answers: bool
+
+    def measure(self, name: str, model: Any, original: Any, kwargs: dict[str, Any]) -> Evaluation:
+        started = time.monotonic()
+        comparison, perplexities = None, {}
+        for index, (protocol, cut) in enumerate(self.cuts.items()):
+            if original is not None and index == 0:
+                comparison = compare_on(original, model, self.ids, cut)
+                assert comparison.perplexity is not None
+                perplexities[protocol] = Perplexity(perplexity=comparison.perplexity, tokens=comparison.tokens)
+            else:
+                perplexities[protocol] = perplexity_on(model, self.ids, cut)
+        facts = inspect(name, **kwargs)
+        evaluation = Evaluation(
+            model=name,
+            bits_per_weight=facts.bits_per_weight,
+            size_gib=facts.size_gib,
+            perplexities=perplexities,
+            comparison=comparison,
+            speeds=tuple(generation_speed(model, self.ids[None, :PROMPT], batch) for batch in self.batch_sizes),
+            answers=tuple(_answer(model, self.encoder(), prompt) for prompt in PROMPTS) if self.answers else (),
+            kernels=dict(Counter(x.kernel_name or "" for x in model.modules() if isinstance(x, QuantLinear))),
+        )
+        logger.info("%s: measured in %.0f s.", name, time.monotonic() - started)
+        return evaluation
+
+
+@torch.no_grad()
+def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
+    """Greedy, so that two models can be told apart by the first word that differs."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

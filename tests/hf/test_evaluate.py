@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import optq
+from optq import GPTQConfig
+from optq.errors import CalibrationError
+from optq.hf.evaluate import Evaluation
+
+KWARGS = {"window": 64, "stride": 16, "dtype": torch.float32, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 6)
+    return file
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_llama, token_rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    config = {bits: GPTQConfig(bits=bits, group_size=32, effort="fast", dataset=token_rows) for bits in (8, 2)}
+    return {bits: optq.quantize(tiny_llama, config[bits], output_dir=folder / str(bits)) for bits in config}
+
+
+@pytest.fixture(scope="module")
+def table(tiny_llama, quantized, text):
+    models = [tiny_llama, quantized[8], quantized[2]]
+    return optq.compare(models, baseline=tiny_llama, dataset=text, batch_sizes=(1, 2), answers=True, **KWARGS)
+
+
+def test_every_model_is_measured_by_the_same_protocols(table):
+    assert len({tuple(row.perplexities) for row in table}) == 1
+    assert list(table[0].perplexities) == ["consecutive windows of 64", "sliding window of 64, stride 16"]
+    assert len({tuple(p.tokens for p in row.perplexities.values()) for row in table}) == 1
+
+
+def test_the_figures_are_those_of_the_models_themselves(table, quantized, text):
+    model = AutoModelForCausalLM.from_pretrained(quantized[2], dtype=torch.float32)
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(quantized[2])(text.read_text(), return_tensors="pt").input_ids
+    for (_, found), protocol in zip(table[2].perplexities.items(), ("consecutive", "sliding"), strict=True):
+        alone = optq.perplexity(model, ids, 64, protocol=protocol, stride=16)
+        assert found.perplexity == pytest.approx(alone.perplexity, rel=1e-6)
+        assert found.tokens == alone.tokens
+
+
+def test_the_original_is_compared_with_nothing_and_the_others_with_it(table):
+    original, eight, two = table
+    assert original.comparison is None
+    assert original.verdict is None
+    assert eight.comparison.divergence < two.comparison.divergence
+    assert eight.comparison.original_perplexity == pytest.approx(
+        original.perplexities["consecutive windows of 64"].perplexity
+    )
+    assert original.kernels == {}
+    assert sum(eight.kernels.values()) == 14
+
+
+def test_sizes_are_those_of_the_files(table):
+    original, eight, two = table
+    assert original.bits_per_weight == 32
+    assert two.bits_per_weight + 6 == pytest.approx(eight.bits_per_weight, abs=0.2)
+    assert two.size_gib < eight.size_gib < original.size_gib
+
+
+def test_speed_is_measured_for_every_batch_size_and_prompts_are_answered(table):
+    assert [[speed.batch for speed in row.speeds] for row in table] == [[1, 2]] * 3
+    assert [len(row.answers) for row in table] == [5] * 3
+    assert table[0].answers != table[2].answers
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [(0.99, "as good as the original"), (1.03, "good"), (1.2, "usable"), (1.3, "poor"), (float("nan"), "poor")],
+)
+def test_verdicts_follow_the_perplexity(table, ratio, verdict):
+    from dataclasses import replace
+
+    comparison = replace(table[1].comparison, original_perplexity=10.0, perplexity=10.0 * ratio)
+    assert replace(table[1], comparison=comparison).verdict == verdict
+
+
+def test_evaluating_one_is_a_row_of_the_table(table, tiny_llama, quantized, text):
+    found = optq.evaluate(quantized[2], baseline=tiny_llama, dataset=text, **KWARGS)
+    assert isinstance(found, Evaluation)
+    assert found.comparison == table[2].comparison
+    assert found.speeds == ()
+    assert found.answers == ()
+
+
+def test_without_an_original_nothing_is_compared(quantized, text):
+    assert optq.evaluate(quantized[2], dataset=text, protocols=("sliding",), **KWARGS).comparison is None
+
+
+def test_a_text_that_is_too_short_is_refused(quantized, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(CalibrationError, match=r"has 9 tokens; at least 64 .* longer text, or a shorter window"):
+        optq.evaluate(quantized[2], dataset=tmp_path / "short.txt", **KWARGS)
+
+
+def test_tokens_bound_the_text(quantized, text):
+    found = optq.evaluate(quantized[2], dataset=text, tokens=128, **KWARGS)
+    assert [p.tokens for p in found.perplexities.values()] == [2 * 63, 127]
