@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from .evaluation import perplexity as perplexity
     from .hf.api import quantize as quantize
     from .hf.config import GPTQConfig as GPTQConfig
+    from .hf.evaluate import bench as bench
     from .hf.evaluate import compare as compare
     from .hf.evaluate import evaluate as evaluate
     from .hf.inspection import inspect as inspect
+    from .hf.inspection import kernel_choices as kernel_choices
     from .hf.outlook import plan as plan
     from .layers import QuantLinear as QuantLinear
 
@@ -27,9 +29,11 @@ _HOMES = {
     "GPTQConfig": "optq.hf.config",
     "OptqError": "optq.errors",
     "QuantLinear": "optq.layers",
+    "bench": "optq.hf.evaluate",
     "compare": "optq.hf.evaluate",
     "evaluate": "optq.hf.evaluate",
     "inspect": "optq.hf.inspection",
+    "kernel_choices": "optq.hf.inspection",
     "perplexity": "optq.evaluation",
     "plan": "optq.hf.outlook",
     "quantize": "optq.hf.api",
@@ -39,9 +43,11 @@ __all__ = [
     "GPTQConfig",
     "OptqError",
     "QuantLinear",
+    "bench",
     "compare",
     "evaluate",
     "inspect",
+    "kernel_choices",
     "kernels",
     "perplexity",
     "plan",

@@ -90,7 +90,7 @@ def allocate(
     Raises:
         ConfigError: even the smallest schemes take more than the budget.
     """
-    units = measure(model, plan, calibration, candidates, torch.device(device or execution_device()), source)
+    units = measure(model, plan, calibration, candidates, execution_device(device), source)
     chosen = choose([unit.options for unit in units], budget)
     weights = sum(target.view.weight.numel() for target in plan.all_targets)
     if chosen is None:

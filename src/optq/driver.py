@@ -66,7 +66,7 @@ def quantize_model(
     On any exception the model's hooks, flags and devices are as before; blocks finished by then stay quantized.
     """
     log = log if log is not None else RunLog()
-    device = torch.device(device) if device is not None else execution_device()
+    device = execution_device(device)
     if source is None:
         for targets in plan.targets.values():
             _check_weights(targets, "nothing was quantized")

@@ -7,16 +7,29 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .errors import ConfigError
+
 
 def working_dtype(device: torch.device) -> torch.dtype | None:
     """float32 on CPUs, where 16-bit products are slow and less exact; elsewhere None, the model's own."""
     return torch.float32 if device.type == "cpu" else None
 
 
-def execution_device() -> torch.device:
-    """The accelerator, if there is one, else the CPU."""
+def execution_device(asked: torch.device | str | None = None) -> torch.device:
+    """The device asked for; by default the accelerator, if there is one, else the CPU.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None else torch.device("cpu")
+    if asked is None:
+        return accelerator if accelerator is not None else torch.device("cpu")
+    here = ["cpu"]
+    if accelerator is not None:
+        here += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if str(asked) not in here:
+        raise ConfigError(f"device={str(asked)!r} was asked for; this machine has {', '.join(here)}.")
+    return torch.device(asked)
 
 
 def tensors_outside(model: nn.Module, blocks: list[nn.Module]) -> list[Tensor]:

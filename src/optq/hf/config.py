@@ -62,6 +62,7 @@ RUN_ONLY = (
     "num_samples",
     "seed",
     "calibrate_all_experts",
+    "device",
     "log_file",
     "journal_folder",
 )
@@ -110,6 +111,7 @@ class GPTQConfig(transformers.GPTQConfig):
         quality_gate: "warn" or "raise" if the finished model is too far from the original on held-out calibration
             rows; "off": hold none out and do not compare.
         max_perplexity_ratio: how many times the original's perplexity counts as too far.
+        device: where blocks are run and solved, one at a time; by default the accelerator, if there is one.
         log_file: a path to which the run's events are appended as JSON lines.
         backend: a kernel by name, or "auto".
         block_name_to_quantize: the list of blocks, such as "model.layers"; found by itself in most models.
@@ -149,6 +151,7 @@ class GPTQConfig(transformers.GPTQConfig):
         seed: int = 0,
         quality_gate: QualityGate = "warn",
         max_perplexity_ratio: float = GOOD_PERPLEXITY_RATIO,
+        device: str | None = None,
         log_file: str | None = None,
         max_input_length: int | None = None,
         cache_block_outputs: bool = True,
@@ -192,6 +195,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.seed = seed
         self.quality_gate = quality_gate
         self.max_perplexity_ratio = max_perplexity_ratio
+        self.device = device
         self.log_file = log_file
         self.journal_folder: str | None = None  # set by optq.quantize: where finished blocks are written at once
         self.max_input_length = max_input_length
@@ -391,7 +395,7 @@ class GPTQConfig(transformers.GPTQConfig):
 
     def settings(self) -> dict[str, Any]:
         """Whatever decides what the checkpoint will be, besides the data."""
-        without = ("tokenizer", "dataset", "backend", "log_file", "journal_folder")
+        without = ("tokenizer", "dataset", "backend", "device", "log_file", "journal_folder")
         return {key: value for key, value in vars(self).items() if key not in without}
 
     def to_diff_dict(self) -> dict[str, Any]:

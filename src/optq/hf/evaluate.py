@@ -129,14 +129,14 @@ def compare(
     Raises:
         CalibrationError: the text cannot be read, or is shorter than a window.
     """
-    device = torch.device(device) if device is not None else execution_device()
+    device = execution_device(device)
     names = [os.fspath(model) for model in models]
     origin = None if baseline is None else os.fspath(baseline)
     reference = origin or names[0]
-    encoder = cache(lambda: load_tokenizer(tokenizer or reference, None))
-    ids = torch.tensor([token for sample in read_for_evaluation(dataset, encoder) for token in sample][:tokens])
     longest = getattr(model_config_of(reference, kwargs).get_text_config(), "max_position_embeddings", None)
     window = min(window, longest or window)
+    encoder = cache(lambda: load_tokenizer(tokenizer or reference, None))
+    ids = torch.tensor([token for sample in read_for_evaluation(dataset, encoder) for token in sample][:tokens])
     yardstick = _Yardstick(
         encoder=encoder,
         ids=ids,
@@ -152,6 +152,31 @@ def compare(
         del model
         gc.collect()  # a model refers to itself, and the next one is to find its memory free
     return found
+
+
+def bench(
+    model: str | os.PathLike[str],
+    *,
+    batch_sizes: Sequence[int] = (1, 16, 32, 64),
+    prompt: int = PROMPT,
+    new: int = 32,
+    runs: int = 3,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> list[Speed]:
+    """Measure how fast a model reads and generates.
+
+    Args:
+        model: id or folder, dense or quantized by any tool.
+        batch_sizes: sequences at once.
+        prompt, new: tokens of each sequence to read, seeded random ones, and to generate.
+        runs: of which medians are taken.
+        device, kwargs: as of `compare`.
+    """
+    loaded = _load(os.fspath(model), execution_device(device), kwargs)
+    vocabulary = loaded.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+    return [generation_speed(loaded, ids, batch, new, runs) for batch in batch_sizes]
 
 
 def _load(name: str, device: torch.device, kwargs: dict[str, Any]) -> Any:

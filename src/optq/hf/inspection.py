@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from optq.checkpoint import CHECKPOINT_FORMATS, find_quantized_linears, read_headers, unpack_codes
 from optq.errors import CheckpointError
+from optq.kernels import explain
+from optq.layers import QuantLinear
 from optq.memory import GIB
+from optq.placement import execution_device
 from optq.scheme import LayerScheme, trivial_groups
 from optq.serving import READERS, Linear, kind_of, refusals, split_of
 
@@ -102,6 +106,72 @@ def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1
         contradictions=tuple(_contradictions(files, linears.values())),
         refused={reader: refusals(reader, linears.values(), tensor_parallel) for reader in READERS},
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelChoice:
+    """What multiplies the linears of one kind.
+
+    Args:
+        count: how many linears of this shape and kind there are.
+        kernel: the one chosen.
+        refused: by name, why the kernels before it in the table cannot run these.
+    """
+
+    kind: str
+    out_features: int
+    in_features: int
+    bits: int
+    count: int
+    kernel: str
+    refused: dict[str, str]
+
+
+def kernel_choices(
+    model_id_or_dir: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> list[KernelChoice]:
+    """Load a GPTQ checkpoint and say which kernel runs which of its linears.
+
+    Args:
+        device: where; by default the accelerator, if there is one.
+        backend: a kernel by name, as of `GPTQConfig`.
+        kwargs: for `from_pretrained`.
+    Raises:
+        KernelError: the kernel asked for cannot run a linear.
+        CheckpointError: nothing in it is quantized.
+    """
+    source = os.fspath(model_id_or_dir)
+    if not getattr(model_config_of(source, kwargs), "quantization_config", None):
+        raise CheckpointError(f"{source} is not quantized, so it has no linears that a kernel of optq multiplies.")
+    options = {"dtype": "auto", "device_map": execution_device(device), **kwargs}
+    if backend != "auto":
+        options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # the rest is as stored
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
+    kinds: dict[tuple[str, int, int, int], list[QuantLinear]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            kinds.setdefault((kind_of(name), layer.out_features, layer.in_features, layer.bits), []).append(layer)
+    found = []
+    for (kind, out_features, in_features, bits), layers in kinds.items():
+        kernel = layers[0].kernel_name
+        assert kernel is not None  # it is loaded
+        reasons = explain(layers[0].packed, model.dtype)
+        found.append(
+            KernelChoice(
+                kind=kind,
+                out_features=out_features,
+                in_features=in_features,
+                bits=bits,
+                count=len(layers),
+                kernel=kernel,
+                refused={name: reason for name, reason in reasons.items() if reason is not None},
+            )
+        )
+    return found
 
 
 def _contradictions(files: Sequence[Path], linears: Iterable[Linear]) -> Iterator[str]:

@@ -95,14 +95,12 @@ def plan(
     config: transformers.GPTQConfig,
     *,
     tensor_parallel: int = 1,
-    device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> Outlook:
     """Say what `optq.quantize` with the same arguments will take and give. Reads the config and the data, no weights.
 
     Args:
         tensor_parallel: over how many GPUs vLLM will split the model.
-        device: where blocks will be solved; by default the accelerator, if there is one.
         kwargs: as for `optq.quantize`: dtype, revision, token, trust_remote_code, …
     Raises:
         ConfigError, CalibrationError, ModelError: whatever would stop the run before its work.
@@ -112,7 +110,7 @@ def plan(
     prepared = prepare(model, config)
     planned, calibration = prepared.plan, prepared.calibration
     put_split(model, prepared.experts)
-    device = torch.device(device) if device is not None else execution_device()
+    device = execution_device(config.device)
     targets = planned.all_targets
     stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets)
     weights = sum(math.prod(target.view.shape) for target in targets)

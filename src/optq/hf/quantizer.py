@@ -25,6 +25,7 @@ from optq.evaluation import Comparison, judge
 from optq.layers import QuantLinear
 from optq.memory import GIB
 from optq.model import LINEAR_TYPES, ROLES, Experts, find_fused_experts, put_fused, put_split
+from optq.placement import execution_device
 from optq.planning import Plan
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
@@ -73,6 +74,7 @@ class OptqHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             return
         require_dataset(self.quantization_config.dataset)
+        execution_device(self.quantization_config.device)
 
     def update_device_map(self, device_map: Any) -> Any:
         """While quantizing, load to the CPU: blocks visit the accelerator one by one. The result goes where asked."""
@@ -129,6 +131,7 @@ class OptqHfQuantizer(HfQuantizer):
                     self._calibration,
                     lambda view: config.candidates_for(view.name, *view.shape),
                     self._budget(model),
+                    device=config.device,
                     log=self.log,
                     source=self._streamed,
                 )
@@ -140,6 +143,7 @@ class OptqHfQuantizer(HfQuantizer):
                 polish_passes=config.polish_passes,
                 checkpoint_format=config.format,
                 backend=config.backend,
+                device=config.device,
                 log=self.log,
                 source=self._streamed,
                 sink=self.journal,

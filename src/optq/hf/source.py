@@ -9,16 +9,31 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, ModelError
 
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 """Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
 
 
 def model_config_of(source: str, kwargs: dict[str, Any]) -> Any:
-    """The model's config, from a folder or the Hub; of `kwargs` what tells where that is."""
+    """The model's config, from a folder or the Hub; of `kwargs` what tells where that is.
+
+    Raises:
+        ModelError: there is none, or none that transformers knows.
+        OSError: there is no such folder or repository, or it cannot be reached.
+    """
     keys = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
-    return AutoConfig.from_pretrained(source, **_only(keys, kwargs))
+    folder = Path(source, kwargs.get("subfolder") or "")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"{folder} has no config.json, so it is no model. Name a model's folder, or its id on the Hub."
+        )
+    try:
+        return AutoConfig.from_pretrained(source, **_only(keys, kwargs))
+    except ValueError as error:
+        raise ModelError(
+            f"{source}: transformers {transformers.__version__} cannot read its config: {error}"
+        ) from error
 
 
 def model_class_of(model_config: Any) -> Any:

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `optimum-cli export gptq`, `optimum-cli gptq …`, and the same as `python -m optq …`.
+
+Only parses and prints: each command calls one public function. Nothing heavy is imported before a command runs, so
+that help appears at once.
+"""
+
+import argparse
+from dataclasses import replace
+
+from .command import EXIT_CODES as EXIT_CODES
+from .command import Command as Command
+from .command import execute as execute
+from .judging import BENCH, COMPARE, EVALUATE
+from .looking import INSPECT, KERNELS
+from .quantizing import EXPORT, PLAN
+
+COMMANDS = (PLAN, INSPECT, EVALUATE, COMPARE, BENCH, KERNELS)
+"""Those of `optimum-cli gptq`, in the order of a user's day."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m optq`: the same commands, with `quantize` for `export gptq`. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m optq", description=__doc__.splitlines()[0])
+    places = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (replace(EXPORT, name="quantize"), *COMMANDS):
+        place = places.add_parser(command.name, help=command.summary)
+        command.declare(place)
+        place.set_defaults(command=command)
+    parsed = parser.parse_args(arguments)
+    return execute(parsed.command, parsed)

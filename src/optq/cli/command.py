@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command is, and how one ends: an exit code, and for an error one line that says what to do."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from optq import errors
+
+DONE, INTERNAL, USAGE, MODEL, QUALITY, RESOURCES, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+EXIT_CODES = {
+    DONE: "done",
+    INTERNAL: "a defect of optq or of a library: --debug shows where",
+    USAGE: "the options or the data cannot be used as they are",
+    MODEL: "the model or checkpoint cannot be found, read, or quantized",
+    QUALITY: "the result is not good enough: the quality gate, or what --fail-above asks for",
+    RESOURCES: "the output folder, the disk or the memory do not suffice",
+    INTERRUPTED: "interrupted; an export goes on where it was when it is called again",
+}
+
+_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (errors.ConfigError, USAGE),
+    (errors.CalibrationError, USAGE),
+    (errors.KernelError, USAGE),
+    (errors.QualityError, QUALITY),
+    (errors.OutputError, RESOURCES),
+    (errors.OptqError, MODEL),
+    (MemoryError, RESOURCES),
+    (OSError, MODEL),  # of transformers and huggingface_hub: no such model, no network, no access
+    (KeyboardInterrupt, INTERRUPTED),
+)
+"""The first row that an exception is an instance of counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command.
+
+    Args:
+        add_arguments: declares its arguments.
+        run: does it; returns the exit code.
+    """
+
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+    def declare(self, parser: argparse.ArgumentParser) -> None:
+        """Its arguments, and those of every command."""
+        parser.description = textwrap.fill(self.summary, 80)
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = "exit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
+        self.add_arguments(parser)
+        shared = parser.add_argument_group("output")
+        shared.add_argument("--json", action="store_true", help="print JSON, for programs")
+        shared.add_argument("--quiet", action="store_true", help="say nothing but results, warnings and errors")
+        shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def execute(command: Command, arguments: argparse.Namespace) -> int:
+    """Run a command; returns its exit code, whatever happens."""
+    _log_to_stderr(quiet=arguments.quiet)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars heed it too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: hooks are taken off, files closed
+    try:
+        return command.run(arguments)
+    except BaseException as error:  # whatever it is, the user gets a line, and the shell a code
+        if isinstance(error, SystemExit):
+            raise
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        return exit_code_of(error)
+
+
+def exit_code_of(error: BaseException) -> int:
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+        return RESOURCES
+    return next((code for kind, code in _CODES if isinstance(error, kind)), INTERNAL)
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted. The same command goes on where it was, if it was an export."
+    words = " ".join(str(error).split())
+    if exit_code_of(error) != INTERNAL:
+        return words or type(error).__name__
+    return f"{type(error).__name__}: {words} (a defect of optq or of a library; --debug shows where)"
+
+
+def _log_to_stderr(quiet: bool) -> None:
+    """Log lines without a prefix, written around the progress bars."""
+    logger = logging.getLogger("optq")
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_AroundBars()]
+
+
+class _AroundBars(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + self.format(record), file=sys.stderr)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that say what a checkpoint is: inspect and kernels."""
+
+import argparse
+
+from .command import DONE, MODEL, Command
+from .loading import add_loading, loading
+from .printing import as_json, print_json, print_table
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="ID_OR_DIR", help="a checkpoint, quantized or dense")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that serve it together (1)")
+    add_loading(parser)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    import optq
+
+    found = optq.inspect(arguments.model, tensor_parallel=arguments.tensor_parallel, **loading(arguments))
+    if arguments.json:
+        linears = [
+            {"kind": kind, "out_features": out, "in_features": columns, "count": count, **as_json(scheme)}
+            for (kind, out, columns, scheme), count in found.linears.items()
+        ]
+        config = None if found.config is None else found.config.to_dict()
+        print_json({**as_json(found), "config": config, "linears": linears})
+        return MODEL if found.contradictions else DONE
+    shape = f"{found.bits_per_weight:.2f} bits per weight in its blocks, {found.size_gib:.2f} GiB"
+    if found.config is None:
+        print(f"{found.model}: not quantized; {shape}")
+        return DONE
+    print(f"{found.model}: {found.config.format}, {'symmetric' if found.config.sym else 'asymmetric'}; {shape}")
+    print_table(
+        "quantized linears",
+        ("kind", "count", "outputs", "inputs", "bits", "group"),
+        [
+            (kind, str(count), str(out), str(columns), str(scheme.bits), str(scheme.group_size))
+            for (kind, out, columns, scheme), count in found.linears.items()
+        ],
+    )
+    for kind, count in found.dense.items():
+        print(f"not quantized: {count} x {kind}")
+    for reader, reasons in found.refused.items():
+        print(f"{reader} reads it" if not reasons else f"{reader} does not read it:")
+        for reason in reasons:
+            print(f"  {reason}")
+    for contradiction in found.contradictions:
+        print(f"WRONG: {contradiction}")
+    return MODEL if found.contradictions else DONE
+
+
+INSPECT = Command(
+    name="inspect",
+    summary="Say what a checkpoint holds, who reads it and why others do not, and whether its bytes are what its "
+    "labels say. Reads headers and a few small tensors.",
+    add_arguments=_add_inspect,
+    run=_inspect,
+)
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="ID_OR_DIR", help="a GPTQ checkpoint")
+    parser.add_argument("--device", metavar="DEVICE", help="where it will run (the accelerator, if there is one)")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="a kernel by name (auto)")
+    add_loading(parser)
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    import optq
+
+    found = optq.kernel_choices(
+        arguments.model, device=arguments.device, backend=arguments.backend, **loading(arguments)
+    )
+    if arguments.json:
+        print_json(found)
+        return DONE
+    print_table(
+        f"{arguments.model}: what multiplies its linears",
+        ("kind", "count", "outputs", "inputs", "bits", "kernel"),
+        [(x.kind, str(x.count), str(x.out_features), str(x.in_features), str(x.bits), x.kernel) for x in found],
+    )
+    for kernel, reason in dict.fromkeys(refusal for x in found for refusal in x.refused.items()):
+        print(f"not {kernel}: {reason}")
+    return DONE
+
+
+KERNELS = Command(
+    name="kernels",
+    summary="Say which kernel multiplies each linear here, and why the others do not.",
+    add_arguments=_add_kernels,
+    run=_kernels,
+)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that make a checkpoint, or say what making it will take."""
+
+import argparse
+import json
+from typing import Any
+
+from .command import DONE, RESOURCES, Command
+from .loading import add_loading, loading
+from .printing import as_json, print_json
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """The fields of `GPTQConfig`. Defaults are its own: an option that is not given is not passed on."""
+    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the model to quantize")
+    data = parser.add_argument_group("calibration data")
+    data.add_argument(
+        "--dataset",
+        "--data-path",
+        metavar="DATA",
+        help="a name (wikitext2, c4, …), a .txt/.json/.jsonl/.parquet file, or a mix: wikitext2:0.5,./my.jsonl:0.5",
+    )
+    data.add_argument("--num-samples", type=int, metavar="N", help="sequences to use at most (128, or all of a list)")
+    data.add_argument("--seq-len", "--max-len", type=int, metavar="N", help="tokens of one at most (2048, or fewer)")
+    data.add_argument("--tokenizer", metavar="ID_OR_DIR", help="if it is not in the model's folder")
+    data.add_argument("--seed", type=int, metavar="N", help="chooses the sequences where there are more (0)")
+
+    grid = parser.add_argument_group("what is stored")
+    grid.add_argument("--bits", type=int, default=4, metavar="N", help="2, 3, 4 or 8 (4)")
+    grid.add_argument(
+        "--group-size", type=int, metavar="N", help="columns that share a scale; -1 for whole rows (128)"
+    )
+    grid.add_argument("--sym", action=argparse.BooleanOptionalAction, help="zeros in the middle of the grid (yes)")
+    grid.add_argument("--desc-act", action=argparse.BooleanOptionalAction, help="groups in activation order (no)")
+    grid.add_argument(
+        "--target-bits-per-weight", type=float, metavar="BITS", help="choose bits for each linear instead"
+    )
+    grid.add_argument("--target-size-gib", type=float, metavar="GIB", help="the same, as the size of all weights")
+    grid.add_argument("--serving", metavar="SERVER", help="vllm: refuse, and do not choose, what it does not read")
+    grid.add_argument("--format", metavar="FORMAT", help="gptq (v1), which all read, or gptq_v2")
+    grid.add_argument("--lm-head", action="store_true", default=None, help="quantize the output head too")
+    grid.add_argument("--dynamic", type=_json, metavar="JSON", help="""by layer: '{"+:.*down_proj": {"bits": 8}}'""")
+
+    work = parser.add_argument_group("how it is made")
+    work.add_argument("--effort", metavar="EFFORT", help="fast, default or max: how much time may be spent")
+    work.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward (as many as are 2048 tokens)")
+    work.add_argument("--damp-percent", type=float, metavar="FRACTION", help="damping of the Hessian (0.1)")
+    work.add_argument(
+        "--calibrate-all-experts", action="store_true", default=None, help="show every expert all tokens"
+    )
+    work.add_argument(
+        "--quality-gate", metavar="GATE", help="warn, raise or off: if the result is far from the original"
+    )
+    work.add_argument("--max-perplexity-ratio", type=float, metavar="RATIO", help="how far that is (1.5)")
+    work.add_argument("--device", metavar="DEVICE", help="where blocks are solved (the accelerator, if there is one)")
+    add_loading(parser)
+
+
+_FIELDS = (
+    *("bits", "group_size", "sym", "desc_act", "target_bits_per_weight", "target_size_gib", "serving", "format"),
+    *("lm_head", "dynamic", "effort", "batch_size", "damp_percent", "calibrate_all_experts", "quality_gate"),
+    *("max_perplexity_ratio", "device", "dataset", "num_samples", "tokenizer", "seed"),
+)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    from optq import GPTQConfig
+
+    given = {field: getattr(arguments, field) for field in _FIELDS if getattr(arguments, field) is not None}
+    if arguments.seq_len is not None:
+        given["model_seqlen"] = arguments.seq_len
+    return GPTQConfig(**given)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", metavar="OUT", help="a new or empty folder, or one that an interrupted run left")
+    _add_settings(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only say what it will take, as `gptq plan` does")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if arguments.dry_run:
+        arguments.tensor_parallel = 1
+        return _plan(arguments)
+    import optq
+
+    folder = optq.quantize(arguments.model, _config(arguments), output_dir=arguments.output, **loading(arguments))
+    if arguments.json:
+        log = (folder / "quantization_log.jsonl").read_text(encoding="utf-8").splitlines()
+        finished = [event for event in map(json.loads, log) if event["event"] in ("quality", "finished")]
+        print_json({"folder": folder, **{event.pop("event"): event for event in finished}})
+    else:
+        print(f"{folder} is finished. How good it is: optimum-cli gptq compare {arguments.model} {folder}")
+    return DONE
+
+
+EXPORT = Command(
+    name="gptq",
+    summary="Quantize a model with GPTQ to a folder that vLLM, SGLang, GPTQModel and transformers read. "
+    "Called again after an interruption, it goes on where it was.",
+    add_arguments=_add_export,
+    run=_export,
+)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser)
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that will serve it together (1)"
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import optq
+
+    outlook = optq.plan(
+        arguments.model, _config(arguments), tensor_parallel=arguments.tensor_parallel, **loading(arguments)
+    )
+    if arguments.json:
+        linears = [
+            {"out_features": out, "in_features": columns, "count": count, **as_json(scheme)}
+            for (out, columns, scheme), count in outlook.linears.items()
+        ]
+        print_json({**as_json(outlook), "linears": linears, "fits": outlook.fits, "advice": outlook.advice})
+    else:
+        print(outlook)
+    return DONE if outlook.fits else RESOURCES
+
+
+PLAN = Command(
+    name="plan",
+    summary="Say what quantizing a model will take and give, before any weight is read.",
+    add_arguments=_add_plan,
+    run=_plan,
+)

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import logging
+import shutil
+import signal
+
+import pytest
+
+from optq.cli import COMMANDS, EXPORT, main
+from optq.cli.command import DONE, EXIT_CODES, INTERNAL, MODEL, QUALITY, RESOURCES, USAGE, exit_code_of
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 6)
+    return str(file)
+
+
+@pytest.fixture
+def run(capsys):
+    """Call the command line in this process: (exit code, standard output, standard error)."""
+    logger, handler = logging.getLogger("optq"), signal.getsignal(signal.SIGTERM)
+    before = logger.level, logger.propagate, logger.handlers
+
+    def call(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    yield call
+    logger.level, logger.propagate, logger.handlers = before
+    signal.signal(signal.SIGTERM, handler)
+
+
+SETTINGS = ("--group-size", 32, "--effort", "fast", "--seq-len", 32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "out"
+    arguments = ["quantize", "--model", tiny_llama, folder, *SETTINGS, "--dataset", text, "--quiet"]
+    assert main([str(argument) for argument in arguments]) == DONE
+    return folder
+
+
+def has_one_line(words, err):
+    """The error's line is one, says so, and holds the words."""
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert "Traceback" not in err
+    return True
+
+
+# quantize
+
+
+def test_quantizing_makes_a_checkpoint_and_says_how_to_judge_it(run, tiny_llama, text, tmp_path):
+    code, out, err = run("quantize", "--model", tiny_llama, tmp_path / "out", *SETTINGS, "--dataset", text)
+    assert code == DONE
+    assert f"gptq compare {tiny_llama} {tmp_path / 'out'}" in out
+    assert "model.layers.1: relative loss" in err  # a line for every block where there is no terminal
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (stated["bits"], stated["group_size"]) == (4, 32)
+
+
+def test_the_options_of_qwens_script_are_understood(run, tiny_llama, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": "Say that again? " * 9}]}] * 3
+    (tmp_path / "data.json").write_text(json.dumps(chats))
+    arguments = ["--data-path", tmp_path / "data.json", "--max-len", 64, "--group-size", 32, "--effort", "fast"]
+    code, out, _ = run("quantize", "--model", tiny_llama, tmp_path / "out", *arguments, "--json")
+    assert code == DONE
+    assert json.loads(out)["folder"] == str(tmp_path / "out")
+    assert json.loads(out)["quality"]["perplexity_ratio"] > 0
+
+
+def test_options_reach_the_config(run, tiny_llama, text, tmp_path):
+    dynamic = '{"-:.*o_proj": {}, "+:.*v_proj": {"bits": 8}}'
+    options = ["--bits", 3, "--no-sym", "--format", "gptq_v2", "--dynamic", dynamic, "--quiet"]
+    code, _, err = run("quantize", "--model", tiny_llama, tmp_path / "out", *SETTINGS, "--dataset", text, *options)
+    assert code == DONE
+    assert "relative loss" not in err
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (stated["bits"], stated["sym"], stated["checkpoint_format"]) == (3, False, "gptq_v2")
+    assert stated["dynamic"] == json.loads(dynamic)
+
+
+def test_a_finished_folder_is_not_overwritten(run, tiny_llama, text, checkpoint):
+    code, _, err = run("quantize", "--model", tiny_llama, checkpoint, *SETTINGS, "--dataset", text)
+    assert code == RESOURCES
+    assert has_one_line("is not empty", err)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--bits", 5], "bits=5 was asked for; allowed are 2, 3, 4, 8"),
+        (["--effort", "most"], "effort='most' was asked for"),
+        (["--group-size", 48], "dividing sizes are"),
+        (["--device", "cuda:7"], "device='cuda:7' was asked for; this machine has"),
+        (["--dataset", "wikitext3"], "wikitext3"),
+        (["--serving", "vllm", "--bits", 3], "vLLM does not read 3 bits"),
+    ],
+)
+def test_wrong_settings_are_told_before_any_work(run, tiny_llama, text, tmp_path, options, words):
+    code, _, err = run("quantize", "--model", tiny_llama, tmp_path / "out", *SETTINGS, "--dataset", text, *options)
+    assert code == USAGE
+    assert has_one_line(words, err)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_model_that_is_not_there_is_told(run, text, tmp_path):
+    code, _, err = run("quantize", "--model", tmp_path / "nowhere", tmp_path / "out", "--dataset", text)
+    assert code == MODEL
+    assert has_one_line("nowhere", err)
+
+
+def test_dynamic_must_be_json(run, tiny_llama, tmp_path):
+    code, _, err = run("quantize", "--model", tiny_llama, tmp_path, "--dynamic", "{-:o_proj}")
+    assert code == USAGE
+    assert "is not valid JSON" in err
+
+
+def test_a_red_gate_has_an_exit_code_of_its_own(run, tiny_llama, text, tmp_path):
+    options = ["--bits", 2, "--quality-gate", "raise", "--max-perplexity-ratio", 0.5]
+    code, _, err = run("quantize", "--model", tiny_llama, tmp_path / "out", *SETTINGS, "--dataset", text, *options)
+    assert code == QUALITY
+    assert has_one_line("above the limit of 0.5", err)
+
+
+# plan
+
+
+def test_a_plan_reads_no_weights_and_writes_nothing(run, tiny_llama, text, tmp_path):
+    shutil.copy(tiny_llama / "config.json", tmp_path)
+    shutil.copy(tiny_llama / "tokenizer.json", tmp_path)
+    shutil.copy(tiny_llama / "tokenizer_config.json", tmp_path)
+    before = sorted(tmp_path.iterdir())
+    code, out, _ = run("plan", "--model", tmp_path, *SETTINGS, "--dataset", text, "--json")
+    assert code == DONE
+    facts = json.loads(out)
+    assert facts["blocks"] == 2
+    assert facts["fits"] is True
+    assert sum(linear["count"] for linear in facts["linears"]) == 14
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_dry_run_is_a_plan(run, tiny_llama, text, tmp_path):
+    settings = ["--model", tiny_llama, *SETTINGS, "--dataset", text]
+    dry = run("quantize", tmp_path / "out", *settings, "--dry-run")
+    assert dry[:2] == run("plan", *settings)[:2]
+    assert "bits per weight" in dry[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_has_an_exit_code(run, tiny_llama, text, monkeypatch):
+    monkeypatch.setattr("optq.hf.outlook.free_bytes", lambda device: 1000)
+    code, out, _ = run("plan", "--model", tiny_llama, *SETTINGS, "--dataset", text)
+    assert code == RESOURCES
+    assert "does not fit; try" in out
+
+
+def test_a_plan_says_what_vllm_will_refuse(run, tiny_llama, text):
+    settings = ["--model", tiny_llama, *SETTINGS, "--dataset", text]
+    assert "vLLM reads it" in run("plan", *settings)[1]
+    assert "64 outputs in 2 parts" in run("plan", *settings, "--tensor-parallel", 2)[1]
+
+
+# inspect
+
+
+def test_inspecting_says_what_is_stored_and_who_reads_it(run, checkpoint):
+    code, out, _ = run("inspect", checkpoint)
+    assert code == DONE
+    assert "model.layers.*.self_attn.q_proj" in out
+    assert "vllm reads it" in out
+    code, out, _ = run("inspect", checkpoint, "--json")
+    assert json.loads(out)["linears"][0]["bits"] == 4
+
+
+def test_a_dense_model_is_said_to_be_one(run, tiny_llama):
+    code, out, _ = run("inspect", tiny_llama)
+    assert code == DONE
+    assert "not quantized; 32.00 bits per weight" in out
+
+
+def test_a_wrong_label_is_an_error_for_scripts(run, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(
+        path.read_text().replace('"gptq"', '"gptq_v2"').replace('"quant_method": "gptq_v2"', '"quant_method": "gptq"')
+    )
+    code, out, _ = run("inspect", tmp_path / "copy")
+    assert code == MODEL
+    assert "WRONG: " in out
+    assert run("inspect", tmp_path / "copy", "--json")[0] == MODEL
+
+
+def test_what_is_no_checkpoint_is_told(run, tmp_path):
+    code, _, err = run("inspect", tmp_path)
+    assert code == MODEL
+    assert has_one_line("config.json", err)
+
+
+# evaluate and compare
+
+WINDOWS = ("--window", 64, "--stride", 32, "--dtype", "float32", "--device", "cpu")
+
+
+def test_evaluating_names_both_protocols(run, checkpoint, text):
+    code, out, _ = run("evaluate", checkpoint, "--dataset", text, *WINDOWS)
+    assert code == DONE
+    assert "perplexity, consecutive windows of 64" in out
+    assert "perplexity, sliding window of 64, stride 32" in out
+    assert "KL" not in out
+
+
+def test_beside_the_original_there_is_a_verdict(run, tiny_llama, checkpoint, text):
+    code, out, _ = run("evaluate", checkpoint, "--baseline", tiny_llama, "--dataset", text, *WINDOWS, "--answers")
+    assert code == DONE
+    assert "the original" in out
+    assert "The capital of France is" in out
+    assert any(verdict in out for verdict in ("as good as", "good", "usable", "poor"))
+
+
+def test_comparing_prints_markdown_and_json(run, tiny_llama, checkpoint, text):
+    table = run("compare", tiny_llama, checkpoint, "--dataset", text, *WINDOWS, "--markdown")[1]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 4  # columns, rule, two models
+    rows = json.loads(run("compare", tiny_llama, checkpoint, "--dataset", text, *WINDOWS, "--json")[1])
+    assert [row["model"] for row in rows] == [str(tiny_llama), str(checkpoint)]
+    assert rows[1]["comparison"]["divergence"] > 0
+    assert rows[0]["verdict"] is None
+
+
+def test_a_script_can_ask_for_a_limit(run, tiny_llama, checkpoint, text):
+    arguments = ["compare", tiny_llama, checkpoint, "--dataset", text, *WINDOWS, "--fail-above"]
+    assert run(*arguments, 1000)[0] == DONE
+    assert run(*arguments, 0.001)[0] == QUALITY
+
+
+def test_one_model_is_no_comparison(run, checkpoint, text):
+    code, _, err = run("compare", checkpoint, "--dataset", text)
+    assert code == USAGE
+    assert has_one_line("`gptq evaluate` measures one", err)
+
+
+def test_a_text_that_is_too_short_is_told(run, checkpoint, text):
+    code, _, err = run("evaluate", checkpoint, "--dataset", text, "--window", 128, "--tokens", 100)
+    assert code == USAGE
+    assert has_one_line("has 100 tokens; at least 128", err)
+
+
+def test_a_model_that_is_not_there_cannot_be_evaluated(run, text, tmp_path):
+    code, _, err = run("evaluate", tmp_path / "nowhere", "--dataset", text)
+    assert code == MODEL
+    assert has_one_line("nowhere", err)
+
+
+def harness_file(folder, name, accuracy):
+    path = folder / f"results_{name}.json"
+    path.write_text(json.dumps({"results": {"arc_easy": {"acc,none": accuracy, "acc_stderr,none": 0.01}}}))
+    return path
+
+
+def test_results_of_the_harness_are_compared(run, tmp_path):
+    files = harness_file(tmp_path, "fp", 0.60), harness_file(tmp_path, "quantized", 0.57)
+    code, out, _ = run("compare", *files)
+    assert code == DONE
+    assert "loses more than 2 %" in out
+    assert "95.0% of the original's scores is left: usable" in out
+    (table,) = json.loads(run("compare", *files, "--json")[1])
+    assert table["kept"] == pytest.approx(0.95)
+
+
+def test_a_missing_harness_is_told(run, tiny_llama, checkpoint, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    code, _, err = run("compare", tiny_llama, checkpoint, "--lm-eval", "arc_easy")
+    assert code == USAGE
+    assert has_one_line("pip install lm-eval", err)
+
+
+# bench and kernels
+
+
+def test_speed_is_one_row_per_model_and_batch(run, tiny_llama, checkpoint):
+    options = ["--batch-sizes", 1, 2, "--prompt", 8, "--new", 3, "--runs", 1]
+    code, out, _ = run("bench", tiny_llama, checkpoint, *options, "--markdown")
+    assert code == DONE
+    assert len([line for line in out.splitlines() if line.startswith("|")]) == 2 + 4
+    speeds = json.loads(run("bench", checkpoint, *options, "--json")[1])
+    assert [speed["batch"] for speed in speeds[str(checkpoint)]] == [1, 2]
+
+
+@pytest.mark.parametrize("option", ["--batch-sizes", "--new", "--runs", "--prompt"])
+def test_speed_needs_positive_numbers(run, checkpoint, option):
+    code, _, err = run("bench", checkpoint, option, 0)
+    assert code == USAGE
+    assert "0 is not a positive" in err
+
+
+def test_every_kind_of_linear_has_its_kernel(run, checkpoint):
+    code, out, _ = run("kernels", checkpoint, "--device", "cpu", "--dtype", "bfloat16")
+    assert code == DONE
+    assert "not triton: " in out
+    rows = json.loads(run("kernels", checkpoint, "--device", "cpu", "--json")[1])
+    assert sum(row["count"] for row in rows) == 14
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_kernel_that_cannot_run_says_why(run, checkpoint):
+    code, _, err = run("kernels", checkpoint, "--device", "cpu", "--backend", "triton")
+    assert code == USAGE
+    assert has_one_line("backend='triton' cannot run", err)
+
+
+def test_a_dense_model_has_no_kernels(run, tiny_llama):
+    code, _, err = run("kernels", tiny_llama)
+    assert code == MODEL
+    assert has_one_line("not quantized", err)
+
+
+def test_an_unknown_device_is_told(run, checkpoint):
+    code, _, err = run("kernels", checkpoint, "--device", "tpu")
+    assert code == USAGE
+    assert has_one_line("device='tpu' was asked for", err)
+
+
+# all
+
+
+@pytest.mark.parametrize("command", [EXPORT, *COMMANDS], ids=lambda command: command.name)
+def test_help_lists_the_exit_codes(run, command):
+    code, out, _ = run("quantize" if command is EXPORT else command.name, "--help")
+    assert code == 0
+    assert all(meaning in out for meaning in EXIT_CODES.values())
+
+
+def test_a_defect_is_called_one_and_debug_shows_where(run, checkpoint, monkeypatch):
+    def broken(*arguments, **settings):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("optq.hf.inspection.read_headers", broken)
+    code, _, err = run("inspect", checkpoint)
+    assert code == INTERNAL
+    assert has_one_line("IndexError: list index out of range (a defect", err)
+    assert "Traceback" in run("inspect", checkpoint, "--debug")[2]
+
+
+def test_an_interruption_ends_with_the_shells_code():
+    assert exit_code_of(KeyboardInterrupt()) == 130

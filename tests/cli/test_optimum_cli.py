@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as optimum-cli finds them, in processes of their own."""
+
+import json
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+OPTIMUM = "import sys; sys.argv[0] = 'optimum-cli'; from optimum.commands.optimum_cli import main; main()"
+
+
+def optimum_cli(*arguments):
+    return subprocess.run([sys.executable, "-c", OPTIMUM, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_the_commands_are_found():
+    assert "gptq" in optimum_cli("--help").stdout
+    shown = optimum_cli("gptq", "--help").stdout
+    assert all(name in shown for name in ("plan", "inspect", "evaluate", "compare", "bench", "kernels"))
+    assert "--group-size" in optimum_cli("export", "gptq", "--help").stdout
+
+
+def test_exit_codes_and_errors_reach_the_shell(tmp_path):
+    ended = optimum_cli("gptq", "inspect", tmp_path / "nowhere")
+    assert ended.returncode == 3
+    assert ended.stderr.startswith("error: ")
+    assert ended.stdout == ""
+
+
+def test_json_is_all_that_is_printed(tiny_llama):
+    ended = optimum_cli("gptq", "inspect", tiny_llama, "--json")
+    assert ended.returncode == 0
+    assert json.loads(ended.stdout)["bits_per_weight"] == 32
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from optq.cli import main\ntry: main(['quantize', '--help'])\nexcept SystemExit: pass\n"
+    check = f"{code}loaded = {{'torch', 'transformers', 'rich'}} & set(sys.modules); assert not loaded, loaded"
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+
+
+def test_help_takes_no_longer_than_optimums_own():
+    def seconds(*arguments):
+        started = time.perf_counter()
+        assert optimum_cli(*arguments).returncode == 0
+        return time.perf_counter() - started
+
+    runs = [(seconds("export", "gptq", "--help"), seconds("--help")) for _ in range(3)]
+    assert min(ours for ours, _ in runs) <= 1.5 * min(theirs for _, theirs in runs)
+
+
+def test_nothing_of_ours_makes_optimum_a_package():
+    """An __init__.py there would hide optimum's own modules."""
+    register = Path(find_spec("optimum.commands.register.register_optq").origin)
+    assert not list(register.parents[2].glob("__init__.py"))
+    assert not list(register.parents[1].glob("__init__.py"))
+    assert not list(register.parent.glob("__init__.py"))
+
+
+def test_python_m_optq_is_the_same(tiny_llama):
+    ended = subprocess.run(
+        [sys.executable, "-m", "optq", "inspect", str(tiny_llama)], capture_output=True, text=True, check=True
+    )
+    assert "not quantized" in ended.stdout
+
+
+@pytest.mark.parametrize("arguments", [["export", "gptq"], ["gptq", "evaluate"], ["gptq", "bench", "x", "--new", "y"]])
+def test_missing_arguments_are_told_by_the_parser(arguments):
+    ended = optimum_cli(*arguments)
+    assert ended.returncode == 2
+    assert "usage:" in ended.stderr
