@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .evaluation import perplexity as perplexity
     from .hf.api import quantize as quantize
     from .hf.config import GPTQConfig as GPTQConfig
+    from .hf.convert import convert as convert
     from .hf.evaluate import bench as bench
     from .hf.evaluate import compare as compare
     from .hf.evaluate import evaluate as evaluate
@@ -31,6 +32,7 @@ _HOMES = {
     "QuantLinear": "optq.layers",
     "bench": "optq.hf.evaluate",
     "compare": "optq.hf.evaluate",
+    "convert": "optq.hf.convert",
     "evaluate": "optq.hf.evaluate",
     "inspect": "optq.hf.inspection",
     "kernel_choices": "optq.hf.inspection",
@@ -45,6 +47,7 @@ __all__ = [
     "QuantLinear",
     "bench",
     "compare",
+    "convert",
     "evaluate",
     "inspect",
     "kernel_choices",

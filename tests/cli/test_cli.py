@@ -352,3 +352,29 @@ def test_a_defect_is_called_one_and_debug_shows_where(run, checkpoint, monkeypat
 
 def test_an_interruption_ends_with_the_shells_code():
     assert exit_code_of(KeyboardInterrupt()) == 130
+
+
+# convert
+
+
+def test_converting_says_what_the_folder_holds(run, checkpoint, tmp_path):
+    code, out, _ = run("convert", checkpoint, tmp_path / "dense", "--to", "dense")
+    assert code == DONE
+    assert "the same weights as dense" in out
+    assert "not quantized" in run("inspect", tmp_path / "dense")[1]
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "words"),
+    [("awq", USAGE, "allowed are gptq, gptq_v2, dense"), ("dense", RESOURCES, "not empty")],
+)
+def test_what_cannot_be_converted_is_told(run, checkpoint, tmp_path, target, code, words):
+    found, _, err = run("convert", checkpoint, tmp_path if target == "awq" else checkpoint, "--to", target)
+    assert found == code
+    assert has_one_line(words, err)
+
+
+def test_a_dense_model_is_not_converted(run, tiny_llama, tmp_path):
+    code, _, err = run("convert", tiny_llama, tmp_path / "out", "--to", "gptq")
+    assert code == MODEL
+    assert has_one_line("no GPTQ checkpoint", err)

@@ -8,6 +8,7 @@ from .layout import QuantizedTensors as QuantizedTensors
 from .layout import find_quantized_linears as find_quantized_linears
 from .layout import pack as pack
 from .layout import read_headers as read_headers
+from .layout import repack_zeros as repack_zeros
 from .layout import unpack as unpack
 from .packing import pack_codes as pack_codes
 from .packing import unpack_codes as unpack_codes

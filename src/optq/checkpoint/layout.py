@@ -100,6 +100,21 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
     )
 
 
+def repack_zeros(qzeros: Tensor, bits: int, change: int) -> Tensor:
+    """Stored zeros with `change` added to each: from one checkpoint_format to the other.
+
+    Args:
+        qzeros: (groups, out · bits / 32) int32.
+    Raises:
+        CheckpointError: a zero leaves the range that `bits` can hold.
+    """
+    zeros = unpack_codes(qzeros.T.contiguous(), bits).to(torch.int16) + change
+    if int(zeros.min()) < 0 or int(zeros.max()) >= 2**bits:
+        bad = int(zeros.min()) if int(zeros.min()) < 0 else int(zeros.max())
+        raise CheckpointError(f"a zero would have to be stored as {bad}, which {bits} bits cannot hold.")
+    return pack_codes(zeros, bits).T.contiguous()
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorHeader:
     """Shape and dtype of a tensor in a safetensors file, read without its data."""

@@ -13,9 +13,9 @@ from .command import Command as Command
 from .command import execute as execute
 from .judging import BENCH, COMPARE, EVALUATE
 from .looking import INSPECT, KERNELS
-from .quantizing import EXPORT, PLAN
+from .quantizing import CONVERT, EXPORT, PLAN
 
-COMMANDS = (PLAN, INSPECT, EVALUATE, COMPARE, BENCH, KERNELS)
+COMMANDS = (PLAN, INSPECT, EVALUATE, COMPARE, BENCH, KERNELS, CONVERT)
 """Those of `optimum-cli gptq`, in the order of a user's day."""
 
 

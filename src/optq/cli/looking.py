@@ -4,14 +4,14 @@
 import argparse
 
 from .command import DONE, MODEL, Command
-from .loading import add_loading, loading
+from .loading import add_loading, add_source, loading
 from .printing import as_json, print_json, print_table
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="ID_OR_DIR", help="a checkpoint, quantized or dense")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that serve it together (1)")
-    add_loading(parser)
+    add_source(parser)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from .command import DONE, RESOURCES, Command
-from .loading import add_loading, loading
+from .loading import add_loading, add_source, loading
 from .printing import as_json, print_json
 
 
@@ -139,4 +139,32 @@ PLAN = Command(
     summary="Say what quantizing a model will take and give, before any weight is read.",
     add_arguments=_add_plan,
     run=_plan,
+)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="ID_OR_DIR", help="a GPTQ checkpoint of any tool")
+    parser.add_argument("output", metavar="OUT", help="a new or empty folder")
+    parser.add_argument(
+        "--to", required=True, metavar="FORMAT", help="gptq (v1), gptq_v2, or dense: an ordinary model"
+    )
+    add_source(parser)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    import optq
+
+    folder = optq.convert(arguments.model, output_dir=arguments.output, to=arguments.to, **loading(arguments))
+    if arguments.json:
+        print_json({"folder": folder, "to": arguments.to})
+    else:
+        print(f"{folder} holds the same weights as {arguments.to}")
+    return DONE
+
+
+CONVERT = Command(
+    name="convert",
+    summary="Write a GPTQ checkpoint in another format. Exact: no weight changes, or it is refused.",
+    add_arguments=_add_convert,
+    run=_convert,
 )

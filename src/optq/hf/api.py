@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from optq.errors import OutputError
 
 from .config import GPTQConfig
 from .journal import DESCRIPTION, differences_to, has_finished_blocks, write_whole
-from .source import COMPANIONS, companions_folder, model_class_of, model_config_of
+from .source import companions_folder, copy_companions, model_class_of, model_config_of
 
 PARTIAL = ".optq-partial"
 """Where files grow inside the output folder before they get their names."""
@@ -26,7 +25,6 @@ READY = "ready.json"
 """In there, once all files are: their final names."""
 
 LOG_NAME = "quantization_log.jsonl"
-NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
 OURS = (PARTIAL, LOG_NAME)
 
 
@@ -70,7 +68,7 @@ def quantize(
                 source, quantization_config=config, **kwargs
             )
             model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
-            _copy_companions(companions_folder(source, kwargs), partial)
+            copy_companions(companions_folder(source, kwargs), partial)
             _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
         finally:
             if not has_finished_blocks(partial):
@@ -113,15 +111,6 @@ def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
         model = AutoModelForCausalLM.from_config(model_config, **trusted) if auto else model_class(model_config)
     model.config.name_or_path = source
     return model.to(dtype)
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    """Carry along `COMPANIONS`, byte for byte, over what save_pretrained may have written."""
-    for path in sorted(source.iterdir()):
-        wanted = not path.name.startswith(".") and any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
-        unwanted = any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS)
-        if path.is_file() and wanted and not unwanted:
-            shutil.copyfile(path, target / path.name)
 
 
 def _make_ready(partial: Path, shards: dict[str, str]) -> None:

@@ -2,6 +2,8 @@
 """Where a model comes from: its config, class and files, of a folder or of a repository on the Hub."""
 
 import json
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from optq.errors import CheckpointError, ModelError
 
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 """Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
+
+NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
 
 
 def model_config_of(source: str, kwargs: dict[str, Any]) -> Any:
@@ -53,6 +57,15 @@ def companions_folder(source: str, kwargs: dict[str, Any]) -> Path:
     keys = ("revision", "token", "cache_dir", "local_files_only")
     snapshot = snapshot_download(source, allow_patterns=list(COMPANIONS), **_only(keys, kwargs))
     return Path(snapshot, kwargs.get("subfolder") or "")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Carry along `COMPANIONS`, byte for byte, over what save_pretrained may have written."""
+    for path in sorted(source.iterdir()):
+        wanted = not path.name.startswith(".") and any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
+        unwanted = any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS)
+        if path.is_file() and wanted and not unwanted:
+            shutil.copyfile(path, target / path.name)
 
 
 def weight_files(source: str, kwargs: dict[str, Any]) -> list[Path]:
