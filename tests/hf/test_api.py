@@ -64,7 +64,7 @@ def test_writes_a_folder_that_loads_with_all_that_belongs_to_it(source, config, 
 def test_the_events_lie_beside_the_weights(source, config, tmp_path):
     output = optq.quantize(source, config, output_dir=tmp_path / "out")
     events = [json.loads(line)["event"] for line in (output / api.LOG_NAME).read_text().splitlines()]
-    assert events == ["started", *["linear"] * 7, "block", *["linear"] * 7, "block", "quality", "finished"]
+    assert events == ["started", *["linear"] * 7, "block", *["linear"] * 7, "block", "quality", "finished", "gate"]
     assert config.log_file is None
 
 
