@@ -64,6 +64,7 @@ class BlockWork:
     device: torch.device
     log: RunLog
     _originals: dict[LinearView, Tensor] = field(init=False)
+    _observing_seconds: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self._originals = {target.view: target.view.parameter.data for target in self.targets}
@@ -148,7 +149,7 @@ class BlockWork:
         reached = {view.name for stage in stages for view in stage.views}
         for name in scheme_of.keys() - reached:
             logger.warning("%s stays in full precision: the calibration data never reaches it.", name)
-            self.log.emit("unreached", linear=name)
+            self.log.emit("unreached", block=self.name, linear=name)
         solved: list[Solved] = []
         outputs: dict[int, Any] = {}
         groups = independent_groups(stages)
@@ -204,6 +205,7 @@ class BlockWork:
         Args:
             paused: forwards that wait inside the block; micro-batches that are not among them are run.
         """
+        started = time.monotonic()
         hessians = {stage: Hessian(stage.in_features, self.device) for stage in stages}
         # The original model may route a token to another expert, so that experts' inputs cannot be compared.
         compared = [stage for stage in stages if twins and stage.family is None]
@@ -230,6 +232,7 @@ class BlockWork:
             else:
                 feed_stages(stages, lambda call=call: self.run(call), feed)  # type: ignore[misc]
         self._support_starved(hessians)
+        self._observing_seconds += time.monotonic() - started
         return [(stage, hessians[stage], drifts.get(stage)) for stage in stages]
 
     def _support_starved(self, hessians: dict[Stage, Hessian]) -> None:
@@ -316,11 +319,15 @@ class BlockWork:
                 "linear",
                 block=self.name,
                 linear=view.name,
+                family=view.family,
+                shape=list(view.shape),
                 bits=scheme.bits,
                 group_size=scheme.group_size,
+                stored_bits=scheme.stored_bits(*view.shape),
                 relative_loss=loss,
                 nearest_relative_loss=nearest_loss,
                 damping=solution.damping,
+                damping_asked=scheme.damping,
                 dead_columns=solution.dead_columns,
                 tokens=tokens,
                 seconds=round(seconds_per_row * view.shape[0], 4),
@@ -378,6 +385,7 @@ class BlockWork:
             "relative_loss": sum(done.relative_loss for done in solved) / len(solved),
             "bits_per_weight": round(stored_bits / sum(map(math.prod, shapes.values())), 4),
             "seconds": round(seconds, 2),
+            "observing_seconds": round(self._observing_seconds, 2),
             "peak_gib": rounded(peak_gib(self.device)),
         }
         self.log.emit("block", block=self.name, **facts)

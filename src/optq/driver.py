@@ -12,6 +12,7 @@ far the inputs of every stage have drifted, and at the end, on rows kept apart, 
 
 import time
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def quantize_model(
     names, blocks = list(plan.blocks), list(plan.blocks.values())
     log.emit(
         "started",
+        utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=getattr(model, "name_or_path", "") or type(model).__name__,
         blocks=len(blocks),
         linears=sum(map(len, plan.targets.values())),
         skipped=plan.skipped,

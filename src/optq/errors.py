@@ -34,5 +34,9 @@ class OutputError(OptqError, OSError):
     """The output folder cannot be used."""
 
 
+class ReportError(OptqError, ValueError):
+    """A run's log is missing or cannot be read, or what draws its pictures is not installed."""
+
+
 class KernelError(OptqError, RuntimeError):
     """No kernel can run a layer, or the kernel asked for by name cannot."""

@@ -10,6 +10,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+LOG_NAME = "quantization_log.jsonl"
+"""The file of a run's events in its output folder."""
+
 
 class RunLog:
     """Collects the events of one run. A context manager.

@@ -378,3 +378,29 @@ def test_a_dense_model_is_not_converted(run, tiny_llama, tmp_path):
     code, _, err = run("convert", tiny_llama, tmp_path / "out", "--to", "gptq")
     assert code == MODEL
     assert has_one_line("no GPTQ checkpoint", err)
+
+
+# report
+
+
+def test_a_report_is_one_page_beside_the_run(run, checkpoint, tmp_path):
+    code, out, _ = run("report", checkpoint, "--output", tmp_path / "report")
+    assert code == DONE
+    assert out.strip() == str(tmp_path / "report" / "report.html")
+    assert (tmp_path / "report" / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_folder_without_a_log_is_told(run, tiny_llama, tmp_path):
+    code, _, err = run("report", tiny_llama, "--output", tmp_path)
+    assert code == USAGE
+    assert has_one_line("quantization_log.jsonl", err)
+    assert run("report", tmp_path / "nowhere", "--output", tmp_path)[0] == USAGE
+
+
+def test_a_report_needs_matplotlib(run, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.delitem(__import__("sys").modules, "optq.report.figures", raising=False)
+    monkeypatch.delattr("optq.report.figures", raising=False)
+    code, _, err = run("report", checkpoint, "--output", tmp_path)
+    assert code == USAGE
+    assert has_one_line("pip install 'optq[report]'", err)

@@ -64,7 +64,7 @@ def test_writes_a_folder_that_loads_with_all_that_belongs_to_it(source, config, 
 def test_the_events_lie_beside_the_weights(source, config, tmp_path):
     output = optq.quantize(source, config, output_dir=tmp_path / "out")
     events = [json.loads(line)["event"] for line in (output / api.LOG_NAME).read_text().splitlines()]
-    assert events == ["started", *["linear"] * 7, "block", *["linear"] * 7, "block", "quality", "finished"]
+    assert events == ["started", *["linear"] * 7, "block", *["linear"] * 7, "block", "quality", "finished", "gate"]
     assert config.log_file is None
 
 
@@ -75,7 +75,7 @@ def test_a_failure_leaves_no_model_behind_and_the_same_call_can_be_repeated(sour
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "_copy_companions", full_disk)
+        patch.setattr(api, "copy_companions", full_disk)
         with pytest.raises(OSError, match="No space left"):
             optq.quantize(source, config, output_dir=output)
     assert {path.name for path in output.iterdir()} == {api.LOG_NAME, api.PARTIAL}

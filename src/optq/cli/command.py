@@ -29,6 +29,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.ConfigError, USAGE),
     (errors.CalibrationError, USAGE),
     (errors.KernelError, USAGE),
+    (errors.ReportError, USAGE),
     (errors.QualityError, QUALITY),
     (errors.OutputError, RESOURCES),
     (errors.OptqError, MODEL),

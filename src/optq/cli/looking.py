@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that say what a checkpoint is: inspect and kernels."""
+"""Commands that say what a checkpoint is and how it was made: inspect, kernels and report."""
 
 import argparse
+from pathlib import Path
 
 from .command import DONE, MODEL, Command
 from .loading import add_loading, add_source, loading
@@ -90,4 +91,29 @@ KERNELS = Command(
     summary="Say which kernel multiplies each linear here, and why the others do not.",
     add_arguments=_add_kernels,
     run=_kernels,
+)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="output folders of exports, also unfinished ones")
+    parser.add_argument("--output", metavar="DIR", help="where the page goes (the folder `report` in the first run's)")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from optq.report import report
+
+    folders = [Path(run) for run in arguments.runs]
+    written = report(folders, Path(arguments.output) if arguments.output else folders[0] / "report")
+    if arguments.json:
+        print_json({"page": written.page, "pictures": written.pictures})
+    else:
+        print(written.page)
+    return DONE
+
+
+REPORT = Command(
+    name="report",
+    summary="Make a page with pictures of one or several runs: which layers hurt, where bits, time and memory went.",
+    add_arguments=_add_report,
+    run=_report,
 )

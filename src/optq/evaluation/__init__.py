@@ -4,6 +4,7 @@
 from .comparison import Comparer as Comparer
 from .comparison import Comparison as Comparison
 from .gate import GOOD_PERPLEXITY_RATIO as GOOD_PERPLEXITY_RATIO
+from .gate import is_good as is_good
 from .gate import judge as judge
 from .harness import HarnessComparison as HarnessComparison
 from .harness import compare_harness as compare_harness

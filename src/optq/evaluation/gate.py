@@ -13,6 +13,12 @@ GOOD_PERPLEXITY_RATIO = 1.5
 """Above it the gate is red. 4-bit models stay below 1.1, 3-bit ones of 135M parameters near 1.3 (docs/accuracy.md)."""
 
 
+def is_good(comparison: Comparison, limit: float) -> bool:
+    """Whether the gate is green: outputs are finite, and the perplexity ratio, where there is one, within `limit`."""
+    ratio = comparison.perplexity_ratio
+    return comparison.finite and (ratio is None or ratio <= limit)
+
+
 def judge(comparison: Comparison, limit: float, *, held_out: bool, strict: bool) -> None:
     """The gate at the end: say how good the model is; warn, or raise, if it is not good enough to use.
 
@@ -35,7 +41,7 @@ def judge(comparison: Comparison, limit: float, *, held_out: bool, strict: bool)
             "The quantized model's outputs are not finite (NaN or infinity), so it is of no use. Quantize with "
             "dtype=torch.float32 or torch.bfloat16, and look at the losses of the layers in the log."
         )
-    if ratio is None or ratio <= limit:
+    if is_good(comparison, limit):
         logger.info("%s", verdict)
         return
     advice = (

@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from optq.errors import OutputError
+from optq.progress import LOG_NAME
 
 from .config import GPTQConfig
 from .journal import DESCRIPTION, differences_to, has_finished_blocks, write_whole
@@ -24,7 +25,6 @@ PARTIAL = ".optq-partial"
 READY = "ready.json"
 """In there, once all files are: their final names."""
 
-LOG_NAME = "quantization_log.jsonl"
 OURS = (PARTIAL, LOG_NAME)
 
 

@@ -21,7 +21,7 @@ from optq.calibration import Calibration, require_dataset
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.driver import quantize_model
 from optq.errors import CheckpointError
-from optq.evaluation import Comparison, judge
+from optq.evaluation import Comparison, is_good, judge
 from optq.layers import QuantLinear
 from optq.memory import GIB
 from optq.model import LINEAR_TYPES, ROLES, Experts, find_fused_experts, put_fused, put_split
@@ -149,9 +149,11 @@ class OptqHfQuantizer(HfQuantizer):
                 sink=self.journal,
             )
             if self.quality is not None:
+                limit = config.max_perplexity_ratio
+                self.log.emit("gate", green=is_good(self.quality, limit), max_perplexity_ratio=limit)
                 judge(
                     self.quality,
-                    config.max_perplexity_ratio,
+                    limit,
                     held_out=self._calibration.probes_held_out,
                     strict=config.quality_gate == "raise",
                 )
