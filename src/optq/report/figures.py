@@ -286,7 +286,7 @@ def draw_experts(run: Run, file: Path) -> Picture:
     experts = sorted({expert for _, expert in tokens}, key=int)
     inputs = max(linear.shape[1] for linear in members)
     norm = _log_norm([*tokens.values(), inputs])
-    below = min(count for count in (*tokens.values(), inputs) if count) / 2  # the scale, as zero has no logarithm
+    below = min(count for count in (*tokens.values(), inputs) if count) / 4  # the scale: zero has no logarithm
     with _drawing(file, min(1.4 + 0.24 * len(layers), 9)) as figure:
         axes = figure.subplots()
         colour_bar = _heat_map(
