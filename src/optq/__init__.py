@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import OptqError as OptqError
     from .evaluation import perplexity as perplexity
     from .hf.api import quantize as quantize
+    from .hf.card import card as card
     from .hf.config import GPTQConfig as GPTQConfig
     from .hf.convert import convert as convert
     from .hf.evaluate import bench as bench
@@ -31,6 +32,7 @@ _HOMES = {
     "OptqError": "optq.errors",
     "QuantLinear": "optq.layers",
     "bench": "optq.hf.evaluate",
+    "card": "optq.hf.card",
     "compare": "optq.hf.evaluate",
     "convert": "optq.hf.convert",
     "evaluate": "optq.hf.evaluate",
@@ -46,6 +48,7 @@ __all__ = [
     "OptqError",
     "QuantLinear",
     "bench",
+    "card",
     "compare",
     "convert",
     "evaluate",

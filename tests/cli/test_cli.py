@@ -404,3 +404,19 @@ def test_a_report_needs_matplotlib(run, checkpoint, tmp_path, monkeypatch):
     code, _, err = run("report", checkpoint, "--output", tmp_path)
     assert code == USAGE
     assert has_one_line("pip install 'optq[report]'", err)
+
+
+# card
+
+
+def test_the_card_is_printed(run, checkpoint):
+    code, out, _ = run("card", checkpoint, "--repo-id", "someone/tiny")
+    assert code == DONE
+    assert "vllm serve someone/tiny" in out
+    assert json.loads(run("card", checkpoint, "--json")[1])["card"].startswith("---")
+
+
+def test_there_is_no_card_of_a_dense_model(run, tiny_llama):
+    code, _, err = run("card", tiny_llama)
+    assert code == MODEL
+    assert has_one_line("is not quantized", err)

@@ -50,8 +50,10 @@ def test_writes_a_folder_that_loads_with_all_that_belongs_to_it(source, config, 
         "chat_template.jinja",
         "modeling_custom.py",
         "LICENSE",
+        "README.md",  # not the original's
         "quantization_log.jsonl",
     }
+    assert "quantized with GPTQ" in (output / "README.md").read_text()
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja", "modeling_custom.py"):
         assert (output / name).read_bytes() == (source / name).read_bytes(), name
     model = AutoModelForCausalLM.from_pretrained(output)

@@ -12,10 +12,10 @@ from .command import EXIT_CODES as EXIT_CODES
 from .command import Command as Command
 from .command import execute as execute
 from .judging import BENCH, COMPARE, EVALUATE
-from .looking import INSPECT, KERNELS, REPORT
+from .looking import CARD, INSPECT, KERNELS, REPORT
 from .quantizing import CONVERT, EXPORT, PLAN
 
-COMMANDS = (PLAN, INSPECT, EVALUATE, COMPARE, BENCH, KERNELS, REPORT, CONVERT)
+COMMANDS = (PLAN, INSPECT, EVALUATE, COMPARE, BENCH, KERNELS, REPORT, CARD, CONVERT)
 """Those of `optimum-cli gptq`, in the order of a user's day."""
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that say what a checkpoint is and how it was made: inspect, kernels and report."""
+"""Commands that say what a checkpoint is and how it was made: inspect, kernels, report and card."""
 
 import argparse
 from pathlib import Path
@@ -116,4 +116,28 @@ REPORT = Command(
     summary="Make a page with pictures of one or several runs: which layers hurt, where bits, time and memory went.",
     add_arguments=_add_report,
     run=_report,
+)
+
+
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="a finished export")
+    parser.add_argument("--repo-id", metavar="USER/NAME", help="what it will be called on the Hub")
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    import optq
+
+    text = optq.card(arguments.folder, repo_id=arguments.repo_id)
+    if arguments.json:
+        print_json({"card": text})
+    else:
+        print(text)
+    return DONE
+
+
+CARD = Command(
+    name="card",
+    summary="Print a model card made from what the run measured, as every export writes one.",
+    add_arguments=_add_card,
+    run=_card,
 )

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from optq.errors import OutputError
 from optq.progress import LOG_NAME
 
+from .card import card
 from .config import GPTQConfig
 from .journal import DESCRIPTION, differences_to, has_finished_blocks, write_whole
 from .source import companions_folder, copy_companions, model_class_of, model_config_of
@@ -41,7 +42,7 @@ def quantize(
     So the memory needed does not grow with the number of blocks; and a run that was interrupted, even by a power cut,
     goes on from its last finished block when the same call is made again, and ends with the same bytes. The folder
     gets its config.json last, so an unfinished one is never taken for a model. The run's events are in
-    quantization_log.jsonl beside the weights.
+    quantization_log.jsonl beside the weights, and what they come to in a model card, README.md.
 
     Args:
         model_id_or_dir: what `from_pretrained` takes.
@@ -79,6 +80,8 @@ def quantize(
             "Repeat that call, or name another folder, or delete this one."
         )
     _reveal(partial, output)
+    if (output / LOG_NAME).exists():  # not if it was wanted elsewhere
+        (output / "README.md").write_text(card(output), encoding="utf-8")
     return output
 
 

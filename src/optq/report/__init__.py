@@ -3,3 +3,6 @@
 
 from .page import Report as Report
 from .page import report as report
+from .run import Run as Run
+from .run import notes_on as notes_on
+from .run import read_run as read_run

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from optq.errors import OutputError, ReportError
 
-from .run import Linear, Run, bits_per_weight, percent, read_run
+from .run import Linear, Run, bits_per_weight, notes_on, percent, read_run
 
 if TYPE_CHECKING:
     from .figures import Picture
 
 WORST = 10
-NAMED = 4  # of those that a note is about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +93,11 @@ def _draw(run: Run, output: Path, number: int) -> list["Picture"]:
         "loss": (any(linear.relative_loss for linear in linears), figures.draw_loss),
         "bits": (len({(linear.bits, linear.group_size) for linear in linears}) > 1, figures.draw_bits),
         "experts": (any(linear.expert is not None for linear in linears), figures.draw_experts),
-        "damping": (any(_is_damped(linear) for linear in linears), figures.draw_damping),
+        "damping": (any(linear.is_damped for linear in linears), figures.draw_damping),
         "dead-columns": (any(linear.dead_columns for linear in linears), figures.draw_dead_columns),
         "time": (bool(run.events_of("block")), figures.draw_time_and_memory),
     }
     return [draw(run, output / f"run{number}-{name}.png") for name, (is_wanted, draw) in wanted.items() if is_wanted]
-
-
-def _is_damped(linear: Linear) -> bool:
-    return linear.damping > linear.damping_asked
 
 
 def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
@@ -117,7 +112,7 @@ def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
         "verdict": _verdict(run),
         "hurting": _hurting(run),
         "tiles": _tiles(run),
-        "notes": _notes(run),
+        "notes": notes_on(run),
         "pictures": pictures,
         "worst_columns": ["linear", "relative loss", "rounded to nearest", "bits", "group", "damping", "tokens"],
         "worst": [
@@ -197,35 +192,6 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
 
 def _known(facts: list[tuple[str, float | None, str]]) -> list[tuple[str, str]]:
     return [(name, template.format(value)) for name, value, template in facts if value is not None]
-
-
-def _notes(run: Run) -> list[str]:
-    """Whatever a run did otherwise than asked, or could do better."""
-    notes = [f"Weak calibration data: {weakness}." for weakness in run.started["weaknesses"]]
-    if damped := [linear.linear for linear in run.linears if _is_damped(linear)]:
-        notes.append(f"Damping was raised, because the Hessian was singular: {_named(damped)}.")
-    if starved := list(dict.fromkeys(event["block"] for event in run.events_of("starved_experts"))):
-        notes.append(
-            "Some experts saw fewer tokens than they have inputs; their layer's mean over all experts made up for the "
-            f"rest: {_named(starved, 'blocks')}."
-        )
-    if unreached := [event["linear"] for event in run.events_of("unreached")]:
-        notes.append(f"In full precision, because the calibration data never reaches it: {_named(unreached)}.")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in run.started["skipped"].items():
-        reasons.setdefault(reason, []).append(name)
-    notes += [f"In full precision ({reason}): {_named(names)}." for reason, names in reasons.items()]
-    if dead := [linear.linear for linear in run.linears if linear.dead_columns]:
-        notes.append(f"Some inputs were always zero, and their weights rounded to nearest: {_named(dead)}.")
-    if restored := run.events_of("restored"):
-        notes.append(f"The run was interrupted and went on; {len(restored)} blocks were done by then.")
-    return notes
-
-
-def _named(names: list[str], plural: str = "linears") -> str:
-    """How many there are, and some of them."""
-    shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    return shown if len(names) == 1 else f"{len(names)} {plural} ({shown})"
 
 
 def _block_rows(run: Run) -> list[list[Any]]:

@@ -14,6 +14,7 @@ from optq.memory import GIB
 from optq.progress import LOG_NAME
 
 Event = dict[str, Any]
+NAMED = 4  # of those that a note is about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,11 @@ class Linear:
     @property
     def weights(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def is_damped(self) -> bool:
+        """More than was asked for."""
+        return self.damping > self.damping_asked
 
     @property
     def kind(self) -> str:
@@ -143,6 +149,35 @@ def bits_per_weight(linears: Iterable[Linear]) -> float:
 def percent(fraction: float) -> str:
     """Two digits, or more if they stand before the point."""
     return f"{100 * fraction:#.2g} %" if fraction < 0.0995 else f"{100 * fraction:.0f} %"
+
+
+def notes_on(run: Run) -> list[str]:
+    """Whatever a run did otherwise than asked, or could do better."""
+    notes = [f"Weak calibration data: {weakness}." for weakness in run.started["weaknesses"]]
+    if damped := [linear.linear for linear in run.linears if linear.is_damped]:
+        notes.append(f"Damping was raised, because the Hessian was singular: {_named(damped)}.")
+    if starved := list(dict.fromkeys(event["block"] for event in run.events_of("starved_experts"))):
+        notes.append(
+            "Some experts saw fewer tokens than they have inputs; their layer's mean over all experts made up for the "
+            f"rest: {_named(starved, 'blocks')}."
+        )
+    if unreached := [event["linear"] for event in run.events_of("unreached")]:
+        notes.append(f"In full precision, because the calibration data never reaches it: {_named(unreached)}.")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in run.started["skipped"].items():
+        reasons.setdefault(reason, []).append(name)
+    notes += [f"In full precision ({reason}): {_named(names)}." for reason, names in reasons.items()]
+    if dead := [linear.linear for linear in run.linears if linear.dead_columns]:
+        notes.append(f"Some inputs were always zero, and their weights rounded to nearest: {_named(dead)}.")
+    if restored := run.events_of("restored"):
+        notes.append(f"The run was interrupted and went on; {len(restored)} blocks were done by then.")
+    return notes
+
+
+def _named(names: list[str], plural: str = "linears") -> str:
+    """How many there are, and some of them."""
+    shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    return shown if len(names) == 1 else f"{len(names)} {plural} ({shown})"
 
 
 def read_run(folder: Path) -> Run:
