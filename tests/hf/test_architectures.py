@@ -21,7 +21,8 @@ CAUSAL = (
 OTHERS = {
     "encoder and decoder": ("t5", "bart", "switch_transformers"),
     "masked language models": ("bert", "big_bird"),
-    "images and text, the language model": ("qwen2_vl", "gemma3", "aya_vision"),
+    "images and text, the language model": ("qwen2_vl", "gemma3", "aya_vision", "blip-2", "kosmos-2"),
+    "speech": ("whisper", "moonshine", "speech_to_text", "qwen3_asr", "dia"),
 }
 SAMPLE = [("causal language models", name) for name in CAUSAL]
 SAMPLE += [(title, name) for title, names in OTHERS.items() for name in names]
@@ -67,7 +68,7 @@ def test_linears_that_the_original_keeps_in_another_form_are_saved_as_they_are(c
     quantized = type(model).from_pretrained(tmp_path / "original", quantization_config=config, dtype=torch.float32)
     quantized.save_pretrained(tmp_path / "quantized")
     reloaded = type(model).from_pretrained(tmp_path / "quantized", dtype=torch.float32)
-    inputs = torch.arange(12, 44)[None]
+    inputs = {"input_ids": torch.arange(12, 44)[None]}
     assert torch.equal(coverage["outputs_of"](reloaded, inputs), coverage["outputs_of"](quantized, inputs))
     reloaded.save_pretrained(tmp_path / "again")
     assert coverage["names_in"](tmp_path / "again") == coverage["names_in"](tmp_path / "quantized")
@@ -206,11 +207,8 @@ def test_sound_without_text_is_refused_for_models_that_decode():
 )
 def test_a_forward_that_waits_at_every_block_computes_what_a_plain_one_does(coverage, model_type, class_name):
     model = coverage["instantiated"](model_type, class_name)
-    inputs = torch.arange(12, 76).view(2, 32)
-    expected = coverage["outputs_of"](model, inputs)
-    batch = {"input_ids": inputs}
-    if "decoder" in " ".join(name for name, _ in model.named_children()):
-        batch["decoder_input_ids"] = inputs
+    batch = coverage["sample"](model, model_type, 2, torch.Generator().manual_seed(0))
+    expected = coverage["outputs_of"](model, batch)
     blocks = list(find_blocks(model).values())
     with torch.no_grad(), SuspendedForwards(model, blocks, [batch]) as forwards:
         (waiting,) = forwards.start()
