@@ -7,20 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AlbertConfig, AlbertForMaskedLM
 
 from optq import GPTQConfig
 from optq.calibration import prepare_calibration
 from optq.errors import CalibrationError
+from optq.evaluation import Comparer
 from optq.model import BlockCall, SuspendedForwards, find_blocks
 
 COVERAGE = Path(__file__).parents[2] / "benchmarks/coverage.py"
 CAUSAL = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bloom"),
     *("falcon", "cohere2", "glm4", "olmo2", "starcoder2", "smollm3", "mamba", "jamba", "xlnet", "granitemoeshared"),
+    "falcon_h1",
 )
 OTHERS = {
     "encoder and decoder": ("t5", "bart", "switch_transformers"),
-    "masked language models": ("bert", "big_bird"),
+    "masked language models": ("bert", "big_bird", "albert"),
     "images and text, the language model": ("qwen2_vl", "gemma3", "aya_vision", "blip-2", "kosmos-2"),
     "speech": ("whisper", "moonshine", "speech_to_text", "qwen3_asr", "dia"),
 }
@@ -87,6 +90,36 @@ def test_encoder_and_decoder_read_the_same_text(coverage, tmp_path):
     assert quantized.hf_quantizer.quality.divergence < 0.5
     generated = quantized.generate(torch.arange(12, 30)[None], max_new_tokens=4, decoder_start_token_id=0)
     assert generated.shape[1] <= 5
+
+
+@pytest.mark.parametrize("effort", ["fast", "max"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_block_that_is_called_several_times_is_solved_once_on_all_its_calls(tmp_path, effort, groups):
+    config = AlbertConfig(
+        vocab_size=160,
+        embedding_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_hidden_layers=3 * groups,
+        num_hidden_groups=groups,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    model = AlbertForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path / "original")
+    rows = [{"input_ids": torch.randint(4, 160, (length,)).tolist()} for length in (48, 40, 48, 30)]
+    log = tmp_path / "log.jsonl"
+    config = GPTQConfig(bits=3, group_size=32, dataset=rows, log_file=str(log), batch_size=2, effort=effort)
+    quantized = AlbertForMaskedLM.from_pretrained(tmp_path / "original", quantization_config=config, dtype="float32")
+    solved = [event for line in log.read_text().splitlines() if (event := json.loads(line))["event"] == "linear"]
+    assert len(solved) == 6 * groups
+    assert {event["tokens"] for event in solved} == {3 * (48 + 40 + 48 + 30)}
+    comparer, probe = Comparer(), torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        comparer.add(model(probe).logits, quantized(probe).logits, None, None)
+    assert comparer.result().divergence > 0
+    assert quantized.hf_quantizer.quality.divergence == pytest.approx(comparer.result().divergence, rel=1e-3)
 
 
 def quantized_from_samples(folder, model, rows, **settings):
