@@ -405,7 +405,7 @@ def put_placeholders(model: Any, kind: str, inputs: dict[str, Any]) -> None:
         return
     parameters = inspect.signature(features_of).parameters
     known = {name: tensor for name, tensor in inputs.items() if name in parameters}
-    if not known:
+    if not any(tensor.is_floating_point() for tensor in known.values()):
         return
     with torch.no_grad():
         features = features_of(**known, return_dict=True).pooler_output
