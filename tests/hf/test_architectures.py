@@ -25,7 +25,7 @@ OTHERS = {
     "encoder and decoder": ("t5", "bart", "switch_transformers"),
     "masked language models": ("bert", "big_bird", "albert"),
     "images and text, the language model": ("qwen2_vl", "gemma3", "aya_vision", "blip-2", "kosmos-2"),
-    "speech": ("whisper", "moonshine", "speech_to_text", "qwen3_asr", "dia"),
+    "speech": ("whisper", "moonshine", "speech_to_text", "voxtral", "dia"),
 }
 SAMPLE = [("causal language models", name) for name in CAUSAL]
 SAMPLE += [(title, name) for title, names in OTHERS.items() for name in names]
