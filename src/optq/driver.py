@@ -12,6 +12,7 @@ far the inputs of every stage have drifted, and at the end, on rows kept apart, 
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -29,7 +30,7 @@ from .model import BlockCall, Finished, LinearView, SuspendedForwards
 from .placement import execution_device, placed, tensors_outside, working_dtype
 from .planning import Plan, Target
 from .progress import RunLog, rounded
-from .walk import BlockSink, BlockSource, at_work, suspended
+from .walk import BlockSink, BlockSource, at_work, in_memory, suspended
 
 
 def quantize_model(
@@ -86,7 +87,8 @@ def quantize_model(
     log.expect(len(blocks))
     started = time.monotonic()
     release_free_memory()  # encoding the calibration texts leaves a lot behind
-    streams = _Streams(calibration, follow_all=plan.propagates or polish_passes > 0)
+    repeats = _repeats(model, plan, calibration.batches[-1], device, source)
+    streams = _Streams(calibration, follow_all=plan.propagates or polish_passes > 0 or repeats, repeats=repeats)
     comparison = None
     with (
         reuse_of_free_memory() as bound_free_memory,
@@ -103,19 +105,24 @@ def quantize_model(
                 recorded = sink.recorded(name) if sink is not None else None
                 solved: list[Solved] = []
                 outputs: dict[int, Any] = {}
+                ahead: list[BlockCall] = []
                 if recorded is not None:
                     packed = work.write_recorded(recorded)
                     log.advance(1, block=f"{name} was finished before")
                 else:
                     passes = 0 if name == plan.head else polish_passes
-                    solved, outputs = _solve(work, streams, waiting, sequential, passes, last)
+                    if repeats and name != plan.head:
+                        with placed(tensors_outside(model, blocks) if last else [], device, working_dtype(device)):
+                            solved, ahead = _solve_repeated(work, forwards, streams, waiting, sequential, passes)
+                    else:
+                        solved, outputs = _solve(work, streams, waiting, sequential, passes, last)
                     packed = {done.view: pack(done.quantized, checkpoint_format) for done in solved}
                 if last:
                     release_free_memory()  # logits are large
                     with placed(tensors_outside(model, blocks), device, working_dtype(device)):
                         comparison = _compare(forwards, streams, waiting, work, model)
                 else:
-                    waiting = _continue(forwards, streams, waiting, work, outputs)
+                    waiting = _continue(forwards, streams, waiting, work, outputs) + ahead
             for view, weight in packed.items():
                 _replace(model, view, QuantLinear(weight, view.bias, backend).to(view.weight.device))
             if recorded is not None:
@@ -125,7 +132,7 @@ def quantize_model(
             if sink is not None and source is not None:
                 source.drop(name)
             work.report(solved, time.monotonic() - block_started)
-            del work, solved, outputs, packed, recorded
+            del work, solved, outputs, ahead, packed, recorded
             bound_free_memory()
     if comparison is not None:
         log.emit("quality", held_out=calibration.probes_held_out, **comparison.facts())
@@ -138,9 +145,11 @@ class _Streams:
 
     Args:
         follow_all: the original model runs all micro-batches, not only the probes.
+        repeats: the model calls each block several times in a row.
     """
 
-    def __init__(self, calibration: Calibration, follow_all: bool) -> None:
+    def __init__(self, calibration: Calibration, follow_all: bool, repeats: bool) -> None:
+        self.repeats = repeats
         self.batches = (*calibration.batches, *calibration.probes)
         self.masks = [batch.attention_mask for batch in self.batches]
         self._fitted = len(calibration.batches)
@@ -156,17 +165,21 @@ class _Streams:
     def is_original(self, call: BlockCall) -> bool:
         return call.batch in self._number_of
 
+    def number_of(self, call: BlockCall) -> int:
+        """Of the micro-batch that a forward of the original model runs."""
+        return self._number_of[call.batch]
+
     def fitted(self, waiting: list[BlockCall]) -> tuple[list[BlockCall], dict[int, BlockCall]]:
         """The quantized model's calls to calibrate on, and the original model's by the number of the micro-batch."""
         return [call for call in waiting if call.batch < self._fitted], {
-            self._number_of[call.batch]: call
+            self.number_of(call): call
             for call in waiting
-            if self.is_original(call) and self._number_of[call.batch] < self._fitted
+            if self.is_original(call) and self.number_of(call) < self._fitted
         }
 
     def probes(self, waiting: list[BlockCall]) -> list[tuple[MicroBatch, BlockCall, BlockCall]]:
         """Every probe with the quantized model's call and the original model's."""
-        originals = {self._number_of[call.batch]: call for call in waiting if self.is_original(call)}
+        originals = {self.number_of(call): call for call in waiting if self.is_original(call)}
         return [
             (self.batches[call.batch], call, originals[call.batch])
             for call in waiting
@@ -190,6 +203,57 @@ def _solve(
     if polishes and solved:
         solved = _polish(work, solved, streams, waiting, outputs, polish_passes)
     return solved, outputs
+
+
+def _repeats(
+    model: nn.Module, plan: Plan, batch: MicroBatch, device: torch.device, source: BlockSource | None
+) -> bool:
+    """Whether the model calls its first block several times in a row, as ALBERT does."""
+    name, *others = plan.blocks
+    outside = [] if others else tensors_outside(model, list(plan.blocks.values()))  # which will run, if it does not
+    with (
+        in_memory(name, source),
+        suspended(model, plan, [batch.as_model_inputs(device)], device) as (forwards, waiting),
+        at_work(name, forwards, waiting, plan, [batch.attention_mask], device, RunLog(bar=False)) as (work, (call,)),
+        placed(outside, device, working_dtype(device)),
+    ):
+        posted = forwards.resume(call, work.run(call))
+        return isinstance(posted, BlockCall) and posted.block == call.block
+
+
+def _solve_repeated(
+    work: BlockWork,
+    forwards: SuspendedForwards,
+    streams: _Streams,
+    waiting: list[BlockCall],
+    sequential: bool,
+    polish_passes: int,
+) -> tuple[list[Solved], list[BlockCall]]:
+    """Solve a block on all its calls; the original model makes them, as the quantized one's depend on the solution.
+
+    Returns:
+        What was solved, and where the original model's forwards wait now. They are gone from `waiting`.
+    """
+    calls: list[BlockCall] = []
+    masks: list[Tensor | None] = []
+    following: list[BlockCall] = []
+    twins = streams.fitted(waiting)[1]
+    gone = {twin.batch for twin in twins.values()}
+    waiting[:] = [call for call in waiting if call.batch not in gone]
+    for number, twin in twins.items():
+        posted: BlockCall | Finished = twin
+        while isinstance(posted, BlockCall) and posted.block == twin.block:
+            calls.append(replace(work.moved(posted), batch=len(calls)))
+            masks.append(work.masks[number])
+            posted = forwards.resume(posted, work.run(calls[-1]))
+        if isinstance(posted, BlockCall):
+            following.append(posted)
+    gathered = replace(work, masks=masks)
+    solved, _ = gathered.solve(calls, {}, sequential)
+    if polish_passes and solved:
+        targets = {call.batch: gathered.run_original(call) for call in calls}
+        solved = gathered.polish(solved, calls, calls[-1:], targets, polish_passes)
+    return solved, following
 
 
 def _polish(
@@ -225,14 +289,21 @@ def _continue(
     following = []
     while waiting:
         call = waiting.pop(0)
-        if call.batch in outputs:
-            output = outputs.pop(call.batch)
-        else:
-            output = work.run_original(call) if streams.is_original(call) else work.run(call)
-        if isinstance(posted := forwards.resume(call, output), BlockCall):
+        posted = _past(forwards, streams, call, work, outputs.pop(call.batch, None))
+        if isinstance(posted, BlockCall):
             following.append(posted)
-        del output
     return following
+
+
+def _past(
+    forwards: SuspendedForwards, streams: _Streams, call: BlockCall, work: BlockWork, output: Any = None
+) -> BlockCall | Finished:
+    """Run a forward on, past all its calls of the block; `output` is that of the first, if it is known."""
+    run = work.run_original if streams.is_original(call) else work.run
+    posted = forwards.resume(call, run(call) if output is None else output)
+    while streams.repeats and isinstance(posted, BlockCall) and posted.block == call.block:
+        posted = forwards.resume(posted, run(work.moved(posted)))
+    return posted
 
 
 def _compare(
@@ -242,7 +313,7 @@ def _compare(
     comparer, generates = Comparer(), getattr(model, "can_generate", lambda: False)()
     compared = False
     for probe, call, twin in streams.probes(waiting):
-        ended = [forwards.resume(twin, work.run_original(twin)), forwards.resume(call, work.run(call))]
+        ended = [_past(forwards, streams, waits, work) for waits in (twin, call)]
         outputs = [end.output if isinstance(end, Finished) else None for end in ended]
         original, quantized = (getattr(output, "logits", None) for output in outputs)
         if original is not None and quantized is not None and original.shape[:-1] == probe.input_ids.shape:

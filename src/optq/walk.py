@@ -95,8 +95,8 @@ def at_work(
     if elsewhere or not waiting:
         raise ModelError(
             f"The model was expected to call {name} next, but calls "
-            f"{', '.join(names[other] for other in elsewhere) or 'none of the blocks'}. Models that skip, repeat or "
-            "reorder their blocks are not supported; name the blocks with block_name_to_quantize."
+            f"{', '.join(names[other] for other in elsewhere) or 'none of the blocks'}. Models that skip or "
+            "reorder blocks, or repeat only some, are not supported; name the blocks with block_name_to_quantize."
         )
     with placed(tensors_of(block), device, working_dtype(device)):
         work = BlockWork(

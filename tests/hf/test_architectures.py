@@ -7,21 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AlbertConfig, AlbertForMaskedLM
 
 from optq import GPTQConfig
 from optq.calibration import prepare_calibration
 from optq.errors import CalibrationError
+from optq.evaluation import Comparer
 from optq.model import BlockCall, SuspendedForwards, find_blocks
 
 COVERAGE = Path(__file__).parents[2] / "benchmarks/coverage.py"
 CAUSAL = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bloom"),
     *("falcon", "cohere2", "glm4", "olmo2", "starcoder2", "smollm3", "mamba", "jamba", "xlnet", "granitemoeshared"),
+    "falcon_h1",
 )
 OTHERS = {
     "encoder and decoder": ("t5", "bart", "switch_transformers"),
-    "masked language models": ("bert", "big_bird"),
-    "images and text, the language model": ("qwen2_vl", "gemma3", "aya_vision"),
+    "masked language models": ("bert", "big_bird", "albert"),
+    "images and text, the language model": ("qwen2_vl", "gemma3", "aya_vision", "blip-2", "kosmos-2"),
+    "speech": ("whisper", "moonshine", "speech_to_text", "voxtral", "dia"),
 }
 SAMPLE = [("causal language models", name) for name in CAUSAL]
 SAMPLE += [(title, name) for title, names in OTHERS.items() for name in names]
@@ -67,7 +71,7 @@ def test_linears_that_the_original_keeps_in_another_form_are_saved_as_they_are(c
     quantized = type(model).from_pretrained(tmp_path / "original", quantization_config=config, dtype=torch.float32)
     quantized.save_pretrained(tmp_path / "quantized")
     reloaded = type(model).from_pretrained(tmp_path / "quantized", dtype=torch.float32)
-    inputs = torch.arange(12, 44)[None]
+    inputs = {"input_ids": torch.arange(12, 44)[None]}
     assert torch.equal(coverage["outputs_of"](reloaded, inputs), coverage["outputs_of"](quantized, inputs))
     reloaded.save_pretrained(tmp_path / "again")
     assert coverage["names_in"](tmp_path / "again") == coverage["names_in"](tmp_path / "quantized")
@@ -86,6 +90,36 @@ def test_encoder_and_decoder_read_the_same_text(coverage, tmp_path):
     assert quantized.hf_quantizer.quality.divergence < 0.5
     generated = quantized.generate(torch.arange(12, 30)[None], max_new_tokens=4, decoder_start_token_id=0)
     assert generated.shape[1] <= 5
+
+
+@pytest.mark.parametrize("effort", ["fast", "max"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_block_that_is_called_several_times_is_solved_once_on_all_its_calls(tmp_path, effort, groups):
+    config = AlbertConfig(
+        vocab_size=160,
+        embedding_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_hidden_layers=3 * groups,
+        num_hidden_groups=groups,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    model = AlbertForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path / "original")
+    rows = [{"input_ids": torch.randint(4, 160, (length,)).tolist()} for length in (48, 40, 48, 30)]
+    log = tmp_path / "log.jsonl"
+    config = GPTQConfig(bits=3, group_size=32, dataset=rows, log_file=str(log), batch_size=2, effort=effort)
+    quantized = AlbertForMaskedLM.from_pretrained(tmp_path / "original", quantization_config=config, dtype="float32")
+    solved = [event for line in log.read_text().splitlines() if (event := json.loads(line))["event"] == "linear"]
+    assert len(solved) == 6 * groups
+    assert {event["tokens"] for event in solved} == {3 * (48 + 40 + 48 + 30)}
+    comparer, probe = Comparer(), torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        comparer.add(model(probe).logits, quantized(probe).logits, None, None)
+    assert comparer.result().divergence > 0
+    assert quantized.hf_quantizer.quality.divergence == pytest.approx(comparer.result().divergence, rel=1e-3)
 
 
 def quantized_from_samples(folder, model, rows, **settings):
@@ -206,11 +240,8 @@ def test_sound_without_text_is_refused_for_models_that_decode():
 )
 def test_a_forward_that_waits_at_every_block_computes_what_a_plain_one_does(coverage, model_type, class_name):
     model = coverage["instantiated"](model_type, class_name)
-    inputs = torch.arange(12, 76).view(2, 32)
-    expected = coverage["outputs_of"](model, inputs)
-    batch = {"input_ids": inputs}
-    if "decoder" in " ".join(name for name, _ in model.named_children()):
-        batch["decoder_input_ids"] = inputs
+    batch = coverage["sample"](model, model_type, 2, torch.Generator().manual_seed(0))
+    expected = coverage["outputs_of"](model, batch)
     blocks = list(find_blocks(model).values())
     with torch.no_grad(), SuspendedForwards(model, blocks, [batch]) as forwards:
         (waiting,) = forwards.start()

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, GPTNeoConfig, Phi3Config
+from transformers import AutoModelForCausalLM, FalconH1Config, GPT2Config, GPTJConfig, GPTNeoConfig, Phi3Config
 
 from optq import GPTQConfig, QuantLinear
 from optq.errors import ModelError
 from optq.hf import quantizer
-from optq.hf.streaming import StreamedBlocks
+from optq.hf.streaming import StreamedBlocks, why_not_streamed
+from optq.model import find_blocks
 
 SIZES = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS = {
@@ -94,6 +95,27 @@ def test_the_bytes_are_those_of_a_model_read_whole(tiny_llama, token_rows, tmp_p
     streamed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
     assert streamed.keys() == whole.keys()
     assert all(torch.equal(streamed[key], whole[key]) for key in whole)
+
+
+def test_a_model_that_initialises_its_blocks_from_outside_is_read_whole():
+    config = FalconH1Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mamba_d_ssm=64,
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=16,
+        mamba_chunk_size=32,
+    )
+    with torch.device("meta"):
+        models = [AutoModelForCausalLM.from_config(other) for other in (config, *CONFIGS.values())]
+    reasons = [why_not_streamed(model, find_blocks(model), ["model.safetensors"]) for model in models]
+    assert reasons[0] == "model.layers.0.mamba.mup_vector is initialised from outside of its block"
+    assert reasons[1:] == [None] * len(CONFIGS)
 
 
 def test_an_incomplete_checkpoint_is_named(tiny_llama, token_rows, tmp_path):

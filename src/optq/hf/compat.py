@@ -138,6 +138,30 @@ def initialise_buffers(model: Any, name: str) -> None:
         block.apply(lambda module: owner._initialize_weights(module, owner.is_custom_code()))
 
 
+def foreign_buffer(model: Any, name: str) -> str | None:
+    """A buffer of a block that is in no checkpoint and that the block's own modules do not initialise, if any.
+
+    Args:
+        model: on the meta device.
+        name: the block's.
+    """
+    owner = _model_around(model, name)
+    for path, module in model.get_submodule(name).named_modules(prefix=name):
+        before = {buffer: (id(tensor), tensor._version) for buffer, tensor in _unsaved_buffers(module).items()}
+        if before:
+            with torch.device("cpu"), torch.no_grad(), guard_torch_init_functions():
+                owner._init_weights(module)
+        for buffer, tensor in _unsaved_buffers(module).items():
+            if before[buffer] == (id(tensor), tensor._version):
+                return f"{path}.{buffer}"
+    return None
+
+
+def _unsaved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    buffers = dict(module.named_buffers(recurse=False))
+    return {name: buffers[name] for name in module._non_persistent_buffers_set & buffers.keys()}
+
+
 def _model_around(model: Any, name: str) -> Any:
     """The innermost model of transformers that a module belongs to: a part of a larger model may be one itself."""
     parts = name.split(".")

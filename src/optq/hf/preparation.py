@@ -63,7 +63,10 @@ def prepare(model: Any, config: GPTQConfig) -> Preparation:
 
 def _vocabulary(model: Any) -> int:
     """How many token ids there are."""
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # of models that do not say which it is
+        embedding = None
     if isinstance(getattr(embedding, "weight", None), torch.Tensor):
         return int(embedding.weight.shape[0])
     return int(model.config.get_text_config(decoder=True).vocab_size)  # some have an embedding per codebook

@@ -116,7 +116,8 @@ def why_not_streamed(model: Any, blocks: dict[str, nn.Module], files: list[str])
     parameters = [parameter for block in blocks.values() for parameter in block.parameters()]
     if len({id(parameter) for parameter in parameters}) < len(parameters):
         return "blocks share weights with one another"
-    return None
+    foreign = next(filter(None, (compat.foreign_buffer(model, name) for name in blocks)), None)
+    return f"{foreign} is initialised from outside of its block" if foreign else None
 
 
 def _keys_by_block(model: Any, blocks: dict[str, nn.Module], files: Iterable[str]) -> dict[str, dict[str, list[str]]]:

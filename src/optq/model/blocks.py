@@ -55,7 +55,8 @@ def find_blocks(model: nn.Module, name: str | None = None) -> dict[str, nn.Modul
 def _largest(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> dict[str, nn.Module]:
     """The members of the list with the most linear parameters."""
     sizes = {path: _linear_parameters(module) for path, module in candidates.items()}
-    winners = [path for path, size in sizes.items() if size == max(sizes.values())]
+    largest = [path for path, size in sizes.items() if size == max(sizes.values())]
+    winners = [path for path in largest if not any(path.startswith(f"{other}.") for other in largest)]  # the outermost
     if len(winners) > 1:
         raise ModelError(
             f"{type(model).__name__} has several lists of blocks of the same size: {', '.join(winners)}. "
