@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -390,12 +391,14 @@ class BlockWork:
         }
         self.log.emit("block", block=self.name, **facts)
         logger.info(
-            "%s: relative loss %.2e, %.2f bits per weight, %.1f s, peak %.2f GiB",
+            "%s: relative loss %.2e, %.2f bits per weight, %.1f s, peak %.2f GiB; %d blocks left, about %s",
             self.name,
             facts["relative_loss"],
             facts["bits_per_weight"],
             facts["seconds"],
             facts["peak_gib"] or math.nan,
+            self.log.blocks_left,
+            timedelta(seconds=round(self.log.seconds_left)),
         )
 
 

@@ -3,6 +3,7 @@
 
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ class RunLog:
         self._file = file
         self._show_bar = bar
         self._bar: tqdm[Any] | None = None
+        self._expected = 0  # blocks
         self._started = time.monotonic()
 
     def __enter__(self) -> "RunLog":
@@ -50,6 +52,7 @@ class RunLog:
 
     def expect(self, blocks: int) -> None:
         """Start the bar over so many blocks."""
+        self._expected = blocks
         self._bar = tqdm(
             total=blocks,
             desc="Quantizing",
@@ -57,6 +60,19 @@ class RunLog:
             disable=None if self._show_bar else True,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| block {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}",
         )
+
+    @property
+    def blocks_left(self) -> int:
+        return self._expected - sum(event["event"] in ("block", "restored") for event in self.events)
+
+    @property
+    def seconds_left(self) -> float:
+        """If every block to come takes the median of those that were done: the first may be slower than the others.
+
+        Raises StatisticsError before the first.
+        """
+        seconds: list[float] = [event["seconds"] for event in self.events if event["event"] == "block"]
+        return self.blocks_left * statistics.median(seconds)
 
     def advance(self, blocks: float, **shown: str) -> None:
         """Move the bar by a fraction of a block and show what was just done."""
