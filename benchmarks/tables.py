@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md", "docs/kernels.md", "docs/large-models.md", "docs/coverage.md")
+PAGES = (
+    "README.md",
+    "docs/accuracy.md",
+    "docs/calibration.md",
+    "docs/kernels.md",
+    "docs/large-models.md",
+    "docs/coverage.md",
+)
 WIDTH = 119
 BEGIN = "<!-- results: {name}; made by benchmarks/tables.py from benchmarks/results/*.json, not by hand -->"
 END = "<!-- end of results -->"
@@ -222,9 +229,36 @@ def _remark(row: dict[str, Any]) -> str:
     return f"dense: {shown}{', …' if len(dense) > 3 else ''}" if dense else ""
 
 
+def names() -> str:
+    """The named datasets, from the package itself."""
+    from optq.calibration import DATASETS
+
+    lines = ["| name | on the Hub | what it is | licence |", "|---|---|---|---|"]
+    for name, named in DATASETS.items():
+        place = ", ".join(filter(None, (named.path, named.arguments.get("name"))))
+        lines.append(f"| `{name}` | {place} | {named.purpose} | {named.licence} |")
+    return "\n".join(lines)
+
+
+def calibration() -> str:
+    """Perplexity and divergence on each text, by what the model was calibrated on."""
+    content = read("calibration")
+    settings, results = content["settings"], content["results"]
+    texts = list(results["original"])
+    text = f"{settings['model']}, calibrated on {settings['calibration']}, judged on {settings['evaluation']}. "
+    text += "Perplexity / KL divergence from the original."
+    lines = [textwrap.fill(text, WIDTH), "", f"| | {' | '.join(texts)} |", f"|---|{'---|' * len(texts)}"]
+    for name, row in results.items():
+        cells = [f"{row[text]['perplexity']:.2f} / {row[text]['divergence']:.4f}" for text in texts]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "quality": quality,
+    "names": names,
+    "calibration": calibration,
     "tries": tries,
     "second_family": second_family,
     "kernels": kernels,

@@ -296,7 +296,7 @@ def quality_of(model, reference, calibration):
 @pytest.mark.parametrize("lengths", [(48,), (48, 31, 20)])
 def test_the_gate_compares_with_the_original_model(tiny_llama, model, token_rows, propagation, lengths):
     rows = [{"input_ids": row["input_ids"][: lengths[index % len(lengths)]]} for index, row in enumerate(token_rows)]
-    calibration = calibrate(rows * 2)
+    calibration = calibrate(rows)
     scheme = LayerScheme(bits=3, group_size=32, propagation=propagation)
     log = RunLog(bar=False)
     found = quantize_model(model, plan(model, lambda name: scheme), calibration, device=CPU, log=log)
@@ -331,6 +331,7 @@ def test_propagation_begins_where_inputs_drift(tiny_llama, token_rows):
 
 def test_polish_brings_the_model_closer(tiny_llama, token_rows):
     found, logs = {}, {}
+    rows = [{"input_ids": row["input_ids"][start:]} for row in token_rows for start in range(4)]
     for passes in (0, 6):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         scheme = LayerScheme(bits=2, group_size=32, symmetric=False)
@@ -338,7 +339,7 @@ def test_polish_brings_the_model_closer(tiny_llama, token_rows):
         found[passes] = quantize_model(
             model,
             plan(model, lambda name, scheme=scheme: scheme),
-            calibrate(token_rows * 4, batch_size=4),
+            calibrate(rows, batch_size=4),
             polish_passes=passes,
             device=CPU,
             log=logs[passes],

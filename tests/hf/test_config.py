@@ -43,7 +43,8 @@ def test_json_holds_no_tokenizer_and_no_text():
     assert "log_file" not in written
     assert json.loads(config.to_json_string()) == json.loads(written)
     assert GPTQConfig(bits=4, dataset="wikitext2").to_dict()["dataset"] == "wikitext2"
-    assert "dataset" not in GPTQConfig(bits=4, dataset="some/file.txt").to_dict()
+    for dataset in ("some/file.txt", "self", "math", "wikitext2:0.5,c4:0.5", {"wikitext2": 1}):  # refused by others
+        assert "dataset" not in GPTQConfig(bits=4, dataset=dataset).to_dict()
 
 
 def test_json_is_what_readers_require():

@@ -86,6 +86,20 @@ def test_text_is_encoded_with_the_tokenizer_of_the_models_folder(tiny_llama):
     assert model.config.quantization_config.meta["calibration"]["tokens"] == 25 + 19
 
 
+def test_short_samples_are_packed_with_the_models_end_of_text(tiny_llama, tmp_path):
+    texts = [f"number {index}" for index in range(40)]
+    model = quantize(tiny_llama, texts, packing=True, model_seqlen=64)
+    packed = sum(len(text) + 1 for text in texts)
+    facts = model.config.quantization_config.meta["calibration"]
+    assert facts["samples"] == -(-packed // 64)
+    assert facts["tokens"] == packed
+    shutil.copytree(tiny_llama, tmp_path / "endless")
+    config = json.loads((tmp_path / "endless/config.json").read_text())
+    (tmp_path / "endless/config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    with pytest.raises(ConfigError, match="packing=True joins texts by the model's eos_token_id"):
+        quantize(tmp_path / "endless", texts, packing=True)
+
+
 @pytest.mark.parametrize("as_object", [True, False])
 def test_a_tokenizer_can_be_given_as_object_or_folder(tiny_llama, token_rows, tmp_path, as_object):
     bare = tmp_path / "bare"
@@ -261,10 +275,6 @@ def test_a_generation_config_that_cannot_be_saved_is_mended_before_the_end(tiny_
 
 class TestRefusals:
     """Before any long work, with what was found and what to do."""
-
-    def test_no_dataset(self, tiny_llama):
-        with pytest.raises(CalibrationError, match="needs calibration data"):
-            AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=GPTQConfig(bits=4))
 
     def test_a_group_size_that_does_not_fit(self, tiny_llama, token_rows):
         with pytest.raises(ConfigError, match="not a multiple of group_size 100"):

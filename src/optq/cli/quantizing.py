@@ -18,7 +18,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         "--data-path",
         metavar="DATA",
-        help="a name (wikitext2, c4, …), a .txt/.json/.jsonl/.parquet file, or a mix: wikitext2:0.5,./my.jsonl:0.5",
+        help="a name (wikitext2, code, …), a file or folder, a mix (wikitext2:0.5,./my.jsonl:0.5), or self: text that "
+        "the model writes (self)",
     )
     data.add_argument("--num-samples", type=int, metavar="N", help="sequences to use at most (128, or all of a list)")
     data.add_argument("--seq-len", "--max-len", type=int, metavar="N", help="tokens of one at most (2048, or fewer)")

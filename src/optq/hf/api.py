@@ -17,7 +17,7 @@ from optq.progress import LOG_NAME
 
 from .card import card
 from .config import GPTQConfig
-from .journal import DESCRIPTION, differences_to, has_finished_blocks, write_whole
+from .journal import RUN_FILES, differences_to, is_worth_keeping, write_whole
 from .source import companions_folder, copy_companions, model_class_of, model_config_of
 
 PARTIAL = ".optq-partial"
@@ -72,7 +72,7 @@ def quantize(
             copy_companions(companions_folder(source, kwargs), partial)
             _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
         finally:
-            if not has_finished_blocks(partial):
+            if not is_worth_keeping(partial):
                 shutil.rmtree(partial)
     elif differences := differences_to(partial, config):
         raise OutputError(
@@ -118,7 +118,7 @@ def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
 
 def _make_ready(partial: Path, shards: dict[str, str]) -> None:
     """All files are there: write down what each of them will be called."""
-    others = sorted(path.name for path in partial.iterdir() if path.name not in (*shards, DESCRIPTION))
+    others = sorted(path.name for path in partial.iterdir() if path.name not in (*shards, *RUN_FILES))
     names = {**shards, **{name: name for name in others}}
     for name in names:
         with (partial / name).open("rb") as stream:
@@ -132,6 +132,6 @@ def _reveal(partial: Path, output: Path) -> None:
     for name, final in json.loads((partial / READY).read_text(encoding="utf-8")).items():
         if (partial / name).exists():
             os.replace(partial / name, output / final)
-    for name in (DESCRIPTION, READY):
+    for name in (*RUN_FILES, READY):
         (partial / name).unlink(missing_ok=True)
     partial.rmdir()

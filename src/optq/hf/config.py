@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import transformers
 from transformers.utils.quantization_config import QuantizationMethod
 
-from optq.calibration import DATASETS
+from optq.calibration import SELF, mixture
 from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
 from optq.evaluation import GOOD_PERPLEXITY_RATIO
@@ -24,6 +24,7 @@ from optq.scheme import BITS, SERVED_GROUP_SIZES, ActOrder, GridFit, LayerScheme
 from optq.version import __version__
 
 DEFAULT_DAMPING = 0.1
+STOCK_DATASETS = ("wikitext2", "c4", "c4-new")  # all that transformers' own class takes in a config.json
 
 Effort = Literal["fast", "default", "max"]
 QualityGate = Literal["warn", "raise", "off"]
@@ -60,6 +61,7 @@ RUN_ONLY = (
     "cache_block_outputs",
     "model_seqlen",
     "num_samples",
+    "packing",
     "seed",
     "calibrate_all_experts",
     "device",
@@ -76,7 +78,9 @@ class GPTQConfig(transformers.GPTQConfig):
         bits: bits per weight: 2, 3, 4 or 8.
         tokenizer: object, model id or folder; by default the one in the model's folder.
         dataset: calibration data: a list of strings, of chats or of dicts with input_ids; a `datasets.Dataset`; a path
-            to a .txt/.jsonl/.json/.parquet file; or "wikitext2", "c4", "c4-new", "ptb".
+            to a .txt/.jsonl/.json/.parquet file or a folder; a name such as "wikitext2"; several paths and names with
+            weights, as in "wikitext2:0.7,./my.jsonl:0.3" or a dict; or "self", the default: text that the model writes
+            itself. See docs/calibration.md.
         group_size: columns that share a scale and a zero; -1 for whole rows.
         damp_percent: despite its name a fraction: how much of the Hessian's mean diagonal is added to its diagonal.
         desc_act: store groups in activation order (non-trivial g_idx). vLLM no longer reads such checkpoints.
@@ -101,6 +105,7 @@ class GPTQConfig(transformers.GPTQConfig):
             untied first, and becomes a weight of its own.
         model_seqlen: longest calibration sequence in tokens; by default the model's own limit, at most 2048.
         num_samples: most calibration sequences to use; by default all of a list and 128 of anything else.
+        packing: join short samples, each ended by the model's end-of-text token, so that all sequences are full.
         batch_size: calibration sequences per forward; by default as many as fit in 2048 tokens, or in 512 where
             blocks are polished: every forward is a step.
         calibrate_all_experts: of a mixture, show every expert all tokens while calibrating, not only those that are
@@ -143,6 +148,7 @@ class GPTQConfig(transformers.GPTQConfig):
         backend: str | None = "auto",
         model_seqlen: int | None = None,
         num_samples: int | None = None,
+        packing: bool = False,
         block_name_to_quantize: str | None = None,
         module_name_preceding_first_block: list[str] | None = None,
         batch_size: int | None = None,
@@ -187,6 +193,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.backend = (backend or "auto").lower()
         self.model_seqlen = model_seqlen
         self.num_samples = num_samples
+        self.packing = bool(packing)
         self.block_name_to_quantize = block_name_to_quantize
         self.module_name_preceding_first_block = module_name_preceding_first_block
         self.batch_size = batch_size
@@ -321,9 +328,19 @@ class GPTQConfig(transformers.GPTQConfig):
         return self._pieces.polish if self.polish is None else self.polish
 
     @property
+    def calibration_data(self) -> Any:
+        """The dataset, or what stands for none."""
+        return SELF if self.dataset is None else self.dataset
+
+    @property
+    def own_text(self) -> bool:
+        """Whether the model writes some of its calibration data itself."""
+        return any(isinstance(source, str) and source == SELF for source, _ in mixture(self.calibration_data))
+
+    @property
     def _dataset_name(self) -> str | None:
-        """The dataset if it is one of the known names: all of the calibration data that may reach config.json."""
-        return self.dataset if isinstance(self.dataset, str) and self.dataset in DATASETS else None
+        """The dataset if it is a name that all readers take: what of the calibration data reaches config.json."""
+        return self.dataset if isinstance(self.dataset, str) and self.dataset in STOCK_DATASETS else None
 
     def _base_scheme(self) -> LayerScheme:
         return LayerScheme(

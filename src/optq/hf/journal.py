@@ -11,6 +11,7 @@ went on, so the blocks that follow get the same inputs and the checkpoint the sa
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,9 +29,15 @@ from optq.version import __version__
 from . import compat
 from .config import GPTQConfig
 
+logger = logging.getLogger(__name__)
+
 DESCRIPTION = "run.json"
 """What the run is: another one does not go on here."""
 
+WRITTEN = "written.json"
+"""What the model wrote to be calibrated on: a run that goes on uses the same."""
+
+RUN_FILES = (DESCRIPTION, WRITTEN)  # gone at the end
 FORMAT = 1  # of the journal
 BLOCK_FILE = "block-{index:05}.safetensors"
 
@@ -145,6 +152,44 @@ def has_finished_blocks(folder: Path) -> bool:
     return (folder / BLOCK_FILE.format(index=0)).exists()
 
 
+def is_worth_keeping(folder: Path) -> bool:
+    """Whether a run that goes on here would save anything."""
+    return has_finished_blocks(folder) or (folder / WRITTEN).exists()
+
+
+def kept_samples(
+    folder: str | None, files: Iterable[str], asked: dict[str, Any], write: Callable[[], list[list[int]]]
+) -> list[list[int]]:
+    """What `write` returns, or returned in the run that goes on in `folder`.
+
+    Args:
+        files, asked: the model's files, and whatever else decides what is written.
+    Raises:
+        OutputError: blocks were finished on samples that were written otherwise.
+    """
+    if folder is None:
+        return write()
+    path = Path(folder, WRITTEN)
+    description = json.loads(json.dumps({"model files": _identities(files), **asked}))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differences = _differences(found["description"], description)
+        if not differences:
+            logger.info("Going on with the %d samples that the model has written before.", len(found["samples"]))
+            samples: list[list[int]] = found["samples"]
+            return samples
+        if has_finished_blocks(Path(folder)):
+            raise OutputError(
+                f"{Path(folder).parent} holds a part of another run, whose model wrote other calibration data: "
+                f"{'; '.join(differences)}. Go on with the same model and settings, or name another folder, or delete "
+                "this one."
+            )
+    samples = write()
+    content = json.dumps({"description": description, "samples": samples})
+    write_whole(path, lambda target: target.write_text(content, encoding="utf-8"))
+    return samples
+
+
 def differences_to(folder: Path, config: GPTQConfig) -> list[str]:
     """How the settings of the run in `folder` differ from `config`."""
     found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["settings"]
@@ -159,11 +204,15 @@ def described(
         "journal": FORMAT,
         "optq": __version__,
         "torch": torch.__version__,
-        "model files": {Path(file).name: _identity(Path(file)) for file in files},
+        "model files": _identities(files),
         "dtype": str(dtype),
         "settings": settings,
         "calibration": _hash_of(calibration),
     }
+
+
+def _identities(files: Iterable[str]) -> dict[str, str]:
+    return {Path(file).name: _identity(Path(file)) for file in files}
 
 
 def _identity(file: Path) -> str:

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from optq.serving import Linear, refusals, split_of
 
 from .api import model_without_weights
 from .config import GPTQConfig
-from .preparation import prepare
+from .preparation import prepare, prepare_data, vocabulary_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,8 @@ def plan(
     config = GPTQConfig.from_stock(config)
     model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
     prepared = prepare(model, config)
-    planned, calibration = prepared.plan, prepared.calibration
+    planned = prepared.plan
+    calibration = prepared.calibration or prepare_data(model, config, partial(_stand_in, vocabulary_of(model)))
     put_split(model, prepared.experts)
     device = execution_device(config.device)
     targets = planned.all_targets
@@ -136,6 +138,11 @@ def plan(
         free_gib=free_bytes(device) / GIB,
         not_served=refusals("vllm", _as_linears(model, targets), tensor_parallel),
     )
+
+
+def _stand_in(vocabulary: int, samples: int, length: int) -> list[list[int]]:
+    """As many tokens as the model will write, which is all that counts here."""
+    return torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def _memory(model: Any, planned: Plan, calibration: Calibration, device: torch.device) -> dict[str, int]:

@@ -2,14 +2,15 @@
 """What a configuration means for a model: which linears are quantized and how, and on what data. No weight is read."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from optq.calibration import TOKENS_PER_MICRO_BATCH, TOKENS_PER_STEP, Calibration, prepare_calibration
-from optq.errors import ConfigError
+from optq.calibration import TOKENS_PER_MICRO_BATCH, TOKENS_PER_STEP, Calibration, accepted, prepare_calibration
+from optq.errors import CalibrationError, ConfigError
 from optq.model import Experts, find_blocks, find_fused_experts, find_linears, put_fused, put_split
 from optq.planning import Plan, plan_quantization
 
@@ -17,6 +18,7 @@ from . import compat
 from .config import GPTQConfig
 
 LONGEST = 2048  # tokens of a calibration sequence, by default
+LONGEST_WRITTEN = 512  # of one that the model writes itself: each takes a forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +26,13 @@ class Preparation:
     """What was decided before any work.
 
     Args:
+        calibration: None if the model has to write some of it first.
         experts: by name, those that will be split into linears; the plan's targets are among these. The model still
             holds them in fused form.
     """
 
     plan: Plan
-    calibration: Calibration
+    calibration: Calibration | None
     experts: dict[str, Experts]
 
 
@@ -39,6 +42,11 @@ def prepare(model: Any, config: GPTQConfig) -> Preparation:
     Raises:
         ConfigError, CalibrationError, ModelError: whatever can be refused before any work.
     """
+    if config.own_text and (reason := why_not_written(model)):
+        raise CalibrationError(
+            f"{'No dataset= was given, and this model' if config.dataset is None else type(model).__name__} cannot "
+            f"write its own calibration data: {reason}. Pass dataset= with {accepted()}."
+        )
     blocks = find_blocks(model, config.block_name_to_quantize)
     head = _find_head(model) if config.lm_head else {}
     experts = {
@@ -58,10 +66,26 @@ def prepare(model: Any, config: GPTQConfig) -> Preparation:
     for module in experts.values():
         module.every_token = config.calibrate_all_experts
     with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
-        return Preparation(plan=plan, calibration=_prepare_calibration(model, config), experts=experts)
+        calibration = None if config.own_text else prepare_data(model, config)
+    return Preparation(plan=plan, calibration=calibration, experts=experts)
 
 
-def _vocabulary(model: Any) -> int:
+def why_not_written(model: Any) -> str | None:
+    """Why a model cannot write texts, or None."""
+    if _has_decoder_inputs(model):
+        return "it reads a text with its encoder before it writes another"
+    if model.main_input_name != "input_ids":
+        return f"it reads {model.main_input_name}"
+    if not model.can_generate():
+        return f"{type(model).__name__} does not predict the next token"
+    return None
+
+
+def _has_decoder_inputs(model: Any) -> bool:
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def vocabulary_of(model: Any) -> int:
     """How many token ids there are."""
     try:
         embedding = model.get_input_embeddings()
@@ -83,22 +107,44 @@ def _find_head(model: Any) -> dict[str, nn.Module]:
     return {name: head}
 
 
-def _prepare_calibration(model: Any, config: GPTQConfig) -> Calibration:
+def prepare_data(
+    model: Any, config: GPTQConfig, write: Callable[[int, int], list[list[int]]] | None = None
+) -> Calibration:
+    """The calibration data.
+
+    Args:
+        write: has the model write: so many samples of so many tokens.
+    """
     text_config = model.config.get_text_config(decoder=True)
     longest = getattr(text_config, "max_position_embeddings", None) or LONGEST
     longest = config.model_seqlen or (min(longest, LONGEST) if longest > 0 else LONGEST)  # XLNet's is -1: no limit
+    length = config.model_seqlen or min(longest, LONGEST_WRITTEN)
     padding = config.pad_token_id
     return prepare_calibration(
-        config.dataset,
+        config.calibration_data,
         lambda: compat.load_tokenizer(config.tokenizer, model),
-        vocabulary=_vocabulary(model),
+        vocabulary=vocabulary_of(model),
         window=longest,
         samples=config.num_samples,
         batch_size=config.batch_size,
         pad_token_id=padding if padding is not None else getattr(text_config, "pad_token_id", None),
         seed=config.seed,
         probe=config.quality_gate != "off",
-        decoded="decoder_input_ids" in inspect.signature(model.forward).parameters,
+        decoded=_has_decoder_inputs(model),
         dtype=model.dtype,
         micro_batch_tokens=TOKENS_PER_STEP if config.polish_passes else TOKENS_PER_MICRO_BATCH,
+        separator=_end_of_text(text_config) if config.packing else None,
+        write=None if write is None else lambda count: write(count, length),
     )
+
+
+def _end_of_text(text_config: Any) -> int:
+    """The token that ends a text."""
+    found = getattr(text_config, "eos_token_id", None)
+    if isinstance(found, (list, tuple)):  # chat models: the first ends a text, the others a turn
+        found = found[0]
+    if found is None:
+        raise ConfigError(
+            "packing=True joins texts by the model's eos_token_id, but its config has none; set it there."
+        )
+    return int(found)

@@ -9,6 +9,7 @@ puts an empty `QuantLinear` wherever the checkpoint has packed words, and *after
 import logging
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import transformers
 from transformers.quantizers.base import HfQuantizer
 
 from optq.allocation import allocate
-from optq.calibration import Calibration, require_dataset
+from optq.calibration import Calibration, accepted, check_sources
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.driver import quantize_model
-from optq.errors import CheckpointError
+from optq.errors import CalibrationError, CheckpointError
 from optq.evaluation import Comparison, is_good, judge
 from optq.layers import QuantLinear
 from optq.memory import GIB
@@ -33,8 +34,9 @@ from optq.scheme import LayerScheme
 from . import compat
 from .config import GPTQConfig
 from .journal import Journal, described
-from .preparation import prepare
+from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
+from .writing import why_not_loaded_again, write_own_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class OptqHfQuantizer(HfQuantizer):
         """Refuse, before anything is downloaded, what can never be quantized."""
         if self.pre_quantized:
             return
-        require_dataset(self.quantization_config.dataset)
+        check_sources(self.quantization_config.calibration_data)
         execution_device(self.quantization_config.device)
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -90,16 +92,26 @@ class OptqHfQuantizer(HfQuantizer):
             self._insert_empty_layers(model, checkpoint_files or [])
             return
         config = self.quantization_config
-        prepared = prepare(model, config)
-        self._plan, self._calibration, self._experts = prepared.plan, prepared.calibration, prepared.experts
-        blocks = {name: block for name, block in self._plan.blocks.items() if name != self._plan.head}
         self._files = checkpoint_files or []
+        prepared = prepare(model, config)
+        if config.own_text and (reason := why_not_loaded_again(self._files)):
+            raise CalibrationError(
+                f"The model cannot write its own calibration data: {reason}. Pass dataset= with {accepted()}."
+            )
+        self._plan, self._experts = prepared.plan, prepared.experts
+        blocks = {name: block for name, block in self._plan.blocks.items() if name != self._plan.head}
         if reason := why_not_streamed(model, blocks, checkpoint_files or []):
             logger.info("The whole model is read into memory: %s.", reason)
         else:
             self._streamed = StreamedBlocks(model, blocks, checkpoint_files or [], self._experts)
             self._streamed.leave()
-        for weakness in self._calibration.weak_for(self._plan.widest):
+        if prepared.calibration is not None:
+            self._take(prepared.calibration)
+
+    def _take(self, calibration: Calibration) -> None:
+        assert self._plan is not None
+        self._calibration = calibration
+        for weakness in calibration.weak_for(self._plan.widest):
             logger.warning("Weak calibration data: %s.", weakness)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -107,8 +119,11 @@ class OptqHfQuantizer(HfQuantizer):
             self._prepare_layers(model)
             return
         assert self._plan is not None  # *before* ran
-        assert self._calibration is not None
         config = self.quantization_config
+        if self._calibration is None:
+            # Not in *before*: there, transformers holds back the initialisation of whatever model is loaded.
+            self._take(prepare_data(model, config, partial(write_own_text, model, self._files, config)))
+        assert self._calibration is not None
         if config.journal_folder is not None:
             self.journal = Journal(Path(config.journal_folder), model, self._plan.blocks, config.format)
             self.journal.open(described(self._files, config.settings(), self._calibration, model.dtype))

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration data: texts, chats, datasets, files or token ids become micro-batches of tokens.
-
-Every source ends as lists of token ids, one per sample, without padding. Samples longer than the window are cut into
-consecutive windows and nothing is joined across samples. Padding is added per micro-batch only, and masked.
-"""
+"""Samples are drawn, set apart for judging the result, and padded into micro-batches."""
 
 import hashlib
 import json
@@ -11,18 +7,20 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError
+from optq.errors import CalibrationError
+
+from .encoding import Encoder, cut, joined
+from .sources import SELF, accepted, check_sources, mixture, name_of, read, shares
 
 logger = logging.getLogger(__name__)
 
 SHORTEST_SAMPLE = 2  # tokens
-DEFAULT_WINDOW = 2048  # tokens
 DEFAULT_SAMPLES = 128  # windows drawn from a source that is larger than a calibration set
 TOKENS_PER_MICRO_BATCH = 2048
 TOKENS_PER_STEP = 512  # of a micro-batch that is a step of gradient descent: many small steps get further
@@ -34,45 +32,6 @@ PROBE_TOKENS = 512  # … by its first tokens, so that the logits stay small
 
 
 Sample = TypeVar("Sample")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NamedDataset:
-    """A dataset of the Hub: arguments of `datasets.load_dataset`, the column with text, and whether it is one text."""
-
-    path: str
-    column: str
-    one_document: bool
-    arguments: dict[str, Any]
-    evaluation: dict[str, Any]
-
-
-_C4 = {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
-_C4_VALIDATION = {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"}
-DATASETS = {
-    "wikitext2": NamedDataset(
-        path="Salesforce/wikitext",
-        column="text",
-        one_document=True,
-        arguments={"name": "wikitext-2-raw-v1", "split": "train"},
-        evaluation={"split": "test"},
-    ),
-    "c4": NamedDataset(path="allenai/c4", column="text", one_document=False, arguments=_C4, evaluation=_C4_VALIDATION),
-    "c4-new": NamedDataset(
-        path="allenai/c4", column="text", one_document=False, arguments=_C4, evaluation=_C4_VALIDATION
-    ),
-    "ptb": NamedDataset(
-        path="ptb-text-only/ptb_text_only",
-        column="sentence",
-        one_document=True,
-        # The repository's loading script is not run; the Hub's own conversion to Parquet is read.
-        arguments={"split": "train", "revision": "refs/convert/parquet"},
-        evaluation={"split": "test"},
-    ),
-}
-FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-TEXT_COLUMNS = ("text", "content", "sentence")
-CHAT_COLUMNS = ("messages", "conversations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,49 +116,48 @@ def prepare_calibration(
     decoded: bool = False,
     micro_batch_tokens: int = TOKENS_PER_MICRO_BATCH,
     dtype: torch.dtype = torch.float32,
+    separator: int | None = None,
+    write: Callable[[int], list[list[int]]] | None = None,
 ) -> Calibration:
     """Turn whatever `GPTQConfig.dataset` accepts into micro-batches.
 
     Args:
         dataset: a list of strings, of chats, of dicts with input_ids, or of what a processor returns for one sample
-            with images or sound; a `datasets.Dataset`; a path to a file; or a key of `DATASETS`.
+            with images or sound; a `datasets.Dataset`; a path; a name; or several of these with weights.
         load_tokenizer: called only if there is text to encode.
         vocabulary: rows of the model's input embedding; every token id must be below.
         window: longest sequence, in tokens.
-        samples: windows to use at most, drawn with `seed`; by default all of a list, and 128 of anything else.
+        samples: windows to use at most, drawn with `seed`; by default all of a list, and 128 of anything else. Of
+            several sources, each gives its share by weight.
         batch_size: samples per micro-batch; by default as many as fit in `micro_batch_tokens`.
         pad_token_id: fills up shorter samples; they are masked, so any id of the vocabulary does.
         probe: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
             samples none is held out; the longest is then used for both.
         decoded: of a model with an encoder and a decoder: both read the text.
         dtype: of images and sound, the model's.
+        separator: join the samples of each source, with this token at the end of each, before they are cut into
+            windows; None: nothing is joined.
+        write: has the model write so many samples, for dataset="self".
     Raises:
         CalibrationError: the data is missing, empty, too short, of an unknown form, or does not fit the vocabulary.
     """
     if isinstance(dataset, Sequence) and any(_is_more_than_text(row) for row in dataset):
         rows = [_whole(row, index, decoded, dtype) for index, row in enumerate(dataset)]
         return _prepare_whole(dataset, rows, vocabulary, window, samples, seed, probe)
-    samples_read, bounded = _read(dataset, load_tokenizer)
-    if not samples_read:
-        raise CalibrationError(f"The calibration dataset is empty. Pass {_accepted()}.")
-    windows = [ids[start : start + window] for ids in samples_read for start in range(0, len(ids), window)]
-    long_enough = [ids for ids in windows if len(ids) >= SHORTEST_SAMPLE]
-    if not long_enough:
-        longest = max(len(ids) for ids in samples_read)
-        raise CalibrationError(
-            f"All {len(samples_read)} calibration samples are shorter than {SHORTEST_SAMPLE} tokens (the longest has "
-            f"{longest}). Pass longer texts: a few hundred tokens each, some ten thousand in all."
-        )
-    if dropped := len(windows) - len(long_enough):
-        logger.warning("%d calibration samples shorter than %d tokens are left out.", dropped, SHORTEST_SAMPLE)
-    limit = samples if samples is not None else (None if bounded else DEFAULT_SAMPLES)
-    chosen = _draw(long_enough, limit, seed)
+    check_sources(dataset)
+    listed = isinstance(dataset, Sequence) and not isinstance(dataset, str)
+    limit = DEFAULT_SAMPLES if samples is None and not listed else samples
+    windows_of = partial(
+        _windows, encode=Encoder(load_tokenizer), window=window, separator=separator, seed=seed, write=write
+    )
+    chosen, sources, unmet = _gather(mixture(dataset), limit, seed, windows_of)
     _check_vocabulary(max(max(ids) for ids in chosen), vocabulary)
     fitted, probes = _set_apart(chosen, seed) if probe else (chosen, [])
     tokens = sum(map(len, fitted))
     held_out = len(chosen) - len(fitted)
     recipe = {
-        "source": _source_name(dataset),
+        "source": ", ".join(source["name"] for source in sources),
+        "sources": sources,
         "samples": len(fitted),
         "held_out": held_out,
         "tokens": tokens,
@@ -208,8 +166,9 @@ def prepare_calibration(
         "sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
     }
     logger.info(
-        "Calibration: %d samples, %d tokens, at most %d each; %d more samples are held out to judge the result.",
+        "Calibration: %d samples (%s), %d tokens, at most %d each; %d more samples are held out to judge the result.",
         recipe["samples"],
+        ", ".join(f"{source['samples']} of {source['name']}" for source in sources),
         tokens,
         recipe["longest"],
         held_out,
@@ -219,8 +178,70 @@ def prepare_calibration(
         recipe=recipe,
         probes=tuple(_batches([ids[:PROBE_TOKENS] for ids in probes], 1, pad_token_id or 0, decoded=decoded)),
         probes_held_out=held_out > 0,
-        weaknesses=tuple(_weaknesses(chosen, window, samples)),
+        weaknesses=(*unmet, *_weaknesses(chosen, window, samples)),
     )
+
+
+def _gather(
+    parts: list[tuple[Any, float]],
+    limit: int | None,
+    seed: int,
+    windows_of: Callable[[Any, int | None], tuple[list[list[int]], dict[str, Any]]],
+) -> tuple[list[list[int]], list[dict[str, Any]], list[str]]:
+    """Distinct samples of all sources by weight, what the recipe says of each source, and which give too few."""
+    chosen: list[list[int]] = []
+    sources: list[dict[str, Any]] = []
+    unmet: list[str] = []
+    taken: set[tuple[int, ...]] = set()
+    repeated = 0
+    counts = [limit] if limit is None else shares([weight for _, weight in parts], limit)
+    for (source, weight), count in zip(parts, counts, strict=True):
+        if count == 0:
+            continue
+        windows, facts = windows_of(source, count)
+        distinct = [list(ids) for ids in dict.fromkeys(map(tuple, windows)) if ids not in taken]
+        repeated += len(windows) - len(distinct)
+        drawn = _draw(distinct, count, seed)
+        taken.update(map(tuple, drawn))
+        chosen += drawn
+        sources.append({"name": name_of(source), "weight": weight, **facts, "samples": len(drawn)})
+        if len(parts) > 1 and count is not None and len(drawn) < count:
+            unmet.append(f"{name_of(source)} has {len(drawn)} samples, but {count} are its share of the mixture")
+    if repeated:
+        logger.warning("%d calibration samples are exact repetitions of others and are left out.", repeated)
+    return chosen, sources, unmet
+
+
+def _windows(
+    source: Any,
+    count: int | None,
+    *,
+    encode: Encoder,
+    window: int,
+    separator: int | None,
+    seed: int,
+    write: Callable[[int], list[list[int]]] | None,
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """All windows of one source that are long enough, and facts for the recipe."""
+    if isinstance(source, str) and source == SELF:
+        if write is None or count is None:
+            raise CalibrationError(f"dataset={SELF!r} needs a model that can write. Pass {accepted()}.")
+        return write(count), {}
+    rows, facts = read(source, count, seed)
+    documents = [encode(row, index) for index, row in enumerate(rows)]
+    if not documents:
+        raise CalibrationError(f"The calibration dataset ({name_of(source)}) is empty. Pass {accepted()}.")
+    whole = documents if separator is None else [joined(documents, separator)]
+    windows = [ids for document in whole for ids in cut(document, window, encode.opening)]
+    long_enough = [ids for ids in windows if len(ids) >= SHORTEST_SAMPLE]
+    if not long_enough:
+        raise CalibrationError(
+            f"All {len(documents)} calibration samples are shorter than {SHORTEST_SAMPLE} tokens (the longest has "
+            f"{max(map(len, documents))}). Pass longer texts: a few hundred tokens each, some ten thousand in all."
+        )
+    if dropped := len(windows) - len(long_enough):
+        logger.warning("%d calibration samples shorter than %d tokens are left out.", dropped, SHORTEST_SAMPLE)
+    return long_enough, facts
 
 
 def _prepare_whole(
@@ -238,7 +259,7 @@ def _prepare_whole(
     lengths = [_length(row) for row in fitted]
     names = sorted(set().union(*(row.inputs or {} for row in chosen)))
     recipe = {
-        "source": _source_name(dataset),
+        "source": name_of(dataset),
         "samples": len(fitted),
         "held_out": held_out,
         "tokens": sum(lengths),
@@ -331,174 +352,10 @@ def _weaknesses(samples: list[list[int]], window: int, asked: int | None) -> Ite
     tokens = sum(map(len, samples))
     if tokens < FEW_TOKENS:
         yield f"{tokens} tokens in all are few: {FEW_TOKENS} or more are usual"
-    if repeated := len(samples) - len(set(map(tuple, samples))):
-        yield f"{repeated} of {len(samples)} samples are exact repetitions of others and add nothing"
     if asked is not None and len(samples) < asked:
         yield f"only {len(samples)} samples of the {asked} asked for were found"
     if (longest := max(map(len, samples))) < min(window, SHORT_SAMPLES):
         yield f"the longest sample has {longest} tokens, so the model is never seen reading long texts"
-
-
-def require_dataset(dataset: Any) -> None:
-    """Raise a `CalibrationError` if there is none at all, which is known before anything is loaded."""
-    if dataset is None:
-        raise CalibrationError(f"Quantizing needs calibration data: pass dataset= with {_accepted()}.")
-
-
-def _read(dataset: Any, load_tokenizer: Callable[[], Any]) -> tuple[list[list[int]], bool]:
-    """The samples as token ids, and whether the user bounded their number by listing them."""
-    require_dataset(dataset)
-    if isinstance(dataset, (str, Path)):
-        rows, bounded = _read_source(str(dataset)), False
-    elif hasattr(dataset, "column_names"):
-        rows, bounded = _read_columns(dataset), False
-    elif isinstance(dataset, Sequence):
-        rows, bounded = dataset, True
-    else:
-        raise CalibrationError(f"dataset= is a {type(dataset).__name__}; pass {_accepted()}.")
-    encode = _Encoder(load_tokenizer)
-    return [encode(row, index) for index, row in enumerate(rows)], bounded
-
-
-def read_for_evaluation(dataset: Any, load_tokenizer: Callable[[], Any]) -> list[list[int]]:
-    """Samples of token ids from whatever `prepare_calibration` takes; of a named dataset, its part for evaluation."""
-    if isinstance(dataset, str) and dataset in DATASETS:
-        named = DATASETS[dataset]
-        dataset = _read_named(named, {**named.arguments, **named.evaluation})
-    samples, _ = _read(dataset, load_tokenizer)
-    return samples
-
-
-def _source_name(dataset: Any) -> str:
-    """What the recipe calls the data: its name on the Hub, the kind of file, or the type of the object."""
-    if not isinstance(dataset, (str, Path)):
-        return type(dataset).__name__
-    return str(dataset) if dataset in DATASETS else f"{Path(dataset).suffix} file"
-
-
-def _accepted() -> str:
-    return (
-        "a list of strings, a list of chats, a list of dicts with input_ids, a list of what a processor returns for "
-        "samples with images or sound, a datasets.Dataset, a path to a "
-        f"{'/'.join(FILE_SUFFIXES)} file, or one of the names {', '.join(DATASETS)}"
-    )
-
-
-class _Encoder:
-    """Encodes one row of any form; loads the tokenizer at the first row that needs it."""
-
-    def __init__(self, load_tokenizer: Callable[[], Any]) -> None:
-        self._load_tokenizer = load_tokenizer
-        self._tokenizer: Any = None
-
-    @property
-    def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
-        return self._tokenizer
-
-    def __call__(self, row: Any, index: int) -> list[int]:
-        if isinstance(row, str):
-            # verbose: a long document is cut into windows, so the tokenizer's warning about its length is moot
-            return list(self.tokenizer(row, verbose=False)["input_ids"])
-        if _is_chat(row):
-            return self._chat(row, index)
-        if isinstance(row, Mapping):
-            if "input_ids" in row:
-                return _unpadded(row, index)
-            for column in CHAT_COLUMNS:
-                if _is_chat(row.get(column)):
-                    return self._chat(row[column], index)
-            for column in TEXT_COLUMNS:
-                if isinstance(row.get(column), str):
-                    return self(row[column], index)
-        found = f"a dict with {sorted(row)}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
-        raise CalibrationError(f"Calibration sample {index} is {found}. Pass {_accepted()}.")
-
-    def _chat(self, chat: Any, index: int) -> list[int]:
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise CalibrationError(
-                f"Calibration sample {index} is a chat, but the tokenizer has no chat template. "
-                "Pass plain strings, or a tokenizer with a chat template."
-            )
-        text = self.tokenizer.apply_chat_template(list(chat), tokenize=False)
-        return list(
-            self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        )  # the template has them
-
-
-def _is_chat(row: Any) -> bool:
-    return (
-        isinstance(row, Sequence)
-        and not isinstance(row, str)
-        and len(row) > 0
-        and all(isinstance(message, Mapping) and "role" in message for message in row)
-    )
-
-
-def _unpadded(row: Mapping[str, Any], index: int) -> list[int]:
-    """The real tokens of a row with input_ids and, maybe, attention_mask."""
-    ids = torch.as_tensor(row["input_ids"]).reshape(-1)
-    mask = row.get("attention_mask")
-    if mask is not None:
-        mask = torch.as_tensor(mask).reshape(-1).bool()
-        if mask.shape != ids.shape:
-            raise CalibrationError(
-                f"Calibration sample {index} has {ids.numel()} input_ids and {mask.numel()} entries in attention_mask."
-            )
-        ids = ids[mask]
-    if ids.is_floating_point() or (ids.numel() and int(ids.min()) < 0):
-        raise CalibrationError(f"Calibration sample {index} has input_ids that are not non-negative integers.")
-    return [int(token) for token in ids]
-
-
-def _read_columns(dataset: Any) -> Iterable[Any]:
-    """Rows of a `datasets.Dataset`."""
-    known = ("input_ids", *CHAT_COLUMNS, *TEXT_COLUMNS)
-    columns = dataset.column_names
-    if isinstance(columns, Mapping):
-        raise CalibrationError(f"dataset= is a DatasetDict with splits {', '.join(columns)}; pass one of them.")
-    if not any(column in columns for column in known):
-        raise CalibrationError(f"The dataset has columns {', '.join(columns)}; one of {', '.join(known)} is needed.")
-    rows: Iterable[Any] = dataset
-    return rows
-
-
-def _read_source(source: str) -> Sequence[Any] | Iterable[Any]:
-    """Rows of a file, or of a named dataset."""
-    if source in DATASETS:
-        return _read_named(DATASETS[source], DATASETS[source].arguments)
-    path = Path(source)
-    if not path.is_file() or path.suffix not in FILE_SUFFIXES:
-        raise CalibrationError(f"dataset={source!r} is neither a known name nor a readable file. Pass {_accepted()}.")
-    if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
-    if path.suffix == ".parquet":
-        return _read_columns(_datasets("a .parquet file").load_dataset("parquet", data_files=str(path), split="train"))
-    try:
-        if path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{path} is not valid {path.suffix[1:].upper()}: {error}.") from error
-    if not isinstance(rows, list):
-        raise CalibrationError(f"{path} holds a {type(rows).__name__}; a list of texts, chats or dicts is needed.")
-    return rows
-
-
-def _read_named(named: NamedDataset, arguments: dict[str, Any]) -> list[str]:
-    rows = list(_datasets("a dataset by name").load_dataset(named.path, **arguments)[named.column])
-    # With the empty lines, as the GPTQ paper's code joins them: else perplexities cannot be compared with others'.
-    return ["\n\n".join(rows)] if named.one_document else [text for text in rows if text.strip()]
-
-
-def _datasets(purpose: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise CalibrationError(f"Reading {purpose} needs the package datasets: pip install datasets.") from error
-    return datasets
 
 
 def _draw(

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration data: names, files, objects or the model's own text become micro-batches of tokens.
+
+Every source (`sources`) yields rows, which become lists of token ids without padding (`encoding`). They are cut into
+windows and drawn by weight, and padding is added per micro-batch only, and masked (`batches`). What the model writes
+itself (`generation`) needs no encoding.
+"""
+
+from .batches import DEFAULT_SAMPLES as DEFAULT_SAMPLES
+from .batches import TOKENS_PER_MICRO_BATCH as TOKENS_PER_MICRO_BATCH
+from .batches import TOKENS_PER_STEP as TOKENS_PER_STEP
+from .batches import Calibration as Calibration
+from .batches import MicroBatch as MicroBatch
+from .batches import bytes_of as bytes_of
+from .batches import prepare_calibration as prepare_calibration
+from .encoding import read_for_evaluation as read_for_evaluation
+from .generation import write_samples as write_samples
+from .sources import DATASETS as DATASETS
+from .sources import SELF as SELF
+from .sources import accepted as accepted
+from .sources import check_sources as check_sources
+from .sources import mixture as mixture

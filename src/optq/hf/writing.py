@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model's own text as calibration data: it is loaded once more, as it is, writes, and is gone before the work."""
+
+import copy
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optq.calibration import write_samples
+from optq.errors import CalibrationError
+from optq.memory import release_free_memory
+from optq.placement import execution_device, working_dtype
+
+from .config import GPTQConfig
+from .journal import kept_samples
+from .preparation import vocabulary_of
+
+logger = logging.getLogger(__name__)
+
+
+def why_not_loaded_again(files: Sequence[str]) -> str | None:
+    """Why the model that is being quantized cannot be loaded a second time, or None."""
+    if not files:
+        return "its weights come from no files"
+    if Path(files[0]).suffix not in (".safetensors", ".bin"):
+        return f"{Path(files[0]).name} has to be converted first"
+    return None
+
+
+def write_own_text(model: Any, files: Sequence[str], config: GPTQConfig, samples: int, length: int) -> list[list[int]]:
+    """Samples of tokens that the original of `model` writes; with a journal, those of the run that goes on.
+
+    Args:
+        model: what is being quantized. Left as it is.
+        files: its checkpoint's.
+    Raises:
+        CalibrationError: there is no room for a text.
+        OutputError: the journal belongs to another run.
+    """
+    opening = _opening(model)
+    if length <= len(opening):
+        raise CalibrationError(
+            f"model_seqlen={length} leaves no room for text: the model's own begins with {len(opening)} tokens. "
+            "Choose a larger one, 512 for instance."
+        )
+
+    def write() -> list[list[int]]:
+        if config.dataset is None:
+            logger.info("No dataset= was given; docs/calibration.md compares what follows with other choices.")
+        logger.info(
+            "The model writes its own calibration data: %d samples of %d tokens, begun with %s, seed %d.",
+            samples,
+            length,
+            f"token {opening[0]}" if opening else "a random token",
+            config.seed,
+        )
+        original = _load(model, files[0], config.device)
+        written = write_samples(
+            original, samples, length, opening=opening, vocabulary=vocabulary_of(model), seed=config.seed
+        )
+        del original
+        gc.collect()  # a model refers to itself
+        release_free_memory()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return written
+
+    asked = {"samples": samples, "length": length, "opening": opening, "seed": config.seed, "dtype": str(model.dtype)}
+    return kept_samples(config.journal_folder, files, asked, write)
+
+
+def _opening(model: Any) -> list[int]:
+    """What a text begins with: the token for that, if the model has one."""
+    bos = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
+    return [] if bos is None else [int(bos)]
+
+
+def _load(model: Any, file: str, asked: str | None) -> Any:
+    """The model with its weights, on the device asked for; else where it runs fastest, on several if need be."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    device = execution_device(asked)
+    return type(model).from_pretrained(
+        Path(file).parent,
+        config=config,
+        dtype=working_dtype(device) or model.dtype,
+        device_map="auto" if asked is None and device.type != "cpu" else {"": device},
+    )
