@@ -31,7 +31,7 @@ HEADLINES = (
     "4-bit g64 sym, round to nearest",
     "4-bit g64 sym, GPTQModel",
     "4-bit g64 sym, GPTQModel + GPTAQ",
-    "4-bit g64 sym, AutoRound light",
+    "4-bit g64 sym, AutoRound",
     "4-bit g64 sym, llm-compressor",
     "4-bit g64 sym, optq plain GPTQ",
     "4-bit g64 sym, optq default",
