@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from optq.gptq import InputDrift, output_energy, solve
-from optq.gptq.refinement import refine, refit_scales, sweep_codes
+from optq.gptq.refinement import Attempt, refine, refit_scales, sweep_codes
 from optq.scheme import LayerScheme
 
 OUT, IN = 12, 80
@@ -27,8 +27,8 @@ def start(problem, **scheme):
     return solve(weight, hessian, LayerScheme(damping=0.01, **{"bits": 3, "group_size": 16, **scheme})).quantized
 
 
-def unchanged(target, hessian, quantized):
-    return quantized
+def unchanged(present):
+    return present.quantized
 
 
 def lost(problem, quantized):
@@ -40,7 +40,7 @@ def lost(problem, quantized):
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_refitted_scales_are_the_least_squares_solution(problem, group_size, act_order):
     quantized = start(problem, group_size=group_size, act_order=act_order)
-    refitted = refit_scales(*problem, quantized)
+    refitted = refit_scales(problem[1], Attempt.of(*problem, quantized))
     weight, hessian = (tensor.double() for tensor in problem)
     root = torch.linalg.cholesky(hessian).T  # δᵀHδ = ‖root δ‖²
     columns = quantized.group_of_column.long()
@@ -55,7 +55,7 @@ def test_refitted_scales_are_the_least_squares_solution(problem, group_size, act
 
 def test_a_sweep_is_coordinate_descent(problem):
     quantized = start(problem)
-    swept = sweep_codes(*problem, quantized)
+    swept = sweep_codes(problem[1], Attempt.of(*problem, quantized))
     weight, hessian = (tensor.double() for tensor in problem)
     columns = quantized.group_of_column.long()
     scales, zeros = quantized.scales.double()[:, columns], quantized.zeros.double()[:, columns]
@@ -78,12 +78,14 @@ def test_no_row_ends_above_where_it_started(problem, bits, symmetric, group_size
     quantized = start(problem, bits=bits, symmetric=symmetric, group_size=group_size)
     before = lost(problem, quantized)
     for rounds in (1, 3):
-        refined, after = refine(*problem, quantized, rounds, unchanged)
-        assert torch.equal(after, lost(problem, refined))
+        refined = refine(*problem, Attempt.of(*problem, quantized), rounds, unchanged)
+        after = refined.lost
+        torch.testing.assert_close(after, lost(problem, refined.quantized))
+        torch.testing.assert_close(refined.pull, (problem[0] - refined.quantized.decode()) @ problem[1])
         assert (after <= before).all()
         assert after.sum() < before.sum()
         before = after
-    assert refine(*problem, quantized, 0, unchanged)[0] is quantized
+    assert refine(*problem, Attempt.of(*problem, quantized), 0, unchanged).quantized is quantized
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -106,7 +108,8 @@ def test_no_row_ends_above_rounding_to_nearest(correlated_problem, refinement):
 
 
 def test_refined_scales_are_storable(problem):
-    refined, _ = refine(*problem, start(problem, bits=2, symmetric=False), 2, unchanged)
+    first = Attempt.of(*problem, start(problem, bits=2, symmetric=False))
+    refined = refine(*problem, first, 2, unchanged).quantized
     assert torch.equal(refined.scales.half().float(), refined.scales)
     assert (refined.scales > 0).all()
     assert ((refined.zeros >= 1) & (refined.zeros <= 3)).all()
@@ -116,7 +119,8 @@ def test_a_group_of_zeros_keeps_its_scale(problem):
     weight = problem[0].clone()
     weight[:, :16] = 0
     quantized = solve(weight, torch.eye(IN), LayerScheme(bits=4, group_size=16)).quantized
-    assert torch.equal(refit_scales(weight, torch.eye(IN), quantized).scales[:, 0], quantized.scales[:, 0])
+    refitted = refit_scales(torch.eye(IN), Attempt.of(weight, torch.eye(IN), quantized))
+    assert torch.equal(refitted.scales[:, 0], quantized.scales[:, 0])
 
 
 def test_propagation_moves_the_outputs_towards_the_originals():

@@ -8,6 +8,7 @@ Frantar et al., "OPTQ", ICLR 2023 (arXiv:2210.17323), Algorithm 1.
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
 
 from .grid import Grid, fit_grid
 from .hessian import output_energy
-from .refinement import better_rows, refine
+from .refinement import Attempt, refine
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,9 @@ def solve(
         codes = _round_columns(target, inverted.factor, grid, order, group_of_column, column_block)
         return _on_grid(codes, grid, group_of_column, scheme)
 
-    def solve_again(target: Tensor, _: Tensor, present: QuantizedWeight) -> QuantizedWeight:
-        return round_on(Grid(scales=present.scales, zeros=present.zeros.float(), max_code=scheme.max_code), target)
+    def solve_again(target: Tensor, present: Attempt) -> QuantizedWeight:
+        scales, zeros = present.quantized.scales, present.quantized.zeros.float()
+        return round_on(Grid(scales=scales, zeros=zeros, max_code=scheme.max_code), target)
 
     rows_at_once = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     parts = []
@@ -95,10 +97,10 @@ def solve(
         # error is compensated: they gave lower losses of the layers and a worse perplexity (docs/accuracy.md).
         importance = energy if scheme.grid == "weighted" else None
         grid = fit_grid(original, group_of_column, scheme, importance)
-        started = round_on(grid, target)
-        quantized, lost = refine(target, inverted.hessian, started, scheme.refinement, solve_again)
+        started = Attempt.of(target, inverted.hessian, round_on(grid, target))
+        refined = refine(target, inverted.hessian, started, scheme.refinement, partial(solve_again, target))
         nearest = _on_grid(grid.encode(original, group_of_column), grid, group_of_column, scheme)
-        quantized, _ = better_rows(target, inverted.hessian, quantized, lost, nearest)
+        quantized = refined.or_better(Attempt.of(target, inverted.hessian, nearest)).quantized
         parts.append(
             Solution(
                 quantized=quantized,
