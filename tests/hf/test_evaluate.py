@@ -105,3 +105,23 @@ def test_a_text_that_is_too_short_is_refused(quantized, tmp_path):
 def test_tokens_bound_the_text(quantized, text):
     found = optq.evaluate(quantized[2], dataset=text, tokens=128, **KWARGS)
     assert [p.tokens for p in found.perplexities.values()] == [2 * 63, 127]
+
+
+def test_the_original_can_write_the_text_itself(tiny_llama, quantized):
+    settings = {"dataset": "self", "tokens": 256, **KWARGS}
+    found = optq.compare([tiny_llama, quantized[2]], baseline=tiny_llama, **settings)
+    again = optq.evaluate(quantized[2], baseline=tiny_llama, **settings)
+    assert found[1].comparison == again.comparison  # the same text every time
+    assert found[1].comparison.tokens == 4 * 63
+    # A model finds its own text likelier than random tokens.
+    assert found[0].perplexities["consecutive windows of 64"].perplexity < 0.8 * 128
+    with pytest.raises(CalibrationError, match="name it as the baseline"):
+        optq.evaluate(quantized[2], **settings)
+
+
+def test_writing_leaves_the_original_as_it_was(tiny_llama, quantized, text):
+    """Its generation config is needed for what it answers."""
+    settings = {"tokens": 128, "answers": True, **KWARGS}
+    (before,) = optq.compare([tiny_llama], baseline=tiny_llama, dataset=text, **settings)
+    (after,) = optq.compare([tiny_llama], baseline=tiny_llama, dataset="self", **settings)
+    assert after.answers == before.answers

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optq.calibration import read_for_evaluation
+from optq.calibration import SELF, read_for_evaluation, write_samples
 from optq.errors import CalibrationError
 from optq.evaluation import (
     Comparison,
@@ -33,12 +33,16 @@ from optq.placement import execution_device
 
 from .compat import load_tokenizer
 from .inspection import inspect
+from .preparation import LONGEST_WRITTEN, vocabulary_of
 from .source import model_config_of
+from .writing import opening_of
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 2048  # tokens, as in the GPTQ paper
 STRIDE = 512  # tokens, as in transformers' guide
+OWN_TOKENS = 16384  # that the original writes to be judged on
+OWN_SEED = 2**31 - 1  # other than any that people calibrate with
 PROMPT = 128  # tokens of the text that speed is measured on
 PROMPTS = (
     "The capital of France is",
@@ -115,8 +119,9 @@ def compare(
         models: ids or folders, dense or quantized by any tool.
         baseline: the original that they are compared with: perplexity, KL divergence, how often the most likely token
             is the same. It stays in memory beside each of them. By default nothing is compared.
-        dataset: the text, in any form that `GPTQConfig.dataset` takes; of a named dataset its part for evaluation.
-            Samples are read one after another, as one text.
+        dataset: the text, in any form that `GPTQConfig.dataset` takes; of a named dataset its part for evaluation;
+            "self": text that the baseline writes, not what it writes to be calibrated on. Samples are read one after
+            another, as one text.
         tokenizer: object, id or folder; by default that of the baseline, else of the first model.
         protocols: see `optq.evaluation.Protocol`; not "rolling", which wants a token before the text.
         window: tokens that a model reads at once, at most what all of the models can.
@@ -136,7 +141,9 @@ def compare(
     longest = getattr(model_config_of(reference, kwargs).get_text_config(), "max_position_embeddings", None)
     window = min(window, longest or window)
     encoder = cache(lambda: load_tokenizer(tokenizer or reference, None))
-    ids = torch.tensor([token for sample in read_for_evaluation(dataset, encoder) for token in sample][:tokens])
+    original = None if origin is None else _load(origin, device, kwargs)
+    samples = _own_text(original, tokens) if dataset == SELF else read_for_evaluation(dataset, encoder)
+    ids = torch.tensor([token for sample in samples for token in sample][:tokens])
     yardstick = _Yardstick(
         encoder=encoder,
         ids=ids,
@@ -144,7 +151,6 @@ def compare(
         batch_sizes=tuple(batch_sizes),
         answers=answers,
     )
-    original = None if origin is None else _load(origin, device, kwargs)
     found = []
     for name in names:
         model = original if name == origin else _load(name, device, kwargs)
@@ -181,6 +187,24 @@ def bench(
 
 def _load(name: str, device: torch.device, kwargs: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", "device_map": device, **kwargs}).eval()
+
+
+def _own_text(original: Any, tokens: int | None) -> list[list[int]]:
+    if original is None:
+        raise CalibrationError(f"dataset={SELF!r} is text that the original writes: name it as the baseline.")
+    generation_config, wanted = original.generation_config, OWN_TOKENS if tokens is None else tokens
+    count = -(-wanted // LONGEST_WRITTEN)
+    try:
+        return write_samples(
+            original,
+            count,
+            LONGEST_WRITTEN,
+            opening=opening_of(original),
+            vocabulary=vocabulary_of(original),
+            seed=OWN_SEED,
+        )
+    finally:
+        original.generation_config = generation_config
 
 
 def _cut(ids: Tensor, protocol: Protocol, window: int, stride: int) -> list[Span]:

@@ -41,7 +41,7 @@ def write_own_text(model: Any, files: Sequence[str], config: GPTQConfig, samples
         CalibrationError: there is no room for a text.
         OutputError: the journal belongs to another run.
     """
-    opening = _opening(model)
+    opening = opening_of(model)
     if length <= len(opening):
         raise CalibrationError(
             f"model_seqlen={length} leaves no room for text: the model's own begins with {len(opening)} tokens. "
@@ -73,7 +73,7 @@ def write_own_text(model: Any, files: Sequence[str], config: GPTQConfig, samples
     return kept_samples(config.journal_folder, files, asked, write)
 
 
-def _opening(model: Any) -> list[int]:
+def opening_of(model: Any) -> list[int]:
     """What a text begins with: the token for that, if the model has one."""
     bos = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
     return [] if bos is None else [int(bos)]
