@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,18 @@ def companions_folder(source: str, kwargs: dict[str, Any]) -> Path:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Carry along `COMPANIONS`, byte for byte, over what save_pretrained may have written."""
-    for path in sorted(source.iterdir()):
-        wanted = not path.name.startswith(".") and any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
-        unwanted = any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS)
-        if path.is_file() and wanted and not unwanted:
+    for path in files_of(source, COMPANIONS):
+        if not any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS):
             shutil.copyfile(path, target / path.name)
+
+
+def files_of(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The folder's own files, none of them hidden, that match one of the patterns."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name[0] != "." and any(fnmatch(path.name, pattern) for pattern in patterns)
+    ]
 
 
 def weight_files(source: str, kwargs: dict[str, Any]) -> list[Path]:
