@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from optq.errors import CheckpointError, ModelError
@@ -20,9 +20,11 @@ COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LI
 NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
 
 
-def model_config_of(source: str, kwargs: dict[str, Any]) -> Any:
+def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = False) -> Any:
     """The model's config, from a folder or the Hub; of `kwargs` what tells where that is.
 
+    Args:
+        as_data: never run code of the model: if transformers does not know it, a plain config holds what is written.
     Raises:
         ModelError: there is none, or none that transformers knows.
         OSError: there is no such folder or repository, or it cannot be reached.
@@ -33,6 +35,10 @@ def model_config_of(source: str, kwargs: dict[str, Any]) -> Any:
         raise ModelError(
             f"{folder} has no config.json, so it is no model. Name a model's folder, or its id on the Hub."
         )
+    if as_data:
+        written, _ = PreTrainedConfig.get_config_dict(source, **_only(keys, kwargs))
+        if "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
+            return PreTrainedConfig.from_dict(written)
     try:
         return AutoConfig.from_pretrained(source, **_only(keys, kwargs))
     except ValueError as error:
