@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .hf.inspection import inspect as inspect
     from .hf.inspection import kernel_choices as kernel_choices
     from .hf.outlook import plan as plan
+    from .hf.push import push as push
     from .layers import QuantLinear as QuantLinear
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "kernel_choices": "optq.hf.inspection",
     "perplexity": "optq.evaluation",
     "plan": "optq.hf.outlook",
+    "push": "optq.hf.push",
     "quantize": "optq.hf.api",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "kernels",
     "perplexity",
     "plan",
+    "push",
     "quantize",
 ]
 

@@ -34,6 +34,10 @@ class OutputError(OptqError, OSError):
     """The output folder cannot be used."""
 
 
+class HubError(OptqError):
+    """The Hub refuses what was asked of it, or cannot be reached."""
+
+
 class ReportError(OptqError, ValueError):
     """A run's log is missing or cannot be read, or what draws its pictures is not installed."""
 

@@ -61,6 +61,8 @@ def test_custom_code_goes_along_with_the_checkpoint(homemade, token_rows, tmp_pa
     config = GPTQConfig(bits=4, group_size=32, dataset=token_rows)
     output = optq.quantize(homemade, config, output_dir=tmp_path / "out", trust_remote_code=True)
     assert (output / "modeling_homemade.py").read_text() == CODE
+    assert optq.inspect(output).bits_per_weight < 8  # runs no code, so it needs no permission
+    assert "# out" in (output / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
     assert type(model).__name__ == "HomemadeForCausalLM"
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 14

@@ -19,7 +19,7 @@ EXIT_CODES = {
     DONE: "done",
     INTERNAL: "a defect of optq or of a library: --debug shows where",
     USAGE: "the options or the data cannot be used as they are",
-    MODEL: "the model or checkpoint cannot be found, read, or quantized",
+    MODEL: "the model or checkpoint cannot be found, read, quantized, or uploaded",
     QUALITY: "the result is not good enough: the quality gate, or what --fail-above asks for",
     RESOURCES: "the output folder, the disk or the memory do not suffice",
     INTERRUPTED: "interrupted; an export goes on where it was when it is called again",

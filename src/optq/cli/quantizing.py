@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that make a checkpoint, or say what making it will take."""
+"""Commands that make a checkpoint, say what making it will take, or publish it."""
 
 import argparse
 import json
 from typing import Any
+
+from optq.errors import ConfigError
 
 from .command import DONE, RESOURCES, Command
 from .loading import add_loading, add_source, loading
@@ -84,20 +86,38 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="a new or empty folder, or one that an interrupted run left")
     _add_settings(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say what it will take, as `gptq plan` does")
+    hub = parser.add_argument_group("publishing")
+    hub.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the result, to a repository claimed at once")
+    _add_private(hub)
+
+
+def _add_private(parser: Any) -> None:
+    parser.add_argument("--private", action="store_true", help="the repository is to be seen by its owners only")
 
 
 def _export(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         arguments.tensor_parallel = 1
         return _plan(arguments)
+    if arguments.private and not arguments.push_to_hub:
+        raise ConfigError(
+            "--private says how --push-to-hub USER/NAME uploads, which was not given. Give both or none."
+        )
     import optq
+    from optq.hf.push import claim
 
-    folder = optq.quantize(arguments.model, _config(arguments), output_dir=arguments.output, **loading(arguments))
+    config, access = _config(arguments), {"private": arguments.private, "token": arguments.token}
+    if arguments.push_to_hub:
+        claim(arguments.push_to_hub, **access)  # a wrong name or token is found before the work, not after
+    folder = optq.quantize(arguments.model, config, output_dir=arguments.output, **loading(arguments))
+    url = optq.push(folder, arguments.push_to_hub, **access) if arguments.push_to_hub else None
     if arguments.json:
         log = (folder / "quantization_log.jsonl").read_text(encoding="utf-8").splitlines()
         finished = [event for event in map(json.loads, log) if event["event"] in ("quality", "finished")]
-        print_json({"folder": folder, **{event.pop("event"): event for event in finished}})
+        print_json({"folder": folder, "url": url, **{event.pop("event"): event for event in finished}})
     else:
+        if url:
+            print(f"{url} holds it now.")
         print(f"{folder} is finished. How good it is: optimum-cli gptq compare {arguments.model} {folder}")
     return DONE
 
@@ -168,4 +188,30 @@ CONVERT = Command(
     summary="Write a GPTQ checkpoint in another format. Exact: no weight changes, or it is refused.",
     add_arguments=_add_convert,
     run=_convert,
+)
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="a finished export")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; is created if it does not exist")
+    _add_private(parser)
+    parser.add_argument("--token", metavar="TOKEN", help="one that may write; by default that of `hf auth login`")
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    import optq
+
+    url = optq.push(arguments.folder, arguments.repo_id, private=arguments.private, token=arguments.token)
+    if arguments.json:
+        print_json({"folder": arguments.folder, "url": url})
+    else:
+        print(f"{url} holds {arguments.folder} now.")
+    return DONE
+
+
+PUSH = Command(
+    name="push",
+    summary="Upload a finished export to the Hub. Called again after an interruption, it goes on where it was.",
+    add_arguments=_add_push,
+    run=_push,
 )

@@ -52,7 +52,7 @@ class Inspection:
 
 
 def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1, **kwargs: Any) -> Inspection:
-    """Say what a checkpoint holds, GPTQ or dense. Loads no model.
+    """Say what a checkpoint holds, GPTQ or dense. Loads no model, and runs none of its code.
 
     Args:
         tensor_parallel: over how many GPUs a server will split it.
@@ -61,7 +61,7 @@ def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1
         CheckpointError: no safetensors files, or tensors that fit no GPTQ layout.
     """
     source = os.fspath(model_id_or_dir)
-    described = model_config_of(source, kwargs)
+    described = model_config_of(source, kwargs, as_data=True)
     files = weight_files(source, kwargs)
     headers = read_headers([os.fspath(file) for file in files])
     quantized = find_quantized_linears(headers)

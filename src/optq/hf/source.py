@@ -3,12 +3,13 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from optq.errors import CheckpointError, ModelError
@@ -19,9 +20,11 @@ COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LI
 NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
 
 
-def model_config_of(source: str, kwargs: dict[str, Any]) -> Any:
+def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = False) -> Any:
     """The model's config, from a folder or the Hub; of `kwargs` what tells where that is.
 
+    Args:
+        as_data: never run code of the model: if transformers does not know it, a plain config holds what is written.
     Raises:
         ModelError: there is none, or none that transformers knows.
         OSError: there is no such folder or repository, or it cannot be reached.
@@ -32,6 +35,10 @@ def model_config_of(source: str, kwargs: dict[str, Any]) -> Any:
         raise ModelError(
             f"{folder} has no config.json, so it is no model. Name a model's folder, or its id on the Hub."
         )
+    if as_data:
+        written, _ = PreTrainedConfig.get_config_dict(source, **_only(keys, kwargs))
+        if "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
+            return PreTrainedConfig.from_dict(written)
     try:
         return AutoConfig.from_pretrained(source, **_only(keys, kwargs))
     except ValueError as error:
@@ -61,11 +68,18 @@ def companions_folder(source: str, kwargs: dict[str, Any]) -> Path:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Carry along `COMPANIONS`, byte for byte, over what save_pretrained may have written."""
-    for path in sorted(source.iterdir()):
-        wanted = not path.name.startswith(".") and any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
-        unwanted = any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS)
-        if path.is_file() and wanted and not unwanted:
+    for path in files_of(source, COMPANIONS):
+        if not any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS):
             shutil.copyfile(path, target / path.name)
+
+
+def files_of(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The folder's own files, none of them hidden, that match one of the patterns."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name[0] != "." and any(fnmatch(path.name, pattern) for pattern in patterns)
+    ]
 
 
 def weight_files(source: str, kwargs: dict[str, Any]) -> list[Path]:
