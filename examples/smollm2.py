@@ -18,7 +18,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 
 def fetch(cache: Path = CACHE) -> Path:
-    """The model's folder, made at the first call; needs the package `gguf`."""
+    """The model's folder in `cache`, made at the first call; needs the package `gguf`."""
     folder = cache / "SmolLM2-135M-Instruct"
     if (folder / "config.json").exists():
         return folder
@@ -54,4 +54,4 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(fetch())
+    print(fetch(Path(sys.argv[1]) if len(sys.argv) > 1 else CACHE))

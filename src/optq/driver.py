@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,10 +74,12 @@ def quantize_model(
         for targets in plan.targets.values():
             _check_weights(targets, "nothing was quantized")
     names, blocks = list(plan.blocks), list(plan.blocks.values())
+    named = str(getattr(model, "name_or_path", ""))
     log.emit(
         "started",
         utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model=getattr(model, "name_or_path", "") or type(model).__name__,
+        model=named or type(model).__name__,
+        from_folder=Path(named).is_dir(),
         blocks=len(blocks),
         linears=sum(map(len, plan.targets.values())),
         skipped=plan.skipped,

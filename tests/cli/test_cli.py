@@ -254,6 +254,18 @@ def test_a_text_that_is_too_short_is_told(run, checkpoint, text):
     assert has_one_line("has 100 tokens; at least 128", err)
 
 
+def test_a_stride_as_long_as_the_window_is_told(run, checkpoint, text):
+    code, _, err = run("evaluate", checkpoint, "--dataset", text, "--window", 64, "--stride", 64)
+    assert code == USAGE
+    assert has_one_line("stride=64 was asked for; it is a number from 1 to below the window", err)
+
+
+def test_short_windows_slide_by_half_of_themselves(run, checkpoint, text):
+    code, out, _ = run("evaluate", checkpoint, "--dataset", text, "--window", 64)
+    assert code == DONE
+    assert "sliding window of 64, stride 32" in out
+
+
 def test_a_model_that_is_not_there_cannot_be_evaluated(run, text, tmp_path):
     code, _, err = run("evaluate", tmp_path / "nowhere", "--dataset", text)
     assert code == MODEL

@@ -69,7 +69,10 @@ def test_a_base_on_the_hub_is_named_as_such(checkpoint, tmp_path):
     shutil.copytree(checkpoint, folder)
     log = folder / "quantization_log.jsonl"
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    events = [event | ({"model": "org/base"} if event["event"] == "started" else {}) for event in events]
+    events = [
+        event | ({"model": "org/base", "from_folder": False} if event["event"] == "started" else {})
+        for event in events
+    ]
     log.write_text("".join(json.dumps(event) + "\n" for event in events))
     data = ModelCard(optq.card(folder)).data
     assert data.base_model == "org/base"

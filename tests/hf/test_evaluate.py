@@ -98,7 +98,7 @@ def test_without_an_original_nothing_is_compared(quantized, text):
 
 def test_a_text_that_is_too_short_is_refused(quantized, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(CalibrationError, match=r"has 9 tokens; at least 64 .* longer text, or a shorter window"):
+    with pytest.raises(CalibrationError, match=r"has 9 tokens; at least 64 .* longer text, a shorter window"):
         optq.evaluate(quantized[2], dataset=tmp_path / "short.txt", **KWARGS)
 
 

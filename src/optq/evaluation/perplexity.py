@@ -56,7 +56,7 @@ def spans(tokens: int, protocol: Protocol = "consecutive", window: int = 512, st
         window: the most tokens that the model reads at once.
         stride: of "sliding": how far each window is ahead of the last; by default half a window.
     Raises:
-        ValueError: the text is too short for the protocol, or the stride no positive number up to `window`.
+        ValueError: the text is too short for the protocol, or the stride no positive number below `window`.
     """
     least = window if protocol == "consecutive" else 2
     if tokens < least:
@@ -65,8 +65,8 @@ def spans(tokens: int, protocol: Protocol = "consecutive", window: int = 512, st
         return [Span(start=at, first=at + 1, stop=at + window) for at in range(0, tokens - window + 1, window)]
     if protocol == "sliding":
         stride = window // 2 if stride is None else stride
-        if not 0 < stride <= window:
-            raise ValueError(f"stride={stride} was asked for; it is a number from 1 to the window, {window}.")
+        if not 0 < stride < window:  # with a stride of a window, its first token would have none before it
+            raise ValueError(f"stride={stride} was asked for; it is a number from 1 to below the window, {window}.")
         return list(_sliding(tokens, window, stride))
     return list(_rolling(tokens, window))
 

@@ -39,14 +39,16 @@ def card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> str:
     if found.config is None:
         raise CheckpointError(f"{folder} is not quantized, so there is no recipe to write a card of.")
     run = read_run(folder)
-    base = _base(str(run.started["model"]))
+    source = str(run.started["model"])
+    base = Path(source).name if run.started["from_folder"] else source  # no path of the machine that made it
+    on_hub = "/" in base
     name = repo_id or folder.resolve().name
     data = ModelCardData(
-        base_model=base if "/" in base else None,
-        license=_licence(str(run.started["model"])),
+        base_model=base if on_hub else None,
+        license=_licence(source, on_hub),
         library_name="transformers",
         tags=["gptq", f"{found.config.bits}-bit", "optq"],
-        **({"base_model_relation": "quantized"} if "/" in base else {}),
+        **({"base_model_relation": "quantized"} if on_hub else {}),
     )
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
@@ -64,16 +66,13 @@ def card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> str:
     return "\n".join(section for section in sections if section)
 
 
-def _base(source: str) -> str:
-    """A model's id on the Hub, or the name of its folder: no path of the machine that made it."""
-    return Path(source).name if Path(source).is_dir() or Path(source).is_absolute() else source
-
-
-def _licence(source: str) -> str | None:
+def _licence(source: str, on_hub: bool) -> str | None:
     """As the original's card says, if it has one that can be read."""
+    readme = Path(source, "README.md")
+    if not on_hub and not readme.exists():
+        return None
     try:
-        readme = Path(source, "README.md")
-        original = ModelCard.load(readme if readme.exists() else source)
+        original = ModelCard.load(source if on_hub else readme)
     except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError):
         return None
     licence: str | None = original.data.license

@@ -106,7 +106,7 @@ def compare(
     tokenizer: Any = None,
     protocols: Sequence[Protocol] = ("consecutive", "sliding"),
     window: int = WINDOW,
-    stride: int = STRIDE,
+    stride: int | None = None,
     tokens: int | None = None,
     batch_sizes: Sequence[int] = (),
     answers: bool = False,
@@ -125,7 +125,7 @@ def compare(
         tokenizer: object, id or folder; by default that of the baseline, else of the first model.
         protocols: see `optq.evaluation.Protocol`; not "rolling", which wants a token before the text.
         window: tokens that a model reads at once, at most what all of the models can.
-        stride: of the protocol "sliding".
+        stride: of the protocol "sliding"; by default 512, or half of a window that is shorter than 1024.
         tokens: how many of the text to use at most, from its start.
         batch_sizes: for which the speed of generation is measured, after a prompt from the text.
         answers: have each model continue a few prompts.
@@ -140,6 +140,7 @@ def compare(
     reference = origin or names[0]
     longest = getattr(model_config_of(reference, kwargs).get_text_config(), "max_position_embeddings", None)
     window = min(window, longest or window)
+    stride = min(STRIDE, window // 2) if stride is None else stride
     encoder = cache(lambda: load_tokenizer(tokenizer or reference, None))
     original = None if origin is None else _load(origin, device, kwargs)
     samples = _own_text(original, tokens) if dataset == SELF else read_for_evaluation(dataset, encoder)
@@ -209,15 +210,15 @@ def _own_text(original: Any, tokens: int | None) -> list[list[int]]:
 
 def _cut(ids: Tensor, protocol: Protocol, window: int, stride: int) -> list[Span]:
     try:
-        return spans(ids.numel(), protocol, window, min(stride, window))
+        return spans(ids.numel(), protocol, window, stride)
     except ValueError as error:
-        raise CalibrationError(f"{error} Name a longer text, or a shorter window.") from error
+        raise CalibrationError(f"{error} Name a longer text, a shorter window, or a smaller stride.") from error
 
 
 def _in_words(protocol: Protocol, window: int, stride: int) -> str:
     return {
         "consecutive": f"consecutive windows of {window}",
-        "sliding": f"sliding window of {window}, stride {min(stride, window)}",
+        "sliding": f"sliding window of {window}, stride {stride}",
         "rolling": f"rolling window of {window}",
     }[protocol]
 
