@@ -168,6 +168,23 @@ def test_a_plan_says_what_vllm_will_refuse(run, tiny_llama, text):
     assert "64 outputs in 2 parts" in run("plan", *settings, "--tensor-parallel", 2)[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--bits", 7], "bits=7 was asked for"), (["--dataset", "wikitext"], "Did you mean 'wikitext2'")],
+)
+def test_a_plan_that_makes_no_sense_is_refused(run, tiny_llama, text, options, words):
+    code, _, err = run("plan", "--model", tiny_llama, *SETTINGS, "--dataset", text, *options)
+    assert code == USAGE
+    assert has_one_line(words, err)
+
+
+@pytest.mark.parametrize("command", [["plan", "--model", "x"], ["inspect", "x"]])
+def test_a_model_is_served_by_one_gpu_at_least(run, command):
+    code, _, err = run(*command, "--tensor-parallel", 0)
+    assert code == USAGE
+    assert "0 is not a positive whole number" in err
+
+
 # inspect
 
 
@@ -366,6 +383,13 @@ def test_an_interruption_ends_with_the_shells_code():
     assert exit_code_of(KeyboardInterrupt()) == 130
 
 
+@pytest.mark.parametrize(("device", "code"), [("tpu", USAGE), ("cpu", MODEL)])
+def test_what_cannot_be_timed_is_told(run, tmp_path, device, code):
+    found, _, err = run("bench", tmp_path / "nowhere", "--device", device)
+    assert found == code
+    assert has_one_line("tpu" if code == USAGE else "nowhere", err)
+
+
 # convert
 
 
@@ -426,6 +450,14 @@ def test_the_card_is_printed(run, checkpoint):
     assert code == DONE
     assert "vllm serve someone/tiny" in out
     assert json.loads(run("card", checkpoint, "--json")[1])["card"].startswith("---")
+
+
+def test_there_is_no_card_without_the_log_of_the_run(run, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    (tmp_path / "copy" / "quantization_log.jsonl").unlink()
+    code, _, err = run("card", tmp_path / "copy")
+    assert code == USAGE
+    assert has_one_line("holds no quantization_log.jsonl", err)
 
 
 def test_there_is_no_card_of_a_dense_model(run, tiny_llama):

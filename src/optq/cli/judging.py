@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command import DONE, QUALITY, Command
-from .loading import add_loading, loading
+from .loading import add_loading, loading, positive
 from .printing import as_json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def _add_text(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("what they are measured on")
     text.add_argument("--dataset", metavar="DATA", help="as for calibration; of a name, its part for evaluation")
-    text.add_argument("--window", type=int, metavar="N", help="tokens read at once (2048, or the model's limit)")
-    text.add_argument("--stride", type=int, metavar="N", help="of the sliding window (512)")
-    text.add_argument("--tokens", type=int, metavar="N", help="of the text to use at most, from its start (all)")
+    text.add_argument("--window", type=positive, metavar="N", help="tokens read at once (2048, or the model's limit)")
+    text.add_argument("--stride", type=positive, metavar="N", help="of the sliding window (512)")
+    text.add_argument("--tokens", type=positive, metavar="N", help="of the text to use at most, from its start (all)")
     text.add_argument("--tokenizer", metavar="ID_OR_DIR", help="if it is not in the model's folder")
     text.add_argument("--answers", action="store_true", help="show what each model makes of a few prompts")
     text.add_argument("--fail-above", type=float, metavar="RATIO", help="exit code 4 above this perplexity ratio")
@@ -187,20 +187,14 @@ def _print_task_table(name: str, table: "HarnessComparison", *, markdown: bool) 
         print(f"not tried on both: {', '.join(table.left_out)}")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
-
-
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="ID_OR_DIR", help="models, quantized or dense")
     parser.add_argument(
-        "--batch-sizes", type=_positive, nargs="+", default=[1, 16, 32, 64], metavar="N", help="(1 16 32 64)"
+        "--batch-sizes", type=positive, nargs="+", default=[1, 16, 32, 64], metavar="N", help="(1 16 32 64)"
     )
-    parser.add_argument("--prompt", type=_positive, default=128, metavar="TOKENS", help="length of the prompt (128)")
-    parser.add_argument("--new", type=_positive, default=32, metavar="TOKENS", help="tokens to generate (32)")
-    parser.add_argument("--runs", type=_positive, default=3, metavar="N", help="of which medians are taken (3)")
+    parser.add_argument("--prompt", type=positive, default=128, metavar="TOKENS", help="length of the prompt (128)")
+    parser.add_argument("--new", type=positive, default=32, metavar="TOKENS", help="tokens to generate (32)")
+    parser.add_argument("--runs", type=positive, default=3, metavar="N", help="of which medians are taken (3)")
     parser.add_argument("--device", metavar="DEVICE", help="where models run (the accelerator, if there is one)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     add_loading(parser)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that say which model is meant and how it is loaded, the same for every command."""
+"""What commands share: the options that say which model is meant and how it is loaded, and a type of options."""
 
 import argparse
 from typing import Any
@@ -23,3 +23,9 @@ def loading(arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `from_pretrained`; what was not given, or is no option of the command, is not passed on."""
     given = {name: getattr(arguments, name, None) for name in ("dtype", "revision", "token", "trust_remote_code")}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)

@@ -5,13 +5,15 @@ import argparse
 from pathlib import Path
 
 from .command import DONE, MODEL, Command
-from .loading import add_loading, add_source, loading
+from .loading import add_loading, add_source, loading, positive
 from .printing import as_json, print_json, print_table
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="ID_OR_DIR", help="a checkpoint, quantized or dense")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that serve it together (1)")
+    parser.add_argument(
+        "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that serve it together (1)"
+    )
     add_source(parser)
 
 

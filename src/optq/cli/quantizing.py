@@ -8,7 +8,7 @@ from typing import Any
 from optq.errors import ConfigError
 
 from .command import DONE, RESOURCES, Command
-from .loading import add_loading, add_source, loading
+from .loading import add_loading, add_source, loading, positive
 from .printing import as_json, print_json
 
 
@@ -134,7 +134,7 @@ EXPORT = Command(
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser)
     parser.add_argument(
-        "--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that will serve it together (1)"
+        "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that will serve it together (1)"
     )
 
 
