@@ -17,11 +17,19 @@ def text(tmp_path_factory):
     return str(file)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _this_process_as_before():
+    logger, handler = logging.getLogger("optq"), signal.getsignal(signal.SIGTERM)
+    before = logger.level, logger.propagate, logger.handlers
+    yield
+    level, logger.propagate, logger.handlers = before
+    logger.setLevel(level)
+    signal.signal(signal.SIGTERM, handler)
+
+
 @pytest.fixture
 def run(capsys):
     """Call the command line in this process: (exit code, standard output, standard error)."""
-    logger, handler = logging.getLogger("optq"), signal.getsignal(signal.SIGTERM)
-    before = logger.level, logger.propagate, logger.handlers
 
     def call(*arguments):
         try:
@@ -30,9 +38,7 @@ def run(capsys):
             code = ended.code
         return code, *capsys.readouterr()
 
-    yield call
-    logger.level, logger.propagate, logger.handlers = before
-    signal.signal(signal.SIGTERM, handler)
+    return call
 
 
 SETTINGS = ("--group-size", 32, "--effort", "fast", "--seq-len", 32)
