@@ -109,9 +109,9 @@ def repack_zeros(qzeros: Tensor, bits: int, change: int) -> Tensor:
         CheckpointError: a zero leaves the range that `bits` can hold.
     """
     zeros = unpack_codes(qzeros.T.contiguous(), bits).to(torch.int16) + change
-    if int(zeros.min()) < 0 or int(zeros.max()) >= 2**bits:
-        bad = int(zeros.min()) if int(zeros.min()) < 0 else int(zeros.max())
-        raise CheckpointError(f"a zero would have to be stored as {bad}, which {bits} bits cannot hold.")
+    for extreme in map(int, zeros.aminmax()):
+        if not 0 <= extreme < 2**bits:
+            raise CheckpointError(f"a zero would have to be stored as {extreme}, which {bits} bits cannot hold.")
     return pack_codes(zeros, bits).T.contiguous()
 
 

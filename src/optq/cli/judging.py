@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optq.errors import ConfigError
+
 from .command import DONE, QUALITY, Command
 from .loading import add_loading, loading, positive
 from .printing import as_json, print_json, print_table
@@ -105,8 +107,6 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from optq.errors import ConfigError
-
     if len(arguments.models) < 2:
         raise ConfigError("Name at least two models to compare, the original first; `gptq evaluate` measures one.")
     if arguments.lm_eval is not None:
@@ -114,10 +114,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if all(_is_harness_result(model) for model in arguments.models):
         from optq.evaluation import read_harness_results
 
-        try:
-            return _print_tasks(arguments, [read_harness_results(Path(model)) for model in arguments.models])
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        return _print_tasks(arguments, [read_harness_results(Path(model)) for model in arguments.models])
     return _print_evaluations(arguments, _measured(arguments, arguments.models, arguments.models[0]))
 
 
@@ -135,8 +132,6 @@ def _is_harness_result(name: str) -> bool:
 
 
 def _run_harness(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    from optq.errors import ConfigError
-
     try:
         import lm_eval
     except ImportError as error:
@@ -149,13 +144,9 @@ def _run_harness(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_tasks(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> int:
-    from optq.errors import ConfigError
     from optq.evaluation import compare_harness
 
-    try:
-        tables = [compare_harness(results[0], other) for other in results[1:]]
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    tables = [compare_harness(results[0], other) for other in results[1:]]
     if arguments.json:
         print_json([{**as_json(table), "kept": table.kept, "verdict": table.verdict} for table in tables])
         return DONE

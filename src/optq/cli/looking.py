@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .command import DONE, MODEL, Command
 from .loading import add_loading, add_source, loading, positive
-from .printing import as_json, print_json, print_table
+from .printing import as_json, print_either, print_json, print_table
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -106,10 +106,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     folders = [Path(run) for run in arguments.runs]
     written = report(folders, Path(arguments.output) if arguments.output else folders[0] / "report")
-    if arguments.json:
-        print_json({"page": written.page, "pictures": written.pictures})
-    else:
-        print(written.page)
+    print_either(arguments, str(written.page), page=written.page, pictures=written.pictures)
     return DONE
 
 
@@ -130,10 +127,7 @@ def _card(arguments: argparse.Namespace) -> int:
     import optq
 
     text = optq.card(arguments.folder, repo_id=arguments.repo_id)
-    if arguments.json:
-        print_json({"card": text})
-    else:
-        print(text)
+    print_either(arguments, text, card=text)
     return DONE
 
 

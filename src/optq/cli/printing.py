@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How results are printed: a table for people, or JSON for programs."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -25,9 +26,17 @@ def print_table(title: str, columns: Row, rows: Sequence[Row], *, markdown: bool
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, markup=False)
-    # A file or a pipe is as wide as the table: only a terminal makes lines wrap.
-    width = None if console.is_terminal and not markdown else Console(width=10_000).measure(table).maximum
-    Console(highlight=False, markup=False, width=width).print(table)
+    if markdown or not console.is_terminal:  # a file or a pipe is as wide as the table: only a terminal wraps lines
+        console.width = Console(width=10_000).measure(table).maximum
+    console.print(table)
+
+
+def print_either(arguments: argparse.Namespace, words: str, **facts: Any) -> None:
+    """`words`, or `facts` where JSON is asked for."""
+    if arguments.json:
+        print_json(facts)
+    else:
+        print(words)
 
 
 def print_json(facts: Any) -> None:

@@ -9,7 +9,7 @@ from optq.errors import ConfigError
 
 from .command import DONE, RESOURCES, Command
 from .loading import add_loading, add_source, loading, positive
-from .printing import as_json, print_json
+from .printing import as_json, print_either, print_json
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -176,10 +176,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     import optq
 
     folder = optq.convert(arguments.model, output_dir=arguments.output, to=arguments.to, **loading(arguments))
-    if arguments.json:
-        print_json({"folder": folder, "to": arguments.to})
-    else:
-        print(f"{folder} holds the same weights as {arguments.to}")
+    print_either(arguments, f"{folder} holds the same weights as {arguments.to}", folder=folder, to=arguments.to)
     return DONE
 
 
@@ -202,10 +199,7 @@ def _push(arguments: argparse.Namespace) -> int:
     import optq
 
     url = optq.push(arguments.folder, arguments.repo_id, private=arguments.private, token=arguments.token)
-    if arguments.json:
-        print_json({"folder": arguments.folder, "url": url})
-    else:
-        print(f"{url} holds {arguments.folder} now.")
+    print_either(arguments, f"{url} holds {arguments.folder} now.", folder=arguments.folder, url=url)
     return DONE
 
 

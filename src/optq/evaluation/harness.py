@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from optq.errors import ConfigError
+
 METRICS = ("acc_norm", "exact_match", "acc", "f1", "pass@1", "word_perplexity", "perplexity")
 """The first of these that a task has is the one that is compared; else its first number."""
 
@@ -65,17 +67,17 @@ def read_harness_results(path: Path) -> dict[str, Any]:
     """A results_*.json that the harness has written, or the newest one in a folder.
 
     Raises:
-        ValueError: there is none, or it is something else.
+        ConfigError: there is none, or it is something else.
     """
     files = sorted(path.rglob("results_*.json"), key=lambda file: file.stat().st_mtime) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{path} holds no results_*.json of lm-evaluation-harness.")
+        raise ConfigError(f"{path} holds no results_*.json of lm-evaluation-harness.")
     try:
         found = json.loads(files[-1].read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{files[-1]} is not valid JSON: {error}.") from error
+        raise ConfigError(f"{files[-1]} is not valid JSON: {error}.") from error
     if not isinstance(found, dict) or not isinstance(found.get("results"), dict):
-        raise ValueError(f"{files[-1]} is no result of lm-evaluation-harness: it has no 'results' by task.")
+        raise ConfigError(f"{files[-1]} is no result of lm-evaluation-harness: it has no 'results' by task.")
     return found
 
 
@@ -83,12 +85,12 @@ def compare_harness(original: Mapping[str, Any], quantized: Mapping[str, Any]) -
     """Compare two results of lm-evaluation-harness.
 
     Raises:
-        ValueError: they have no task in common.
+        ConfigError: they have no task in common.
     """
     both = [task for task in original["results"] if task in quantized["results"]]
     tasks = tuple(task for name in both if (task := _task(name, original, quantized)) is not None)
     if not tasks:
-        raise ValueError(
+        raise ConfigError(
             f"The results have no task in common: {', '.join(original['results']) or 'none'} and "
             f"{', '.join(quantized['results']) or 'none'}. Run the harness with the same --tasks for both models."
         )

@@ -2,6 +2,7 @@
 """`optq.card`: a model card made from what a run measured, not from what it promised."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ def _closeness(run: Run) -> str:
 
 def _widths(found: Inspection) -> str:
     """Which linears have how many bits, where that is not the same for all."""
-    widths: dict[tuple[int, int], int] = {}
+    widths: Counter[tuple[int, int]] = Counter()
     for (_, _, _, scheme), count in found.linears.items():
-        widths[scheme.bits, scheme.group_size] = widths.get((scheme.bits, scheme.group_size), 0) + count
+        widths[scheme.bits, scheme.group_size] += count
     if len(widths) == 1 and not found.dense:
         return ""
     rows = {f"{bits} bits, group size {size}": f"{count} linears" for (bits, size), count in sorted(widths.items())}

@@ -29,7 +29,7 @@ from optq.errors import CheckpointError, ConfigError, OutputError
 from optq.scheme import trivial_groups
 
 from .config import GPTQConfig
-from .source import companions_folder, copy_companions, model_config_of, weight_files
+from .source import companions_folder, copy_companions, model_config_of, stated_quantization, weight_files
 
 DENSE = "dense"
 TARGETS = (*CHECKPOINT_FORMATS, DENSE)
@@ -63,12 +63,11 @@ def convert(
         raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
     source = os.fspath(model_id_or_dir)
     described = model_config_of(source, kwargs)
-    stated = getattr(described, "quantization_config", None)
     files = weight_files(source, kwargs)
     linears = find_quantized_linears(read_headers([os.fspath(file) for file in files]))
-    if not stated or not linears:
+    config = stated_quantization(described) if linears else None
+    if config is None:
         raise CheckpointError(f"{source} is no GPTQ checkpoint, so there is nothing to convert.")
-    config = GPTQConfig(**(stated if isinstance(stated, dict) else stated.to_dict()))
     dtype = described.dtype or torch.float16
     with _filled(Path(output_dir)) as partial, _opened(files) as tensors:
         copy_companions(companions_folder(source, kwargs), partial)
@@ -120,7 +119,7 @@ def _dense(tensors: "_Tensors", linear: QuantizedTensors, config: GPTQConfig) ->
     return packed.columns(0, packed.out_features).T.contiguous()
 
 
-class _Tensors(Mapping[str, Tensor]):
+class _Tensors:
     """The tensors of several open files, read when they are asked for: a linear's may lie in two of them."""
 
     def __init__(self, files: Mapping[str, Any]) -> None:
@@ -130,12 +129,6 @@ class _Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
-
-    def __len__(self) -> int:
-        return len(self._home)
 
 
 @contextmanager

@@ -181,8 +181,7 @@ def bench(
         device, kwargs: as of `compare`.
     """
     loaded = _load(os.fspath(model), execution_device(device), kwargs)
-    vocabulary = loaded.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary_of(loaded), (1, prompt), generator=torch.Generator().manual_seed(0))
     return [generation_speed(loaded, ids, batch, new, runs) for batch in batch_sizes]
 
 

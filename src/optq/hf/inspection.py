@@ -24,7 +24,7 @@ from optq.scheme import LayerScheme, trivial_groups
 from optq.serving import READERS, Linear, kind_of, refusals, split_of
 
 from .config import GPTQConfig
-from .source import model_config_of, weight_files
+from .source import model_config_of, parallel_plan_of, stated_quantization, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +65,13 @@ def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1
     files = weight_files(source, kwargs)
     headers = read_headers([os.fspath(file) for file in files])
     quantized = find_quantized_linears(headers)
-    stated = getattr(described, "quantization_config", None)
-    config = None
-    if quantized:
-        if not stated:
-            raise CheckpointError(
-                f"{source} has packed GPTQ tensors, but its config.json says nothing about quantization. "
-                "Add its quantization_config: bits, group_size, desc_act, sym and checkpoint_format at least."
-            )
-        config = GPTQConfig(**(stated if isinstance(stated, dict) else stated.to_dict()))
-    plan = getattr(described.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+    config = stated_quantization(described) if quantized else None
+    if quantized and config is None:
+        raise CheckpointError(
+            f"{source} has packed GPTQ tensors, but its config.json says nothing about quantization. "
+            "Add its quantization_config: bits, group_size, desc_act, sym and checkpoint_format at least."
+        )
+    plan = parallel_plan_of(described)
     linears = {
         name: Linear(
             name=name,
@@ -115,7 +112,7 @@ class KernelChoice:
     Args:
         count: how many linears of this shape and kind there are.
         kernel: the one chosen.
-        refused: by name, why the kernels before it in the table cannot run these.
+        refused: by name, why other kernels of the table cannot run these.
     """
 
     kind: str

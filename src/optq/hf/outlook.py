@@ -23,6 +23,7 @@ from optq.serving import Linear, refusals, split_of
 from .api import model_without_weights
 from .config import GPTQConfig
 from .preparation import prepare, prepare_data, vocabulary_of
+from .source import parallel_plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ def _hessians(targets: Sequence[Target]) -> int:
 
 
 def _as_linears(model: Any, targets: Sequence[Target]) -> list[Linear]:
-    plan = getattr(model.config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+    plan = parallel_plan_of(model.config)
     return [
         Linear(
             name=target.view.name,

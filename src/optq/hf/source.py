@@ -3,7 +3,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from optq.errors import CheckpointError, ModelError
+
+from .config import GPTQConfig
 
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 """Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
@@ -45,6 +47,19 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
         raise ModelError(
             f"{source}: transformers {transformers.__version__} cannot read its config: {error}"
         ) from error
+
+
+def stated_quantization(model_config: Any) -> GPTQConfig | None:
+    """What a checkpoint's config says about its quantization, if it says anything."""
+    stated = getattr(model_config, "quantization_config", None)
+    if not stated:
+        return None
+    return GPTQConfig(**(stated if isinstance(stated, dict) else stated.to_dict()))
+
+
+def parallel_plan_of(model_config: Any) -> Mapping[str, str]:
+    """How tensor parallelism splits the model's linears, by patterns of their names."""
+    return getattr(model_config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
 
 
 def model_class_of(model_config: Any) -> Any:
