@@ -105,8 +105,7 @@ def main() -> None:
     }
     with torch.no_grad():
         references = {name: [original(window[None]).logits for window in windows] for name, windows in texts.items()}
-    path = record.RESULTS / f"{RESULT}.json"
-    results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    results: dict[str, Any] = record.read(RESULT)
     results["original"] = {name: judge(original, texts[name], references[name]) for name in texts}
     for name, (settings, source) in rows().items():
         wanted = any(fnmatch(name, pattern) for pattern in arguments.only)
@@ -118,11 +117,10 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
         seconds = round(time.process_time() - cpu, 1)
         model = model.dequantize()
-        environment = record.environment()
         results[name] = {
             **{text: judge(model, texts[text], references[text]) for text in texts},
             "cpu_seconds": seconds,
-            "measured_at": {key: environment[key] for key in ("date", "commit", "threads")},
+            "measured_at": record.measured_at(),
         }
         print(name, results[name], flush=True)
         described = {

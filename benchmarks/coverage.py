@@ -543,8 +543,7 @@ def main() -> None:
     parser.add_argument("--failed", action="store_true", help="only those that did not pass before")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    path = record.RESULTS / f"{RESULT}.json"
-    results: dict[str, dict[str, Any]] = json.loads(path.read_text())["results"] if path.exists() else {}
+    results: dict[str, dict[str, Any]] = record.read(RESULT)
     wanted = [
         (title, model_type, name)
         for title, model_type, name in types()

