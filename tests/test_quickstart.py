@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 600  # seconds, on two cores
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_the_commands_of_the_quick_start_work(tmp_path):
     pytest.importorskip("gguf", reason="reading the model's GGUF file needs the package gguf")
     import smollm2

@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_real_model_is_quantized_saved_reloaded_and_talks(tmp_path):
     pytest.importorskip("gguf", reason="reading the model's GGUF file needs the package gguf")
     import smollm2

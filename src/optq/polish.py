@@ -7,7 +7,6 @@ codes by the chain rule, with rounding passed straight through (Bengio et al., a
 "SignRound", arXiv:2309.05516). The grid stays the checkpoint's own.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from .gptq import stored_scales
+from .kernels import has_bfloat16_instructions
 from .model import BlockCall, LinearView, hidden_states, relative_error
 from .scheme import QuantizedWeight, per_column, run_width
 
-SCALE_RATE = 1e-2  # Adam's step for the logarithm of a scale
-CODE_RATE = 5e-3  # Adam's step for a code, in codes
+# Adam's first steps. Measured on two blocks of SmolLM2 at 4, 3 and 2 bits: with twice the CODE_RATE, the first pass at
+# 4 bits does more harm than the following ones can mend; with half of it, three passes do not reach as far.
+CODE_RATE = 2.5e-3  # in codes
+SCALE_RATE = 4e-2  # of a scale's logarithm, times 2 ** -bits: so much moves the outermost code by as much at any width
 DECAY = (0.9, 0.99)  # of Adam's two averages: few steps, so short memories
+TINY = 1e-12  # Adam's ε: gradients may be very small
 MARGIN = 0.45  # of 0.5, where the next code begins
-TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +77,30 @@ def polish(
     weights = [tuned_view.weight for tuned_view in tuned]
     loss_before = best_loss = _mean_loss(run, held_out)
     best, done, failures = start, 0, 0
-    steps, step = passes * len(examples), 0
+    steps = passes * len(examples)
+    # Kingma & Ba, arXiv:1412.6980
+    adam = torch.optim.Adam(
+        [
+            {"params": [one.codes for one in tuned], "lr": CODE_RATE},
+            *({"params": [one.log_scales], "lr": SCALE_RATE / 2**one.bits} for one in tuned),
+        ],
+        betas=DECAY,
+        eps=TINY,
+        fused=True,
+    )
+    falling_rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     for _ in range(passes):
         for example in examples:
-            with torch.enable_grad(), _requiring_gradients(weights):
+            with torch.enable_grad(), _requiring_gradients(weights), _rough_products(weights[0].device):
                 gradients = torch.autograd.grad(_loss(run, example), weights, allow_unused=True)
-            rate = 1 - step / steps
-            step += 1
-            for one, gradient in zip(tuned, gradients, strict=True):
-                if gradient is not None:
-                    one.step(one.view.as_rows(gradient).float(), step, rate)
+            reached = [(one, gradient) for one, gradient in zip(tuned, gradients, strict=True) if gradient is not None]
+            for one, gradient in reached:
+                one.take(one.view.as_rows(gradient).float())
+            adam.step()
+            adam.zero_grad()
+            falling_rate.step()
+            for one, _ in reached:
+                one.write()
         done += 1
         loss = _mean_loss(run, held_out)
         if loss < best_loss:
@@ -108,64 +124,58 @@ def _requiring_gradients(weights: list[nn.Parameter]) -> Iterator[None]:
             weight.requires_grad_(before)
 
 
+def _rough_products(device: torch.device) -> torch.autocast:
+    """bfloat16 for the products behind a gradient, where a CPU has instructions for it: three times as fast.
+
+    Elsewhere the model's own dtype is the fast one already. Losses that decide are always computed in full.
+    """
+    enabled = device.type == "cpu" and has_bfloat16_instructions()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 class _Tuned:
-    """One weight while it is tuned: latent codes and scales in float32, and Adam's averages for both."""
+    """One weight while it is tuned.
+
+    Attributes:
+        codes: (out, in) float32, latent: the nearest integers are the codes.
+        log_scales: (out, groups) float32, of the scales' sizes.
+    """
 
     def __init__(self, view: LinearView, original: Tensor, start: QuantizedWeight) -> None:
-        self.view, self._start = view, start
+        self.view, self._start, self.bits = view, start, start.bits
         self.weight = view.parameter
         self._zeros = per_column(start.zeros.float(), start.group_of_column)
-        self._max_code = (1 << start.bits) - 1
-        self._codes = start.codes.float()
+        self._max_code = (1 << self.bits) - 1
+        self.codes = start.codes.float()
+        self._steps = self.codes - self._zeros  # the present weight, in scales
         # Inside its code's cell a weight starts where the original lies, so that those near an edge cross it first.
-        position = original.float() / per_column(start.scales, start.group_of_column) + self._zeros - self._codes
-        self._codes += position.clamp_(-MARGIN, MARGIN)
-        self._signs, self._log_scales = start.scales.sign(), start.scales.abs().log()
+        position = original.float() / per_column(start.scales, start.group_of_column) - self._steps
+        self.codes += position.clamp_(-MARGIN, MARGIN)
+        self._signs, self.log_scales = start.scales.sign(), start.scales.abs().log()
         self._run = run_width(start.group_of_column, start.scales.shape[1])
-        self._averages = [torch.zeros_like(tensor) for tensor in (self._codes, self._codes)]
-        self._scale_averages = [torch.zeros_like(tensor) for tensor in (self._log_scales, self._log_scales)]
 
     def quantized(self) -> QuantizedWeight:
-        return replace(self._start, codes=self._codes.round().to(torch.uint8), scales=stored_scales(self._scales()))
+        return replace(self._start, codes=self.codes.round().to(torch.uint8), scales=stored_scales(self._scales()))
 
     def _scales(self) -> Tensor:
-        return self._signs * self._log_scales.exp()
+        return self._signs * self.log_scales.exp()
 
-    def step(self, gradient: Tensor, number: int, rate: float) -> None:
-        """One step of Adam along `gradient`, of the loss with respect to the dense weight (out, in)."""
+    def take(self, gradient: Tensor) -> None:
+        """Give codes and scales their gradients; `gradient` is the dense weight's, (out, in), and is spent."""
         scales = self._scales()
-        distance = self._codes.round() - self._zeros
-        _adam(
-            self._log_scales,
-            self._sums_by_group(gradient * distance) * scales,
-            self._scale_averages,
-            number,
-            rate * SCALE_RATE,
-        )
-        _adam(
-            self._codes,
-            gradient * per_column(scales, self._start.group_of_column),
-            self._averages,
-            number,
-            rate * CODE_RATE,
-        )
-        self._codes.clamp_(0, self._max_code)
-        self.view.write(self.quantized().decode())
+        self.log_scales.grad = self._sums_by_group(gradient * self._steps) * scales
+        self.codes.grad = gradient.mul_(per_column(scales, self._start.group_of_column))
+
+    def write(self) -> None:
+        """Bring the dense weight up to date; the same values as `quantized` decodes, with less work."""
+        torch.round(self.codes.clamp_(0, self._max_code), out=self._steps).sub_(self._zeros)
+        self.view.write(self._steps * per_column(stored_scales(self._scales()), self._start.group_of_column))
 
     def _sums_by_group(self, values: Tensor) -> Tensor:
         """(out, in) -> (out, groups)."""
         if self._run is not None:
             return values.view(values.shape[0], -1, self._run).sum(-1)
         return torch.zeros_like(self._start.scales).index_add_(1, self._start.group_of_column.long(), values)
-
-
-def _adam(values: Tensor, gradient: Tensor, averages: list[Tensor], number: int, rate: float) -> None:
-    """Kingma & Ba, arXiv:1412.6980, in place."""
-    first, second = averages
-    first.lerp_(gradient, 1 - DECAY[0])
-    second.lerp_(gradient.square(), 1 - DECAY[1])
-    corrected = math.sqrt(1 - DECAY[1] ** number) / (1 - DECAY[0] ** number)
-    values.addcdiv_(first, second.sqrt().add_(TINY), value=-rate * corrected)
 
 
 def _loss(run: Callable[[BlockCall], Any], example: Example) -> Tensor:

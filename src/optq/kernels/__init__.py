@@ -7,6 +7,7 @@ explanations. To add a kernel, add a row; rows are tried from fastest to slowest
 
 from .op import matmul as matmul
 from .prepared import Prepared as Prepared
+from .prepared import has_bfloat16_instructions as has_bfloat16_instructions
 from .table import BACKENDS as BACKENDS
 from .table import KERNELS as KERNELS
 from .table import Kernel as Kernel
