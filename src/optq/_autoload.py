@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from types import ModuleType
 
 QUANTIZERS = "transformers.quantizers.auto"
-# modeling_utils comes into play when torch itself was imported by the quantizers, which is too late to catch them.
-WATCHED = (QUANTIZERS, "transformers.modeling_utils")
+CONFIGS = "transformers.configuration_utils"
+WATCHED = (
+    CONFIGS,
+    QUANTIZERS,
+    # When torch itself was imported by one of these, that is too late to catch them: the next ones do.
+    "transformers.models.auto.configuration_auto",
+    "transformers.modeling_utils",
+)
 
 
 class _RegisterAfter(importlib.abc.Loader):
@@ -27,6 +33,7 @@ class _RegisterAfter(importlib.abc.Loader):
         assert spec is not None
         spec.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
+        _complete_configs_if_loaded()
         _register_if_loaded()
 
 
@@ -60,7 +67,17 @@ def _register_if_loaded() -> bool:
     return True
 
 
+def _complete_configs_if_loaded() -> None:
+    """Configs are read before the quantizers are imported."""
+    config_class = getattr(sys.modules.get(CONFIGS), "PreTrainedConfig", None)
+    if config_class is not None:
+        from .hf.legacy import complete_what_is_read
+
+        complete_what_is_read(config_class)
+
+
 def install() -> None:
     """Register now if transformers' quantizers are loaded, else as soon as they are. Idempotent."""
+    _complete_configs_if_loaded()
     if not _register_if_loaded() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -139,7 +139,7 @@ def test_orders(desc_act, static_groups, act_order):
         ({"bits": 4, "group_size": 0}, "group_size=0"),
         ({"bits": 4, "damp_percent": 2}, "fraction"),
         ({"bits": 4, "grid": "best"}, "minmax, weighted"),
-        ({"bits": 4, "format": "marlin"}, "gptq_v2"),
+        ({"bits": 4, "format": "exllama"}, "gptq_v2"),
         ({"bits": 4, "pack_dtype": "int64"}, "int32"),
         ({"bits": 4, "batch_size": 0}, "batch_size"),
         ({"bits": 4, "dynamic": {"-:(": {}}}, "regular expression"),

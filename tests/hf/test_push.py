@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
 
 import optq
@@ -49,13 +50,14 @@ def checkpoint(made, tmp_path):
     return shutil.copytree(made, tmp_path / "tiny-4bit")
 
 
-def elsewhere(hub, tmp_path, *command):
+def elsewhere(hub, tmp_path, *command, **changes):
     """Run Python in a new process with an empty cache, to which `hub` is the Hub."""
     environment = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
+        **changes,
     }
     return subprocess.run(
         [sys.executable, *map(str, command)], env={**os.environ, **environment}, capture_output=True, text=True
@@ -297,3 +299,40 @@ def test_private_alone_is_refused(export, hub, tmp_path):
 def test_a_dry_run_claims_nothing(export, hub):
     assert export("--push-to-hub", "user/tiny-4bit", "--dry-run")[0] == 0
     assert not hub.repositories
+
+
+LOAD_OLD = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+ids, logits, revision = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained("user/tiny-GPTQ", revision=revision)
+torch.save(model(torch.load(ids)).logits, logits)
+"""
+
+
+def test_a_repository_as_autogptq_left_it_is_read_from_its_own_revision_and_from_the_cache(
+    hub, made, probe_ids, tmp_path
+):
+    files = bytes_in(made)
+    config = json.loads(files["config.json"])
+    stated = config.pop("quantization_config")
+    tensors = {}
+    for name in [name for name in files if name.endswith(".safetensors")]:
+        tensors |= load(files.pop(name))
+    del files["model.safetensors.index.json"]
+    files |= {
+        "config.json": json.dumps(config).encode(),
+        "quantize_config.json": json.dumps({key: stated[key] for key in ("bits", "group_size", "sym")}).encode(),
+        "some-model.order.safetensors": save(tensors),
+    }
+    other = {**files, "quantize_config.json": b'{"bits": 8, "group_size": 64}', "some-model.order.safetensors": b""}
+    hub.repositories["user/tiny-GPTQ"] = Repository(trees={"1" * 40: files, "2" * 40: other})
+    torch.save(probe_ids, tmp_path / "ids.pt")
+    expected = AutoModelForCausalLM.from_pretrained(made)(probe_ids).logits
+    for offline in ("0", "1"):
+        arguments = ("-c", LOAD_OLD, tmp_path / "ids.pt", tmp_path / "logits.pt", "1" * 40)
+        ended = elsewhere(hub, tmp_path, *arguments, HF_HUB_OFFLINE=offline)
+        assert ended.returncode == 0, ended.stderr
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+        (tmp_path / "logits.pt").unlink()

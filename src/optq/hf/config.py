@@ -239,6 +239,11 @@ class GPTQConfig(transformers.GPTQConfig):
                 shown = ", ".join(repr(value) for value in allowed if value)
                 raise ConfigError(f"{field}={getattr(self, field)!r} was asked for; allowed are {shown}.")
         self._base_scheme()  # LayerScheme validates itself
+        if self.format == "marlin":
+            raise ConfigError(
+                "checkpoint_format 'marlin' is a GPU kernel's own order of the weights, not GPTQ's. Use the model "
+                "that it was made from; readers with that kernel reorder it themselves when they load it."
+            )
         if self.format not in CHECKPOINT_FORMATS:
             raise ConfigError(f"format={self.format!r} was asked for; allowed are {', '.join(CHECKPOINT_FORMATS)}.")
         if self.pack_dtype != "int32":

@@ -63,7 +63,7 @@ def convert(
         raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
     source = os.fspath(model_id_or_dir)
     described = model_config_of(source, kwargs)
-    files = weight_files(source, kwargs)
+    files = weight_files(source, described, kwargs)
     linears = find_quantized_linears(read_headers([os.fspath(file) for file in files]))
     config = stated_quantization(described) if linears else None
     if config is None:

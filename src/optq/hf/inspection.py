@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optq.checkpoint import CHECKPOINT_FORMATS, find_quantized_linears, read_headers, unpack_codes
+from optq.checkpoint import find_quantized_linears, read_headers
 from optq.errors import CheckpointError
 from optq.kernels import explain
 from optq.layers import QuantLinear
 from optq.memory import GIB
 from optq.placement import execution_device
-from optq.scheme import LayerScheme, trivial_groups
+from optq.scheme import LayerScheme
 from optq.serving import READERS, Linear, kind_of, refusals, split_of
 
 from .config import GPTQConfig
+from .labels import groups_contradict, zeros_contradict
 from .source import model_config_of, parallel_plan_of, stated_quantization, weight_files
 
 
@@ -62,7 +62,7 @@ def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1
     """
     source = os.fspath(model_id_or_dir)
     described = model_config_of(source, kwargs, as_data=True)
-    files = weight_files(source, kwargs)
+    files = weight_files(source, described, kwargs)
     headers = read_headers([os.fspath(file) for file in files])
     quantized = find_quantized_linears(headers)
     config = stated_quantization(described) if quantized else None
@@ -179,37 +179,6 @@ def _contradictions(files: Sequence[Path], linears: Iterable[Linear]) -> Iterato
             names = set(tensors.keys())
             for linear in firsts.values():
                 if f"{linear.name}.qzeros" in names:
-                    yield from _zeros_contradict(linear, tensors.get_tensor(f"{linear.name}.qzeros"))
+                    yield from zeros_contradict(linear, tensors.get_tensor(f"{linear.name}.qzeros"))
                 if f"{linear.name}.g_idx" in names:
-                    yield from _groups_contradict(linear, tensors.get_tensor(f"{linear.name}.g_idx"))
-
-
-def _zeros_contradict(linear: Linear, qzeros: Tensor) -> Iterator[str]:
-    scheme = linear.scheme
-    stored = set(unpack_codes(qzeros.T.contiguous(), scheme.bits).unique().tolist())
-    offset = CHECKPOINT_FORMATS[linear.checkpoint_format]
-    middle = 2 ** (scheme.bits - 1)
-    if not scheme.symmetric or stored == {middle - offset}:
-        return
-    for other, its_offset in CHECKPOINT_FORMATS.items():
-        if stored == {middle - its_offset}:
-            yield (
-                f"{linear.name}: config.json says checkpoint_format {linear.checkpoint_format!r}, but every stored "
-                f"zero is {middle - its_offset}: so {other!r} writes the middle of a {scheme.bits}-bit grid. Read as "
-                f"labelled, every weight is off by one step. Correct checkpoint_format to {other!r}."
-            )
-            return
-    shown = ", ".join(map(str, sorted(stored)[:6]))
-    yield (
-        f"{linear.name}: config.json says sym=true, but the stored zeros are {shown}{' …' * (len(stored) > 6)}, not "
-        f"{middle - offset} everywhere. Readers that believe the label compute nonsense. Correct sym to false."
-    )
-
-
-def _groups_contradict(linear: Linear, g_idx: Tensor) -> Iterator[str]:
-    trivial = trivial_groups(linear.in_features, linear.scheme.group_width(linear.in_features), g_idx.device)
-    if linear.scheme.act_order != "desc_act" and not torch.equal(g_idx, trivial):
-        yield (
-            f"{linear.name}: config.json says desc_act=false, but its groups are not runs of neighbouring columns. "
-            "Readers that believe the label, among them vLLM, compute nonsense. Correct desc_act to true."
-        )
+                    yield from groups_contradict(linear, tensors.get_tensor(f"{linear.name}.g_idx"))

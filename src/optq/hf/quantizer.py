@@ -30,10 +30,12 @@ from optq.placement import execution_device
 from optq.planning import Plan
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
+from optq.serving import Linear, kind_of
 
 from . import compat
 from .config import GPTQConfig
 from .journal import Journal, described
+from .labels import zeros_contradict
 from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
 from .writing import why_not_loaded_again, write_own_text
@@ -116,6 +118,7 @@ class OptqHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            self._doubt_labels(model)
             self._prepare_layers(model)
             return
         assert self._plan is not None  # *before* ran
@@ -295,6 +298,22 @@ class OptqHfQuantizer(HfQuantizer):
         if self.pre_quantized and self._experts:
             conversions = compat.without_fusing_experts(conversions)
         return compat.without_converting(conversions, self._packed) if self.pre_quantized else conversions
+
+    def _doubt_labels(self, model: Any) -> None:
+        """Warn where the first layer of a kind has zeros that its label does not explain."""
+        firsts = {kind_of(name): (name, layer) for name, layer in reversed(_quantized_layers(model).items())}
+        for name, layer in firsts.values():
+            scheme = self.quantization_config.scheme_for(name)
+            if scheme is not None and layer.qzeros.device.type != "meta":
+                linear = Linear(
+                    name=name,
+                    out_features=layer.out_features,
+                    in_features=layer.in_features,
+                    scheme=scheme,
+                    checkpoint_format=self.quantization_config.format,
+                )
+                for contradiction in zeros_contradict(linear, layer.qzeros):
+                    logger.warning(contradiction)
 
     def _prepare_layers(self, model: Any) -> None:
         """Let every layer choose its kernel; fill in a g_idx that the checkpoint left out."""

@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from optq.errors import CheckpointError, ModelError
 
 from .config import GPTQConfig
+from .legacy import WHERE
 
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 """Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
@@ -31,7 +32,7 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
         ModelError: there is none, or none that transformers knows.
         OSError: there is no such folder or repository, or it cannot be reached.
     """
-    keys = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
+    keys = (*WHERE, "trust_remote_code")
     folder = Path(source, kwargs.get("subfolder") or "")
     if folder.is_dir() and not (folder / "config.json").exists():
         raise ModelError(
@@ -97,20 +98,20 @@ def files_of(folder: Path, patterns: Iterable[str]) -> list[Path]:
     ]
 
 
-def weight_files(source: str, kwargs: dict[str, Any]) -> list[Path]:
+def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list[Path]:
     """The safetensors files of a model, those of the Hub in its cache.
 
     Raises:
         CheckpointError: it has none.
     """
-    keys = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
     def file(name: str) -> Path | None:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_only(keys, kwargs))
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_only(WHERE, kwargs))
         return None if found is None else Path(found)
 
-    names = [SAFE_WEIGHTS_NAME]
-    if (index := file(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+    name = getattr(model_config, "transformers_weights", None)
+    names = [name or SAFE_WEIGHTS_NAME]
+    if (index := file(name or SAFE_WEIGHTS_INDEX_NAME)) is not None and index.suffix == ".json":
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     files = {name: file(name) for name in names}
     if missing := [name for name, path in files.items() if path is None]:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints as older tools left them: AutoGPTQ and its kin wrote other files than those that transformers looks for.
+
+The quantization is stated in quantize_config.json instead of config.json, and the weights have names such as
+gptq_model-4bit-128g.safetensors, which transformers takes from its config's attribute `transformers_weights`.
+transformers asks no quantizer about a config without quantization, so both are added where it reads configs.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, is_offline_mode
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from optq.errors import CheckpointError
+
+QUANTIZE_CONFIG = "quantize_config.json"
+
+NOT_SETTINGS = ("model_name_or_path", "model_file_base_name", "is_marlin_format")
+"""Keys of quantize_config.json about the folder itself."""
+
+WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+"""What tells where in a repository or folder a file is."""
+
+
+def complete_what_is_read(config_class: Any) -> None:
+    """Have transformers' `PreTrainedConfig` read what is beside config.json, too. Idempotent."""
+    read = config_class.get_config_dict.__func__
+    if hasattr(read, "__wrapped__"):
+        return
+
+    @wraps(read)
+    def get_config_dict(cls: type[Any], /, source: Any, **kwargs: Any) -> Any:
+        config, unused = read(cls, source, **kwargs)
+        if config and kwargs.get("gguf_file") is None:
+            complete(config, str(source), {key: kwargs[key] for key in WHERE if key in kwargs})
+        return config, unused
+
+    config_class.get_config_dict = classmethod(get_config_dict)
+
+
+def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> None:
+    """Add to what config.json says what transformers would miss of an old checkpoint.
+
+    On the Hub only repositories with "gptq" in their name are asked, so that other models cost no request.
+
+    Args:
+        config: of config.json; may get `quantization_config` and `transformers_weights`.
+        where: `WHERE`, as far as the caller said.
+    Raises:
+        CheckpointError: a folder has several files that may be the weights.
+    """
+    folder = Path(source, where.get("subfolder") or "")
+    if not folder.is_dir() and "gptq" not in source.lower():
+        return
+    file = cached_file(source, QUANTIZE_CONFIG, _raise_exceptions_for_missing_entries=False, **where)
+    beside = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
+    if "quantization_config" not in config:
+        if "bits" not in beside or beside.get("quant_method", "gptq") != "gptq":
+            return
+        marlin = {"checkpoint_format": "marlin"} if beside.get("is_marlin_format") else {}
+        settings = {key: value for key, value in beside.items() if key not in NOT_SETTINGS}
+        config["quantization_config"] = {"quant_method": "gptq", **settings, **marlin}
+    elif config["quantization_config"].get("quant_method") != "gptq":
+        return
+    if folder.is_dir() or is_offline_mode() or where.get("local_files_only"):
+        names = [path.name for path in (folder if folder.is_dir() else Path(file or "").parent).iterdir()]
+    else:
+        listed = HfApi(token=where.get("token")).list_repo_files(source, revision=where.get("revision"))
+        names = [name.removeprefix(f"{folder.relative_to(source)}/") for name in listed]
+    if "transformers_weights" not in config and (name := unusual_name(names, beside)) is not None:
+        config["transformers_weights"] = name
+
+
+def unusual_name(names: Collection[str], beside: Mapping[str, Any]) -> str | None:
+    """What the weights, or the index of several files, are called if not as transformers expects; else None.
+
+    Args:
+        names: of the files there are.
+        beside: what quantize_config.json says.
+    Raises:
+        CheckpointError: several may be meant.
+    """
+    if {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} & {*names}:
+        return None
+    stems = (beside.get("model_file_base_name"), f"gptq_model-{beside.get('bits')}bit-{beside.get('group_size')}g")
+    indices = sorted(name for name in names if name.endswith(".safetensors.index.json"))
+    found = indices or sorted(name for name in names if name.endswith(".safetensors"))
+    named = [name for stem in stems for name in found if name.split(".safetensors")[0] == stem]
+    if named or len(found) < 2:
+        return next(iter(named or found), None)
+    raise CheckpointError(
+        f"There is no {SAFE_WEIGHTS_NAME}, but {', '.join(found[:5])}. Say which is the model: "
+        'add "transformers_weights": "its name" to config.json.'
+    )
