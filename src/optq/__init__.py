@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .evaluation import perplexity as perplexity
     from .hf.api import quantize as quantize
     from .hf.card import card as card
+    from .hf.check import check as check
     from .hf.config import GPTQConfig as GPTQConfig
     from .hf.convert import convert as convert
     from .hf.evaluate import bench as bench
@@ -34,6 +35,7 @@ _HOMES = {
     "QuantLinear": "optq.layers",
     "bench": "optq.hf.evaluate",
     "card": "optq.hf.card",
+    "check": "optq.hf.check",
     "compare": "optq.hf.evaluate",
     "convert": "optq.hf.convert",
     "evaluate": "optq.hf.evaluate",
@@ -51,6 +53,7 @@ __all__ = [
     "QuantLinear",
     "bench",
     "card",
+    "check",
     "compare",
     "convert",
     "evaluate",

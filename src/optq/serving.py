@@ -2,14 +2,17 @@
 """Which programs read a checkpoint, and why not: a table of readers, each a predicate on the facts about one linear.
 
 Sources: vLLM 0.32, its auto_gptq and Marlin code, and runs of it on a CPU; SGLang's gptq and gptq_marlin
-configurations; GPTQModel 7.6. docs/checkpoint-format.md says which of these were tried.
+configurations; GPTQModel 7.6. docs/interop.md says which of these were tried.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from .scheme import LayerScheme
+
+FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What servers make of linears that read the same input, and of which: so these need one scheme."""
 
 MARLIN_OUT, MARLIN_IN = 64, 128  # what vLLM's GPU kernel wants out_features and in_features of a part to divide by
 
@@ -34,6 +37,10 @@ class Linear:
     def kind(self) -> str:
         return kind_of(self.name)
 
+    @property
+    def of_an_expert(self) -> bool:
+        return ".experts.*." in self.kind
+
 
 def kind_of(name: str) -> str:
     """A tensor's or module's name with * for numbers: the same in all blocks."""
@@ -45,14 +52,33 @@ def split_of(name: str, plan: Mapping[str, str]) -> str | None:
     return next((way for pattern, way in plan.items() if fnmatch(name, f"*{pattern}")), None)
 
 
-def refusals(reader: str, linears: Iterable[Linear], tensor_parallel: int = 1) -> tuple[str, ...]:
+def refusals(
+    reader: str, linears: Collection[Linear], tensor_parallel: int = 1, dense: Iterable[str] = ()
+) -> tuple[str, ...]:
     """What a reader of the table refuses, one reason per kind of linear; empty if it reads them all.
 
     Args:
         tensor_parallel: over how many GPUs it splits the model.
+        dense: names of the linears that are not quantized.
     """
-    reasons = ((linear.kind, READERS[reader](linear, tensor_parallel)) for linear in linears)
-    return tuple(dict.fromkeys(f"{kind}: {reason}" for kind, reason in reasons if reason is not None))
+    reasons = [(linear.kind, READERS[reader](linear, tensor_parallel)) for linear in linears]
+    if reader in FUSING:
+        reasons += _why_not_fused(linears, dense)
+    return tuple(sorted({f"{kind}: {reason}" for kind, reason in reasons if reason is not None}))
+
+
+def _why_not_fused(linears: Iterable[Linear], dense: Iterable[str]) -> Iterator[tuple[str, str]]:
+    schemes: dict[str, LayerScheme | None] = dict.fromkeys(dense)
+    schemes |= {linear.name: linear.scheme for linear in linears}
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes):
+        for parts in FUSED_NAMES.values():
+            found = {part: schemes[f"{parent}.{part}"] for part in parts if f"{parent}.{part}" in schemes}
+            if len({scheme and (scheme.bits, scheme.group_size, scheme.symmetric) for scheme in found.values()}) > 1:
+                how = (f"{part} {scheme.bits}-bit" if scheme else f"{part} not" for part, scheme in found.items())
+                yield (
+                    kind_of(parent),
+                    f"it fuses {', '.join(found)}, which are quantized differently: {', '.join(how)}",
+                )
 
 
 def _why_not_vllm(linear: Linear, parts: int) -> str | None:
@@ -69,6 +95,16 @@ def _why_not_vllm(linear: Linear, parts: int) -> str | None:
         return f"{linear.in_features} inputs in {parts} parts are no multiples of the group size {width}"
     if linear.in_features % (parts * MARLIN_IN):
         return f"{linear.in_features} inputs in {parts} parts are no multiples of {MARLIN_IN}"
+    return None
+
+
+def _why_not_vllm_on_cpus(linear: Linear, parts: int) -> str | None:
+    if reason := _why_not_vllm(linear, 1):
+        return reason
+    if linear.scheme.bits != 4:
+        return f"{linear.scheme.bits} bits; its CPU kernel has 4"
+    if linear.of_an_expert:
+        return "mixtures of experts; its CPU kernel for them is for other processors"
     return None
 
 
@@ -94,5 +130,9 @@ READERS: dict[str, Callable[[Linear, int], str | None]] = {
     "gptqmodel": _why_not_gptqmodel,
     "sglang": _why_not_sglang,
     "vllm": _why_not_vllm,
+    "vllm-cpu": _why_not_vllm_on_cpus,
 }
 """(linear, GPUs) -> why a reader does not read it, or None. "transformers" means with optq."""
+
+FUSING = ("sglang", "vllm", "vllm-cpu")
+"""Readers that make one linear of those in `FUSED_NAMES`."""

@@ -14,7 +14,11 @@ from optq.errors import CheckpointError
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama, token_rows, tmp_path_factory):
     config = GPTQConfig(
-        bits=4, group_size=32, effort="fast", dataset=token_rows, dynamic={"-:.*o_proj": {}, "+:.*v_proj": {"bits": 8}}
+        bits=4,
+        group_size=32,
+        effort="fast",
+        dataset=token_rows,
+        dynamic={"-:.*o_proj": {}, "+:.*down_proj": {"bits": 8}},
     )
     return optq.quantize(tiny_llama, config, output_dir=tmp_path_factory.mktemp("inspected") / "out")
 
@@ -48,8 +52,8 @@ def test_what_a_checkpoint_holds_is_told_from_its_headers(checkpoint):
         (kind.rpartition(".")[2], out, columns, scheme.bits): n
         for (kind, out, columns, scheme), n in found.linears.items()
     }
-    assert kinds[("q_proj", 64, 64, 4)] == kinds[("down_proj", 64, 96, 4)] == 2
-    assert kinds[("v_proj", 32, 64, 8)] == 2
+    assert kinds[("q_proj", 64, 64, 4)] == kinds[("up_proj", 96, 64, 4)] == 2
+    assert kinds[("down_proj", 64, 96, 8)] == 2
     assert found.dense == {"model.layers.*.self_attn.o_proj.weight": 2}
     assert found.contradictions == ()
     assert found.refused["vllm"] == ()
@@ -78,7 +82,7 @@ def test_a_dense_model_is_inspected_too(tiny_llama):
 def test_a_label_of_the_other_format_is_noticed(changeable):
     found = changeable({"checkpoint_format": "gptq_v2", "format": "gptq_v2"}).contradictions
     assert len(found) == 6  # one per kind of quantized linear
-    (bits8,) = (text for text in found if "v_proj" in text)
+    (bits8,) = (text for text in found if "down_proj" in text)
     assert "every stored zero is 127" in bits8
     assert "Correct checkpoint_format to 'gptq'" in bits8
 

@@ -21,6 +21,7 @@ from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
 from optq.evaluation import GOOD_PERPLEXITY_RATIO
 from optq.scheme import BITS, SERVED_GROUP_SIZES, ActOrder, GridFit, LayerScheme
+from optq.serving import FUSED_NAMES
 from optq.version import __version__
 
 DEFAULT_DAMPING = 0.1
@@ -461,9 +462,6 @@ def dynamic_rules(scheme_of: dict[str, LayerScheme], base: LayerScheme) -> dict[
             key: value for key, value in _override(scheme).items() if value != unchanged[key]
         }
     return rules
-
-
-FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def _override(scheme: LayerScheme) -> dict[str, Any]:

@@ -101,7 +101,12 @@ def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1
         bits_per_weight=8 * stored / weights if weights else math.nan,
         size_gib=sum(file.stat().st_size for file in files) / GIB,
         contradictions=tuple(_contradictions(files, linears.values())),
-        refused={reader: refusals(reader, linears.values(), tensor_parallel) for reader in READERS},
+        refused={
+            reader: refusals(
+                reader, linears.values(), tensor_parallel, (name.removesuffix(".weight") for name in dense)
+            )
+            for reader in READERS
+        },
     )
 
 

