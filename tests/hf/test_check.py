@@ -67,5 +67,5 @@ def test_an_unknown_server_and_a_dense_model_are_refused(tiny_llama):
     allowed = ", ".join(READERS)
     with pytest.raises(ConfigError, match=f"server='tgi' was asked for; allowed are {allowed}"):
         optq.check(tiny_llama, server="tgi")
-    with pytest.raises(ConfigError, match="is not quantized. Pass config="):
+    with pytest.raises(ConfigError, match=r"is not quantized. Pass config="):
         optq.check(tiny_llama)
