@@ -62,6 +62,7 @@ def main() -> None:
         per_device_train_batch_size=arguments.batch_size,
         learning_rate=5e-4,
         save_strategy="no",
+        dataloader_pin_memory=torch.accelerator.is_available(),
         report_to=[],
     )
     trainer = Trainer(model, settings, train_dataset=rows[:-HELD_OUT], eval_dataset=rows[-HELD_OUT:])

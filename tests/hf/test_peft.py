@@ -3,6 +3,8 @@
 
 import copy
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -238,6 +240,26 @@ def test_a_layer_that_was_a_conv1d_counts_its_outputs_first(token_rows, probe_id
     expected = logits(model, probe_ids)
     model.dequantize()
     torch.testing.assert_close(logits(model.merge_and_unload(), probe_ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_example_trains_on_a_text_and_refuses_a_short_one(saved, tiny_llama, tmp_path, monkeypatch, capsys):
+    import finetune
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    shutil.copytree(saved, base, dirs_exist_ok=True)
+    text = tmp_path / "text.txt"
+    command = ["finetune.py", "--model", str(base), "--text", str(text), "--output", str(tmp_path), "--steps", "4"]
+    monkeypatch.setattr(sys, "argv", command)
+    text.write_text("the same again, " * 50)
+    with pytest.raises(SystemExit):
+        finetune.main()
+    assert "the text has 3 rows of 256 tokens, and 16 are held out" in capsys.readouterr().err
+    text.write_text("the same again, " * 400)
+    finetune.main()
+    found = re.search(r"([\d.]+) before, ([\d.]+) after", capsys.readouterr().out)
+    assert float(found[2]) < float(found[1])
+    assert load_file(tmp_path / "adapter/adapter_model.safetensors")
 
 
 class TestRefusals:
