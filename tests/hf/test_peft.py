@@ -273,9 +273,9 @@ class TestRefusals:
         with pytest.raises(AdapterError, match="use_qalora=True"):
             with_adapter(quantized, use_qalora=True)
 
-    def test_variants_that_change_the_weight(self, quantized):
-        with pytest.raises(ValueError, match="kasa_config"):
-            with_adapter(quantized, kasa_config=lora.KasaConfig())
+    def test_other_variants(self, quantized):
+        with pytest.raises(ValueError, match="alora_invocation_tokens"):
+            with_adapter(quantized, alora_invocation_tokens=[5, 6])
 
     @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"], r".*experts\.0\.w2"])
     def test_experts(self, mixtral, targets):
