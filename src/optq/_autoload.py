@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Register optq when transformers loads its quantizers, at no cost before. Imports neither torch nor transformers."""
+"""Register optq when transformers and PEFT load what it adds to, at no cost before. Imports none of them."""
 
 import importlib.abc
 import importlib.machinery
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
-QUANTIZERS = "transformers.quantizers.auto"
-CONFIGS = "transformers.configuration_utils"
+HOSTS = {
+    "transformers.configuration_utils": ("PreTrainedConfig", "optq.hf.legacy"),
+    "transformers.quantizers.auto": ("get_hf_quantizer", "optq.hf.register"),
+    "peft.tuners.lora": ("LoraModel", "optq.hf.peft"),
+}
+"""What we register with -> a name that it has once it is loaded, and our module that does it."""
 WATCHED = (
-    CONFIGS,
-    QUANTIZERS,
+    *HOSTS,
     # When torch itself was imported by one of these, that is too late to catch them: the next ones do.
     "transformers.models.auto.configuration_auto",
     "transformers.modeling_utils",
@@ -33,8 +37,7 @@ class _RegisterAfter(importlib.abc.Loader):
         assert spec is not None
         spec.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _complete_configs_if_loaded()
-        _register_if_loaded()
+        _register()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -51,33 +54,23 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _register_if_loaded() -> bool:
-    """Register if transformers' quantizers are there; never break the import that led here."""
-    module = sys.modules.get(QUANTIZERS)
-    if module is None or (
-        getattr(module.__spec__, "_initializing", False) and not hasattr(module, "get_hf_quantizer")
-    ):
-        return False
-    try:
-        from .hf.register import register
-    except ImportError as error:
-        warnings.warn(f"optq could not register its GPTQ quantizer with transformers: {error}", stacklevel=2)
-        return False
-    register()
-    return True
-
-
-def _complete_configs_if_loaded() -> None:
-    """Configs are read before the quantizers are imported."""
-    config_class = getattr(sys.modules.get(CONFIGS), "PreTrainedConfig", None)
-    if config_class is not None:
-        from .hf.legacy import complete_what_is_read
-
-        complete_what_is_read(config_class)
+def _register() -> bool:
+    """Register with those of `HOSTS` that are loaded; say if all are. Never break the import that led here."""
+    missing = set()
+    for host, (last, ours) in HOSTS.items():
+        module = sys.modules.get(host)
+        if module is None or (getattr(module.__spec__, "_initializing", False) and not hasattr(module, last)):
+            missing.add(host)
+            continue
+        try:
+            import_module(ours).register()
+        except ImportError as error:
+            warnings.warn(f"optq could not register with {host}: {error}", stacklevel=2)
+            missing.add(host)
+    return not missing
 
 
 def install() -> None:
-    """Register now if transformers' quantizers are loaded, else as soon as they are. Idempotent."""
-    _complete_configs_if_loaded()
-    if not _register_if_loaded() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Register with what is loaded, and with the rest as soon as it is. Idempotent."""
+    if not _register() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -38,6 +38,10 @@ class HubError(OptqError):
     """The Hub refuses what was asked of it, or cannot be reached."""
 
 
+class AdapterError(OptqError, ValueError):
+    """An adapter of PEFT asks a packed layer for something that takes its dense weight."""
+
+
 class ReportError(OptqError, ValueError):
     """A run's log is missing or cannot be read, or what draws its pictures is not installed."""
 

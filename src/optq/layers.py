@@ -119,7 +119,14 @@ class QuantLinear(nn.Module):
         assert self._kernel is not None
         assert self._prepared is not None
         output = matmul(x, self._kernel, self._prepared)
+        if self._is_offloaded():  # else what was derived of the buffers would stay where there is no room for it
+            self._kernel = self._prepared = self._prepared_for = None
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate brings the buffers for each call and takes them away after it."""
+        hook = self.__dict__.get("_hf_hook")
+        return getattr(hook, "offload", False) and getattr(hook, "offload_buffers", False)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The same layer with its weight dequantized."""

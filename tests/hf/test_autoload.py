@@ -43,9 +43,9 @@ def test_a_checkpoint_loads_in_a_process_that_never_imports_optq(checkpoint):
 import sys
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(type(model.model.layers[0].mlp.up_proj).__module__)
+print(type(model.model.layers[0].mlp.up_proj).__module__, "peft" in sys.modules)
 """
-    assert run(code, str(checkpoint)) == "optq.layers"
+    assert run(code, str(checkpoint)) == "optq.layers False"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,16 @@ print(type(model.model.layers[0].mlp.up_proj).__module__)
 )
 def test_whatever_is_imported_first(first):
     assert run(f"{first}\nimport transformers.modeling_utils\n{WHICH}") == "optq.hf.config"
+
+
+@pytest.mark.parametrize(
+    ("first", "autoload"),
+    [("import peft", "1"), ("import transformers.modeling_utils, peft", "1"), ("import peft, optq", "0")],
+)
+def test_peft_knows_packed_layers_whatever_is_imported_first(first, autoload):
+    pytest.importorskip("peft")
+    code = f"{first}\nimport peft; print(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA].__module__)"
+    assert run(code, OPTQ_AUTOLOAD=autoload) == "optq.hf.peft"
 
 
 @pytest.mark.parametrize("switch", ["OPTQ_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])

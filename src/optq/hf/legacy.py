@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from optq.errors import CheckpointError
@@ -26,9 +27,9 @@ WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 """What tells where in a repository or folder a file is."""
 
 
-def complete_what_is_read(config_class: Any) -> None:
+def register() -> None:
     """Have transformers' `PreTrainedConfig` read what is beside config.json, too. Idempotent."""
-    read = config_class.get_config_dict.__func__
+    read = PreTrainedConfig.get_config_dict.__func__
     if hasattr(read, "__wrapped__"):
         return
 
@@ -39,7 +40,7 @@ def complete_what_is_read(config_class: Any) -> None:
             complete(config, str(source), {key: kwargs[key] for key in WHERE if key in kwargs})
         return config, unused
 
-    config_class.get_config_dict = classmethod(get_config_dict)
+    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)
 
 
 def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import align_module_device
 from transformers.quantizers.base import HfQuantizer
 
 from optq.allocation import allocate
@@ -184,7 +185,9 @@ class OptqHfQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
         for name, layer in _quantized_layers(model).items():
-            model.set_submodule(name, layer.dense(wanted))
+            with align_module_device(layer):  # offloaded ones come back
+                dense = layer.dense(wanted)
+            model.set_submodule(name, dense)
         for experts in self._experts.values():
             experts.return_weights()
         put_fused(model, self._experts)

@@ -2,7 +2,9 @@
 """Where things are in a model, found by watching it run instead of by a list of architectures."""
 
 from .blocks import find_blocks as find_blocks
+from .experts import FUSED as FUSED
 from .experts import ROLES as ROLES
+from .experts import Expert as Expert
 from .experts import Experts as Experts
 from .experts import find_fused_experts as find_fused_experts
 from .experts import put_fused as put_fused

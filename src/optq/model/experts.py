@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from optq.errors import ModelError
 
 ROLES = ("gate_proj", "up_proj", "down_proj")
-KNOWN = {f"{name}{end}" for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", "_bias")}
+FUSED = {f"{name}{end}" for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", "_bias")}
+"""The tensors that hold all experts of a layer."""
 CHECKED_TOKENS = 16
 CHECKED_ERROR = 0.02  # of the largest output: bfloat16, with sums in another order
 
@@ -65,7 +66,7 @@ class Layout:
 def find_layout(module: nn.Module) -> Layout | None:
     """How `module` stores experts; None if it holds none in fused form."""
     own = dict(module.named_parameters(recurse=False))
-    if not own.keys() <= KNOWN:
+    if not own.keys() <= FUSED:
         return None
     gated = "gate_up_proj" in own
     up, down = own.get("gate_up_proj" if gated else "up_proj"), own.get("down_proj")
