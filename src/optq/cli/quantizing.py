@@ -164,7 +164,7 @@ PLAN = Command(
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="ID_OR_DIR", help="a GPTQ checkpoint of any tool")
+    parser.add_argument("model", metavar="ID_OR_DIR", help="a checkpoint of GPTQ, by any tool, or of AWQ")
     parser.add_argument("output", metavar="OUT", help="a new or empty folder")
     parser.add_argument(
         "--to", required=True, metavar="FORMAT", help="gptq (v1), gptq_v2, or dense: an ordinary model"
@@ -182,7 +182,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 CONVERT = Command(
     name="convert",
-    summary="Write a GPTQ checkpoint in another format. Exact: no weight changes, or it is refused.",
+    summary="Write a quantized checkpoint in another format. Exact: no weight changes, or it is refused.",
     add_arguments=_add_convert,
     run=_convert,
 )

@@ -454,14 +454,19 @@ def dynamic_rules(scheme_of: dict[str, LayerScheme], base: LayerScheme) -> dict[
             members.setdefault((parent, scheme), []).append(child)
     rules = {}
     for (parent, scheme), children in members.items():
-        # vLLM asks by the name of the fused layer.
-        fused = [whole for whole, parts in FUSED_NAMES.items() if set(parts) <= set(children)]
-        names = "|".join(map(re.escape, (*children, *fused)))
         unchanged = _override(base)
-        rules[rf"+:^{re.escape(parent)}\.(?:{names})$"] = {
+        rules[f"+:{pattern_of(parent, children)}"] = {
             key: value for key, value in _override(scheme).items() if value != unchanged[key]
         }
     return rules
+
+
+def pattern_of(parent: str, children: list[str]) -> str:
+    """A regular expression for linears of one parent module, and for what servers make of them."""
+    # vLLM asks by the name of the fused layer.
+    fused = [whole for whole, parts in FUSED_NAMES.items() if set(parts) <= set(children)]
+    names = "|".join(map(re.escape, (*children, *fused)))
+    return rf"^{re.escape(parent)}\.(?:{names})$" if parent else f"^(?:{names})$"
 
 
 def _override(scheme: LayerScheme) -> dict[str, Any]:

@@ -16,20 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from optq.checkpoint import (
-    CHECKPOINT_FORMATS,
-    TENSOR_NAMES,
-    PackedWeight,
-    QuantizedTensors,
-    find_quantized_linears,
-    read_headers,
-    repack_zeros,
-)
+from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, relabel
 from optq.errors import CheckpointError, ConfigError, OutputError
-from optq.scheme import trivial_groups
+from optq.serving import Linear
 
-from .config import GPTQConfig
-from .source import companions_folder, copy_companions, model_config_of, stated_quantization, weight_files
+from .formats import Source, describe
+from .labels import groups_contradict, zeros_contradict
+from .source import companions_folder, copy_companions, model_config_of, quantization_entry, weight_files
 
 DENSE = "dense"
 TARGETS = (*CHECKPOINT_FORMATS, DENSE)
@@ -42,13 +35,13 @@ def convert(
     to: str,
     **kwargs: Any,
 ) -> Path:
-    """Write a GPTQ checkpoint in another format.
+    """Write a quantized checkpoint in another format.
 
     Every conversion is exact: the dequantized weights are the same numbers, those of "dense" rounded to the model's
-    dtype. One file is in memory at a time.
+    dtype. One file is in memory at a time. docs/checkpoint-format.md says what can be told in which format.
 
     Args:
-        model_id_or_dir: a GPTQ checkpoint of any tool.
+        model_id_or_dir: a checkpoint of GPTQ, by any tool, or of AWQ.
         output_dir: is created; must be empty. It appears only when all of it is written.
         to: "gptq" (v1), "gptq_v2" or "dense": an ordinary model with the dequantized weights.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
@@ -56,67 +49,71 @@ def convert(
         The folder.
     Raises:
         ConfigError: `to` is unknown.
-        CheckpointError: the source is not quantized, or holds zeros that the other format cannot.
+        CheckpointError: the source is not quantized, or not on a grid of GPTQ's; its labels are not true; or it holds
+            what the other format cannot.
         OutputError: the folder is not empty.
     """
     if to not in TARGETS:
         raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
-    source = os.fspath(model_id_or_dir)
-    described = model_config_of(source, kwargs)
-    files = weight_files(source, described, kwargs)
-    linears = find_quantized_linears(read_headers([os.fspath(file) for file in files]))
-    config = stated_quantization(described) if linears else None
-    if config is None:
-        raise CheckpointError(f"{source} is no GPTQ checkpoint, so there is nothing to convert.")
+    name = os.fspath(model_id_or_dir)
+    described = model_config_of(name, kwargs)
+    stated = quantization_entry(described)
+    if not stated:
+        raise CheckpointError(f"{name}: its config.json says nothing of quantization, so there is nothing to convert.")
+    files = weight_files(name, described, kwargs)
+    source = describe(stated, read_headers([os.fspath(file) for file in files]))
     dtype = described.dtype or torch.float16
     with _filled(Path(output_dir)) as partial, _opened(files) as tensors:
-        copy_companions(companions_folder(source, kwargs), partial)
+        copy_companions(companions_folder(name, kwargs), partial)
         sizes = {}
         for file, names in tqdm(tensors.by_file.items(), desc="Converting", unit="file", disable=None):
             converted: dict[str, Tensor] = {}
             for name in names:
-                linear, _, last = name.rpartition(".")
-                if linear not in linears or last not in TENSOR_NAMES:
+                linear, _, part = name.rpartition(".")
+                if linear not in source.schemes or part not in source.parts:
                     converted[name] = tensors[name]
-                elif to != DENSE:
-                    converted[name] = _relabelled(tensors[name], linears[linear], last, config.format, to)
-                elif last == "qweight":
-                    converted[f"{linear}.weight"] = _dense(tensors, linears[linear], config).to(dtype)
-            save_file(converted, partial / file, metadata={"format": "pt"})
-            sizes[file] = {name: tensor.numel() * tensor.element_size() for name, tensor in converted.items()}
+                elif part == source.parts[0]:
+                    for new, tensor in _written(_packed(tensors, source, linear), linear, to, dtype).items():
+                        converted[f"{linear}.{new}"] = tensor
+            if converted:  # all of a linear goes where its first tensor was
+                save_file(converted, partial / file, metadata={"format": "pt"})
+                sizes[file] = {name: tensor.numel() * tensor.element_size() for name, tensor in converted.items()}
         if len(files) > 1:
             _write_index(partial, sizes)
         if to == DENSE:
             del described.quantization_config
         else:
-            config.format = to
-            described.quantization_config = config.to_dict()
+            source.config.format = to
+            described.quantization_config = source.config.to_dict()
         described.save_pretrained(partial)
     return Path(output_dir)
 
 
-def _relabelled(tensor: Tensor, linear: QuantizedTensors, last: str, found: str, to: str) -> Tensor:
-    """Only the zeros differ between the formats of packed words."""
-    if last != "qzeros" or found == to:
-        return tensor
+def _packed(tensors: "_Tensors", source: Source, linear: str) -> PackedWeight:
+    """One linear as GPTQ would store it, once its bytes are what the labels say."""
+    scheme = source.schemes[linear]
+    parts = {part: tensors[f"{linear}.{part}"] for part in source.parts if f"{linear}.{part}" in tensors}
+    packed = source.read(parts, scheme)
+    labelled = Linear(
+        name=linear,
+        out_features=packed.out_features,
+        in_features=packed.in_features,
+        scheme=scheme,
+        checkpoint_format=packed.checkpoint_format,
+    )
+    for contradiction in (*zeros_contradict(labelled, packed.qzeros), *groups_contradict(labelled, packed.g_idx)):
+        raise CheckpointError(contradiction)
+    return packed
+
+
+def _written(packed: PackedWeight, linear: str, to: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one linear in the format asked for, by the last part of their names."""
+    if to == DENSE:
+        return {"weight": packed.columns(0, packed.out_features).T.to(dtype).contiguous()}
     try:
-        return repack_zeros(tensor, linear.bits, CHECKPOINT_FORMATS[found] - CHECKPOINT_FORMATS[to])
+        return relabel(packed, to).tensors()
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{linear.name}: {error} So this checkpoint cannot become {to!r}; it stays readable as it is."
-        ) from error
-
-
-def _dense(tensors: "_Tensors", linear: QuantizedTensors, config: GPTQConfig) -> Tensor:
-    """(out, in), float32."""
-    parts = {part: tensors[f"{linear.name}.{part}"] for part in TENSOR_NAMES if part in linear.headers}
-    if "g_idx" not in parts:
-        scheme = config.scheme_for(linear.name)
-        if scheme is None:
-            raise CheckpointError(f"{linear.name} is packed, but config.json excludes it, and it has no g_idx.")
-        parts["g_idx"] = trivial_groups(linear.in_features, scheme.group_width(linear.in_features), "cpu")
-    packed = PackedWeight(**parts, bits=linear.bits, checkpoint_format=config.format)
-    return packed.columns(0, packed.out_features).T.contiguous()
+        raise CheckpointError(f"{linear}: {error}") from error
 
 
 class _Tensors:
@@ -129,6 +126,9 @@ class _Tensors:
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
 
 
 @contextmanager

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats that `optq.convert` reads: what a checkpoint in each of them would be called if GPTQ had written it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears, from_awq
+from optq.checkpoint.awq import AWQ_BITS
+from optq.checkpoint.layout import TensorHeader
+from optq.errors import CheckpointError
+from optq.scheme import PACKED_WORD_BITS, LayerScheme, trivial_groups
+from optq.serving import kind_of
+from optq.version import __version__
+
+from .config import GPTQConfig, dynamic_rules, pattern_of
+from .labels import check_label
+
+Headers = Mapping[str, TensorHeader]
+Parts = Mapping[str, Tensor]
+"""The tensors of one linear, by the last part of their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint in any format, in GPTQ's words.
+
+    Args:
+        config: what config.json says of these weights in a GPTQ checkpoint.
+        schemes: how each quantized linear is, by name.
+        parts: which tensors a linear has; the first one stands for it.
+        read: makes of one linear's tensors what GPTQ stores, bit for bit the same weight.
+    """
+
+    config: GPTQConfig
+    schemes: dict[str, LayerScheme]
+    parts: tuple[str, ...]
+    read: Callable[[Parts, LayerScheme], PackedWeight]
+
+
+def describe(stated: dict[str, Any], headers: Headers) -> Source:
+    """What a checkpoint holds, from its quantization_config and the headers of its tensors.
+
+    Raises:
+        CheckpointError: the format is unknown, or not of integers on a uniform grid, or contradicts the headers.
+    """
+    method = stated.get("quant_method", "gptq")
+    if method not in SOURCES:
+        raise CheckpointError(f"quant_method {method!r} is not converted; it may be {', '.join(SOURCES)}.")
+    return SOURCES[method](stated, headers)
+
+
+def _gptq(stated: dict[str, Any], headers: Headers) -> Source:
+    config = GPTQConfig(**stated)
+    linears = find_quantized_linears(dict(headers))
+
+    def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:
+        in_features = parts["qweight"].shape[0] * PACKED_WORD_BITS // scheme.bits
+        trivial = trivial_groups(in_features, scheme.group_width(in_features))
+        packed = {"g_idx": trivial, **parts}  # some tools leave it out where it says nothing
+        return PackedWeight(**packed, bits=scheme.bits, checkpoint_format=config.format)
+
+    for linear in linears.values():
+        check_label(linear, config.scheme_for(linear.name))
+    return Source(config=config, schemes=_schemes(config, linears), parts=TENSOR_NAMES, read=read)
+
+
+def _awq(stated: dict[str, Any], headers: Headers) -> Source:
+    version = (stated.get("version") or stated.get("format") or "gemm").lower()
+    bits = stated.get("bits", AWQ_BITS)
+    if version != "gemm" or bits != AWQ_BITS:
+        raise CheckpointError(
+            f"AWQ's version {version!r} with {bits} bits is not read; only 'gemm' with {AWQ_BITS} is."
+        )
+    # Zeros are stored for every group, so the grid is asymmetric whatever `zero_point` says.
+    scheme = LayerScheme(bits=AWQ_BITS, group_size=stated.get("group_size", 128), symmetric=False)
+    schemes = {}
+    for name in _names_of(headers, "qweight"):
+        shapes = {part: headers[f"{name}.{part}"].shape for part in _AWQ_PARTS if f"{name}.{part}" in headers}
+        in_features, words = shapes["qweight"]
+        groups = scheme.group_count(in_features)
+        expected = {
+            "qweight": (in_features, words),
+            "qzeros": (groups, words),
+            "scales": (groups, words * PACKED_WORD_BITS // AWQ_BITS),
+        }
+        if shapes != expected or in_features % groups:
+            raise CheckpointError(
+                f"{name}: tensor shapes {shapes} are not those of AWQ's gemm layout with group_size "
+                f"{scheme.group_size}, which are {expected}."
+            )
+        schemes[name] = scheme
+
+    def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:
+        return from_awq(**parts)
+
+    config = _config(schemes, headers, "awq")
+    return Source(config=config, schemes=_schemes(config, schemes), parts=_AWQ_PARTS, read=read)
+
+
+_AWQ_PARTS = ("qweight", "qzeros", "scales")
+
+SOURCES: dict[str, Callable[[dict[str, Any], Headers], Source]] = {"gptq": _gptq, "awq": _awq}
+"""By the quant_method of a quantization_config."""
+
+
+def _names_of(headers: Headers, part: str) -> list[str]:
+    """The modules that have a tensor of this name."""
+    return [name.removesuffix(f".{part}") for name in headers if name.endswith(f".{part}")]
+
+
+def _schemes(config: GPTQConfig, linears: Iterable[str]) -> dict[str, LayerScheme]:
+    """How the config says that each of the linears is quantized."""
+    schemes = {}
+    for name in linears:
+        if (scheme := config.scheme_for(name)) is None:
+            raise CheckpointError(
+                f"{name} is packed, but config.json excludes it. Correct its dynamic or modules_in_block_to_quantize."
+            )
+        schemes[name] = scheme
+    return schemes
+
+
+def _config(schemes: Mapping[str, LayerScheme], headers: Headers, origin: str) -> GPTQConfig:
+    """What config.json says of linears that another tool quantized, and of those that it left alone."""
+    if not schemes:
+        raise CheckpointError(f"config.json says {origin}, but no linear is packed as that format packs them.")
+    base = Counter(schemes.values()).most_common(1)[0][0]
+    excluded: dict[str, dict[str, Any]] = {
+        f"-:{pattern}": {} for pattern in patterns_of(dense_matrices(headers), schemes)
+    }
+    return GPTQConfig(
+        bits=base.bits,
+        group_size=base.group_size,
+        sym=base.symmetric,
+        desc_act=base.act_order == "desc_act",
+        dynamic={**excluded, **dynamic_rules(dict(schemes), base)} or None,
+        lm_head="lm_head" in schemes,
+        damp_percent=None,
+        meta={"quantizer": [f"optq:{__version__}"], "converted_from": origin},
+    )
+
+
+def dense_matrices(headers: Headers) -> list[str]:
+    """The modules whose weight is a matrix that is not quantized: linears and embeddings."""
+    return [name for name in _names_of(headers, "weight") if len(headers[f"{name}.weight"].shape) == 2]
+
+
+def patterns_of(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Regular expressions for `names` and for none of `others`: one for all blocks where blocks do not differ."""
+    other_kinds = set(map(kind_of, others))
+    siblings: dict[str, list[str]] = {}
+    for kind in dict.fromkeys(name if kind_of(name) in other_kinds else kind_of(name) for name in names):
+        parent, _, child = kind.rpartition(".")
+        siblings.setdefault(parent, []).append(child)
+    return [pattern_of(parent, children).replace(r"\*", r"\d+") for parent, children in siblings.items()]
