@@ -408,7 +408,7 @@ def test_converting_says_what_the_folder_holds(run, checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("target", "code", "words"),
-    [("awq", USAGE, "allowed are gptq, gptq_v2, dense"), ("dense", RESOURCES, "not empty")],
+    [("awq", USAGE, "allowed are gptq, gptq_v2, compressed-tensors, dense"), ("dense", RESOURCES, "not empty")],
 )
 def test_what_cannot_be_converted_is_told(run, checkpoint, tmp_path, target, code, words):
     found, _, err = run("convert", checkpoint, tmp_path if target == "awq" else checkpoint, "--to", target)

@@ -2,6 +2,9 @@
 """The bytes of a GPTQ checkpoint: how codes become int32 words, and how tensors and files are named."""
 
 from .awq import from_awq as from_awq
+from .compressed import COMPRESSED_NAMES as COMPRESSED_NAMES
+from .compressed import from_compressed as from_compressed
+from .compressed import to_compressed as to_compressed
 from .layout import CHECKPOINT_FORMATS as CHECKPOINT_FORMATS
 from .layout import TENSOR_NAMES as TENSOR_NAMES
 from .layout import PackedWeight as PackedWeight

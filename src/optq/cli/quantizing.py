@@ -164,10 +164,15 @@ PLAN = Command(
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="ID_OR_DIR", help="a checkpoint of GPTQ, by any tool, or of AWQ")
+    parser.add_argument(
+        "model", metavar="ID_OR_DIR", help="a checkpoint of GPTQ, by any tool, of AWQ or compressed-tensors"
+    )
     parser.add_argument("output", metavar="OUT", help="a new or empty folder")
     parser.add_argument(
-        "--to", required=True, metavar="FORMAT", help="gptq (v1), gptq_v2, or dense: an ordinary model"
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="gptq (v1), gptq_v2, compressed-tensors, or dense: an ordinary model",
     )
     add_source(parser)
 

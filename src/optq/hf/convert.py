@@ -14,18 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, relabel
+from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, relabel, to_compressed
 from optq.errors import CheckpointError, ConfigError, OutputError
+from optq.scheme import LayerScheme
 from optq.serving import Linear
 
-from .formats import Source, describe
+from .formats import COMPRESSED, Source, compressed_entry, describe
 from .labels import groups_contradict, zeros_contradict
 from .source import companions_folder, copy_companions, model_config_of, quantization_entry, weight_files
 
 DENSE = "dense"
-TARGETS = (*CHECKPOINT_FORMATS, DENSE)
+TARGETS = (*CHECKPOINT_FORMATS, COMPRESSED, DENSE)
 
 
 def convert(
@@ -41,9 +42,10 @@ def convert(
     dtype. One file is in memory at a time. docs/checkpoint-format.md says what can be told in which format.
 
     Args:
-        model_id_or_dir: a checkpoint of GPTQ, by any tool, or of AWQ.
+        model_id_or_dir: a checkpoint of GPTQ, by any tool, of AWQ, or of compressed-tensors.
         output_dir: is created; must be empty. It appears only when all of it is written.
-        to: "gptq" (v1), "gptq_v2" or "dense": an ordinary model with the dequantized weights.
+        to: "gptq" (v1), "gptq_v2", "compressed-tensors" (pack-quantized), or "dense": an ordinary model with the
+            dequantized weights.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
     Returns:
         The folder.
@@ -61,7 +63,8 @@ def convert(
     if not stated:
         raise CheckpointError(f"{name}: its config.json says nothing of quantization, so there is nothing to convert.")
     files = weight_files(name, described, kwargs)
-    source = describe(stated, read_headers([os.fspath(file) for file in files]))
+    headers = read_headers([os.fspath(file) for file in files])
+    source = describe(stated, headers)
     dtype = described.dtype or torch.float16
     with _filled(Path(output_dir)) as partial, _opened(files) as tensors:
         copy_companions(companions_folder(name, kwargs), partial)
@@ -73,15 +76,18 @@ def convert(
                 if linear not in source.schemes or part not in source.parts:
                     converted[name] = tensors[name]
                 elif part == source.parts[0]:
-                    for new, tensor in _written(_packed(tensors, source, linear), linear, to, dtype).items():
+                    for new, tensor in _converted(tensors, source, linear, to, dtype).items():
                         converted[f"{linear}.{new}"] = tensor
             if converted:  # all of a linear goes where its first tensor was
+                file = file if len(files) > 1 else SAFE_WEIGHTS_NAME  # older tools chose other names
                 save_file(converted, partial / file, metadata={"format": "pt"})
                 sizes[file] = {name: tensor.numel() * tensor.element_size() for name, tensor in converted.items()}
         if len(files) > 1:
             _write_index(partial, sizes)
         if to == DENSE:
             del described.quantization_config
+        elif to == COMPRESSED:
+            described.quantization_config = compressed_entry(source, headers)
         else:
             source.config.format = to
             described.quantization_config = source.config.to_dict()
@@ -89,13 +95,34 @@ def convert(
     return Path(output_dir)
 
 
-def _packed(tensors: "_Tensors", source: Source, linear: str) -> PackedWeight:
-    """One linear as GPTQ would store it, once its bytes are what the labels say."""
+def _converted(tensors: "_Tensors", source: Source, linear: str, to: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one linear in the format asked for, by the last part of their names."""
     scheme = source.schemes[linear]
     parts = {part: tensors[f"{linear}.{part}"] for part in source.parts if f"{linear}.{part}" in tensors}
-    packed = source.read(parts, scheme)
+    with _told_about(linear):
+        packed = source.read(parts, scheme)
+    _check(packed, linear, scheme)
+    with _told_about(linear):
+        if to == DENSE:
+            return {"weight": packed.columns(0, packed.out_features).T.to(dtype).contiguous()}
+        if to == COMPRESSED:
+            return to_compressed(packed, scheme.symmetric)
+        return relabel(packed, to).tensors()
+
+
+@contextmanager
+def _told_about(linear: str) -> Iterator[None]:
+    """Whatever is refused inside is refused by the name of the linear."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{linear}: {error}") from error
+
+
+def _check(packed: PackedWeight, name: str, scheme: LayerScheme) -> None:
+    """The bytes must be what the labels say: readers of the new ones would believe them, too."""
     labelled = Linear(
-        name=linear,
+        name=name,
         out_features=packed.out_features,
         in_features=packed.in_features,
         scheme=scheme,
@@ -103,17 +130,6 @@ def _packed(tensors: "_Tensors", source: Source, linear: str) -> PackedWeight:
     )
     for contradiction in (*zeros_contradict(labelled, packed.qzeros), *groups_contradict(labelled, packed.g_idx)):
         raise CheckpointError(contradiction)
-    return packed
-
-
-def _written(packed: PackedWeight, linear: str, to: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one linear in the format asked for, by the last part of their names."""
-    if to == DENSE:
-        return {"weight": packed.columns(0, packed.out_features).T.to(dtype).contiguous()}
-    try:
-        return relabel(packed, to).tensors()
-    except CheckpointError as error:
-        raise CheckpointError(f"{linear}: {error}") from error
 
 
 class _Tensors:

@@ -90,6 +90,32 @@ def awq_folder(model: Path, folder: Path, grids: dict[str, Grid], **stated) -> P
     return write_folder(model, folder, packed, {**config, **stated})
 
 
+def words_of(codes: np.ndarray, bits: int) -> torch.Tensor:
+    """The inverse of `stream_of`, each row padded to whole words."""
+    stream = (codes[:, :, None] >> np.arange(bits) & 1).reshape(codes.shape[0], -1)
+    padded = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32))
+
+
+def compressed_parts(grid: Grid, *, symmetric=False, dtype=torch.float16) -> dict[str, torch.Tensor]:
+    parts = {
+        "weight_packed": words_of(grid.codes, grid.bits),
+        "weight_shape": torch.tensor(grid.codes.shape),
+        "weight_scale": torch.from_numpy(grid.scales).to(dtype),
+    }
+    return parts if symmetric else parts | {"weight_zero_point": words_of(grid.zeros.T, grid.bits).T.contiguous()}
+
+
+def compressed_folder(
+    model: Path, folder: Path, parts: dict[str, dict[str, torch.Tensor]], weights: dict, **stated
+) -> Path:
+    """`weights` is the entry of that name of the only config group."""
+    packed = {f"{name}.{part}": tensor for name, own in parts.items() for part, tensor in own.items()}
+    group = {"targets": ["Linear"], "weights": {"type": "int", "strategy": "group", **weights}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    return write_folder(model, folder, packed, {**config, "ignore": ["lm_head"], **stated})
+
+
 def stream_of(words: torch.Tensor, bits: int) -> np.ndarray:
     """The codes of each row of int32 words, read as one stream of bits, the lowest first."""
     stream = np.unpackbits(words.numpy().view(np.uint8), axis=1, bitorder="little")
@@ -106,4 +132,20 @@ def gptq_weight(tensors: dict[str, torch.Tensor], name: str, bits: int, offset: 
         zeros=zeros,
         scales=scales,
         groups=tensors[f"{name}.g_idx"].numpy(),
+    ).weight()
+
+
+def compressed_weight(tensors: dict[str, torch.Tensor], name: str, bits: int) -> torch.Tensor:
+    """(out, in)."""
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    scales = tensors[f"{name}.weight_scale"].float().numpy()
+    zeros = np.full(scales.shape, 2 ** (bits - 1))
+    if f"{name}.weight_zero_point" in tensors:
+        zeros = stream_of(tensors[f"{name}.weight_zero_point"].T.contiguous(), bits)[:, :rows].T
+    return Grid(
+        bits=bits,
+        codes=stream_of(tensors[f"{name}.weight_packed"], bits)[:, :columns],
+        zeros=zeros,
+        scales=scales,
+        groups=np.arange(columns) // (columns // scales.shape[1]),
     ).weight()
