@@ -211,6 +211,14 @@ def test_mistakes_are_told(checkpoint, tiny_llama, tmp_path):
         optq.convert(checkpoint, output_dir=checkpoint, to="dense")
 
 
+def test_awq_becomes_compressed_tensors_with_every_weight_the_same(awq, tmp_path):
+    folder, grids = awq
+    there = optq.convert(folder, output_dir=tmp_path / "compressed", to="compressed-tensors")
+    for name, grid in grids.items():
+        assert torch.equal(compressed_weight(tensors_of(there), name, 4), grid.weight()), name
+    assert r"re:^model\.layers\.1\.mlp\.(?:up_proj)$" in stated_in(there)["ignore"]
+
+
 # compressed-tensors
 
 
@@ -335,6 +343,60 @@ def test_groups_in_activation_order_are_read_from_old_versions_but_not_written(a
 def tiny_llama_shape(tensors, name):
     return [tensors[f"{name}.scales"].shape[1], tensors[f"{name}.g_idx"].shape[0]]
 
+
+# desc_act
+
+
+def reordered(folder, target, g_idx_of, **changes):
+    """A copy that says desc_act, with other groups: `g_idx_of` takes and returns g_idx, qzeros and scales."""
+    restated(folder, target, desc_act=True, **changes)
+    for file in target.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in linears_of(tensors, "g_idx"):
+            parts = [f"{name}.{part}" for part in ("g_idx", "qzeros", "scales")]
+            tensors |= zip(parts, g_idx_of(*(tensors[part] for part in parts)), strict=True)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def test_where_groups_are_trivial_desc_act_is_a_label(checkpoint, tmp_path):
+    labelled = restated(checkpoint, tmp_path / "in", desc_act=True, dynamic={"+:.*q_proj": {"desc_act": True}})
+    there = optq.convert(labelled, output_dir=tmp_path / "out", to="gptq", without_desc_act=True)
+    assert same_bytes(checkpoint, there)
+    config = GPTQConfig(**stated_in(there))
+    assert not any(
+        config.scheme_for(name).act_order == "desc_act" for name in linears_of(tensors_of(there), "qweight")
+    )
+    # Negative control: it is done on request.
+    assert stated_in(optq.convert(labelled, output_dir=tmp_path / "as-it-is", to="gptq"))["desc_act"] is True
+
+
+def test_runs_of_columns_in_another_order_are_numbered_again(checkpoint, tmp_path):
+    def backwards(g_idx, qzeros, scales):
+        return g_idx.max() - g_idx, qzeros.flip(0).contiguous(), scales.flip(0).contiguous()
+
+    folder = reordered(checkpoint, tmp_path / "in", backwards)
+    there = optq.convert(folder, output_dir=tmp_path / "out", to="gptq", without_desc_act=True)
+    assert same_bytes(checkpoint, there)
+    assert stated_in(there)["desc_act"] is False
+    assert not same_bytes(checkpoint, folder)
+
+
+def test_groups_that_are_no_runs_stay_desc_act(act_ordered, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"layers.0.*proj: its groups are not runs of 32 .*other layers .* share"
+    ):
+        optq.convert(act_ordered, output_dir=tmp_path / "out", to="gptq", without_desc_act=True)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_groups_that_contradict_their_label_are_not_converted(act_ordered, tmp_path):
+    wrong = restated(act_ordered, tmp_path / "in", desc_act=False)
+    with pytest.raises(CheckpointError, match=r"layers.0.*proj: config.json says desc_act=false, but its groups"):
+        optq.convert(wrong, output_dir=tmp_path / "out", to="gptq_v2")
+
+
+# what is refused of compressed-tensors
 
 NAME = "model.layers.0.mlp.up_proj"
 

@@ -14,5 +14,6 @@ from .layout import pack as pack
 from .layout import read_headers as read_headers
 from .layout import relabel as relabel
 from .layout import unpack as unpack
+from .layout import with_trivial_groups as with_trivial_groups
 from .packing import pack_codes as pack_codes
 from .packing import unpack_codes as unpack_codes

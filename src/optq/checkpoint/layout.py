@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from optq.errors import CheckpointError
-from optq.scheme import BITS, PACKED_WORD_BITS, QuantizedWeight
+from optq.scheme import BITS, PACKED_WORD_BITS, QuantizedWeight, trivial_groups
 
 from .packing import pack_codes, unpack_codes
 
@@ -128,6 +128,23 @@ def relabel(packed: PackedWeight, checkpoint_format: str) -> PackedWeight:
             )
     qzeros = pack_codes(zeros, packed.bits).T.contiguous()
     return replace(packed, qzeros=qzeros, checkpoint_format=checkpoint_format)
+
+
+def with_trivial_groups(packed: PackedWeight, group_width: int) -> PackedWeight:
+    """The same weight with groups numbered in the order of their columns.
+
+    Raises:
+        CheckpointError: its groups are not runs of neighbouring columns.
+    """
+    first = packed.g_idx[::group_width].long()  # the group of each run, if these are runs
+    if not torch.equal(packed.g_idx, first.repeat_interleave(group_width)[: packed.in_features]):
+        raise CheckpointError(
+            f"its groups are not runs of {group_width} neighbouring columns. Sorting its columns would make them so, "
+            "but then its inputs would have to come in that order, too, and other layers make and share them. So it "
+            "has to stay desc_act=true; quantize the original again with desc_act=False for one that need not."
+        )
+    trivial = trivial_groups(packed.in_features, group_width, packed.g_idx.device)
+    return replace(packed, qzeros=packed.qzeros[first], scales=packed.scales[first], g_idx=trivial)
 
 
 @dataclass(frozen=True, kw_only=True)

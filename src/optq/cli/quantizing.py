@@ -174,13 +174,22 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="gptq (v1), gptq_v2, compressed-tensors, or dense: an ordinary model",
     )
+    parser.add_argument(
+        "--without-desc-act", action="store_true", help="write desc_act=false, if every group is a run of columns"
+    )
     add_source(parser)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     import optq
 
-    folder = optq.convert(arguments.model, output_dir=arguments.output, to=arguments.to, **loading(arguments))
+    folder = optq.convert(
+        arguments.model,
+        output_dir=arguments.output,
+        to=arguments.to,
+        without_desc_act=arguments.without_desc_act,
+        **loading(arguments),
+    )
     print_either(arguments, f"{folder} holds the same weights as {arguments.to}", folder=folder, to=arguments.to)
     return DONE
 

@@ -405,6 +405,14 @@ class GPTQConfig(transformers.GPTQConfig):
             config.dynamic = {**{f"-:^{re.escape(name)}$": {} for name in left_out}, **(config.dynamic or {})}
         return config
 
+    def without_desc_act(self) -> "GPTQConfig":
+        """The same, but no linear's groups are in activation order."""
+        config = copy.deepcopy(self)
+        config.desc_act = False
+        for override in (config.dynamic or {}).values():
+            override.pop("desc_act", None)
+        return config
+
     def to_dict(self) -> dict[str, Any]:
         """What is written to config.json: names and values that GPTQ readers expect, and keys found but not known."""
         written = {

@@ -34,6 +34,7 @@ def convert(
     *,
     output_dir: str | os.PathLike[str],
     to: str,
+    without_desc_act: bool = False,
     **kwargs: Any,
 ) -> Path:
     """Write a quantized checkpoint in another format.
@@ -46,13 +47,15 @@ def convert(
         output_dir: is created; must be empty. It appears only when all of it is written.
         to: "gptq" (v1), "gptq_v2", "compressed-tensors" (pack-quantized), or "dense": an ordinary model with the
             dequantized weights.
+        without_desc_act: write desc_act=false, which more readers know, where every group is a run of neighbouring
+            columns.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
     Returns:
         The folder.
     Raises:
         ConfigError: `to` is unknown.
         CheckpointError: the source is not quantized, or not on a grid of GPTQ's; its labels are not true; or it holds
-            what the other format cannot.
+            what cannot be written as asked.
         OutputError: the folder is not empty.
     """
     if to not in TARGETS:
@@ -65,6 +68,8 @@ def convert(
     files = weight_files(name, described, kwargs)
     headers = read_headers([os.fspath(file) for file in files])
     source = describe(stated, headers)
+    if without_desc_act:
+        source = source.without_desc_act()
     dtype = described.dtype or torch.float16
     with _filled(Path(output_dir)) as partial, _opened(files) as tensors:
         copy_companions(companions_folder(name, kwargs), partial)

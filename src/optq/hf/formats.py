@@ -4,7 +4,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from optq.checkpoint import (
     find_quantized_linears,
     from_awq,
     from_compressed,
+    with_trivial_groups,
 )
 from optq.checkpoint.awq import AWQ_BITS
 from optq.checkpoint.layout import TensorHeader
@@ -47,6 +48,15 @@ class Source:
     schemes: dict[str, LayerScheme]
     parts: tuple[str, ...]
     read: Callable[[Parts, LayerScheme], PackedWeight]
+
+    def without_desc_act(self) -> "Source":
+        """The same with groups in the order of their columns; reading a linear where they cannot be is refused."""
+
+        def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:
+            packed = self.read(parts, scheme)
+            return with_trivial_groups(packed, scheme.group_width(packed.in_features))
+
+        return replace(self, config=self.config.without_desc_act(), read=read)
 
 
 def describe(stated: dict[str, Any], headers: Headers) -> Source:
