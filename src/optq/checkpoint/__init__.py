@@ -5,6 +5,8 @@ from .awq import from_awq as from_awq
 from .compressed import COMPRESSED_NAMES as COMPRESSED_NAMES
 from .compressed import from_compressed as from_compressed
 from .compressed import to_compressed as to_compressed
+from .ggml import GGML_SCHEMES as GGML_SCHEMES
+from .ggml import from_ggml as from_ggml
 from .layout import CHECKPOINT_FORMATS as CHECKPOINT_FORMATS
 from .layout import TENSOR_NAMES as TENSOR_NAMES
 from .layout import PackedWeight as PackedWeight

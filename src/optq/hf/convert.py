@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -21,7 +21,8 @@ from optq.errors import CheckpointError, ConfigError, OutputError
 from optq.scheme import LayerScheme
 from optq.serving import Linear
 
-from .formats import COMPRESSED, Source, compressed_entry, describe
+from .formats import COMPRESSED, Opened, Source, Tensors, compressed_entry, describe
+from .gguf import opened_gguf
 from .labels import groups_contradict, zeros_contradict
 from .source import companions_folder, copy_companions, model_config_of, quantization_entry, weight_files
 
@@ -43,7 +44,7 @@ def convert(
     dtype. One file is in memory at a time. docs/checkpoint-format.md says what can be told in which format.
 
     Args:
-        model_id_or_dir: a checkpoint of GPTQ, by any tool, of AWQ, or of compressed-tensors.
+        model_id_or_dir: a checkpoint of GPTQ, by any tool, of AWQ, or of compressed-tensors; or a GGUF file.
         output_dir: is created; must be empty. It appears only when all of it is written.
         to: "gptq" (v1), "gptq_v2", "compressed-tensors" (pack-quantized), or "dense": an ordinary model with the
             dequantized weights.
@@ -61,38 +62,32 @@ def convert(
     if to not in TARGETS:
         raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
     name = os.fspath(model_id_or_dir)
-    described = model_config_of(name, kwargs)
-    stated = quantization_entry(described)
-    if not stated:
-        raise CheckpointError(f"{name}: its config.json says nothing of quantization, so there is nothing to convert.")
-    files = weight_files(name, described, kwargs)
-    headers = read_headers([os.fspath(file) for file in files])
-    source = describe(stated, headers)
-    if without_desc_act:
-        source = source.without_desc_act()
-    dtype = described.dtype or torch.float16
-    with _filled(Path(output_dir)) as partial, _opened(files) as tensors:
-        copy_companions(companions_folder(name, kwargs), partial)
+    with (
+        opened_gguf(Path(name)) if name.endswith(".gguf") else _opened_checkpoint(name, kwargs) as opened,
+        _filled(Path(output_dir)) as partial,
+    ):
+        described = opened.described
+        source = opened.source.without_desc_act() if without_desc_act else opened.source
+        opened.save_companions(partial)
         sizes = {}
-        for file, names in tqdm(tensors.by_file.items(), desc="Converting", unit="file", disable=None):
+        for file, names in tqdm(opened.tensors.by_file.items(), desc="Converting", unit="file", disable=None):
             converted: dict[str, Tensor] = {}
             for name in names:
                 linear, _, part = name.rpartition(".")
                 if linear not in source.schemes or part not in source.parts:
-                    converted[name] = tensors[name]
+                    converted[name] = opened.tensors[name]
                 elif part == source.parts[0]:
-                    for new, tensor in _converted(tensors, source, linear, to, dtype).items():
+                    for new, tensor in _converted(opened.tensors, source, linear, to, described.dtype).items():
                         converted[f"{linear}.{new}"] = tensor
             if converted:  # all of a linear goes where its first tensor was
-                file = file if len(files) > 1 else SAFE_WEIGHTS_NAME  # older tools chose other names
                 save_file(converted, partial / file, metadata={"format": "pt"})
                 sizes[file] = {name: tensor.numel() * tensor.element_size() for name, tensor in converted.items()}
-        if len(files) > 1:
+        if len(opened.tensors.by_file) > 1:
             _write_index(partial, sizes)
         if to == DENSE:
-            del described.quantization_config
+            vars(described).pop("quantization_config", None)  # that of a GGUF file has none
         elif to == COMPRESSED:
-            described.quantization_config = compressed_entry(source, headers)
+            described.quantization_config = compressed_entry(source)
         else:
             source.config.format = to
             described.quantization_config = source.config.to_dict()
@@ -100,7 +95,7 @@ def convert(
     return Path(output_dir)
 
 
-def _converted(tensors: "_Tensors", source: Source, linear: str, to: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _converted(tensors: Tensors, source: Source, linear: str, to: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors of one linear in the format asked for, by the last part of their names."""
     scheme = source.schemes[linear]
     parts = {part: tensors[f"{linear}.{part}"] for part in source.parts if f"{linear}.{part}" in tensors}
@@ -109,7 +104,7 @@ def _converted(tensors: "_Tensors", source: Source, linear: str, to: str, dtype:
     _check(packed, linear, scheme)
     with _told_about(linear):
         if to == DENSE:
-            return {"weight": packed.columns(0, packed.out_features).T.to(dtype).contiguous()}
+            return {"weight": packed.columns(0, packed.out_features).T.to(dtype or torch.float16).contiguous()}
         if to == COMPRESSED:
             return to_compressed(packed, scheme.symmetric)
         return relabel(packed, to).tensors()
@@ -137,25 +132,40 @@ def _check(packed: PackedWeight, name: str, scheme: LayerScheme) -> None:
         raise CheckpointError(contradiction)
 
 
-class _Tensors:
-    """The tensors of several open files, read when they are asked for: a linear's may lie in two of them."""
+@contextmanager
+def _opened_checkpoint(name: str, kwargs: dict[str, Any]) -> Iterator[Opened]:
+    """A folder or repository of transformers' own layout."""
+    described = model_config_of(name, kwargs)
+    stated = quantization_entry(described)
+    if not stated:
+        raise CheckpointError(f"{name}: its config.json says nothing of quantization, so there is nothing to convert.")
+    files = weight_files(name, described, kwargs)
+    source = describe(stated, read_headers([os.fspath(file) for file in files]))
+
+    def save_companions(folder: Path) -> None:
+        copy_companions(companions_folder(name, kwargs), folder)
+
+    with ExitStack() as stack:
+        # Older tools chose other names.
+        names = [file.name for file in files] if len(files) > 1 else [SAFE_WEIGHTS_NAME]
+        handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        tensors = _FileTensors(dict(zip(names, handles, strict=True)))
+        yield Opened(described=described, source=source, tensors=tensors, save_companions=save_companions)
+
+
+class _FileTensors:
+    """The tensors of several open files; those of a linear may lie in two of them."""
 
     def __init__(self, files: Mapping[str, Any]) -> None:
         self.by_file = {file: list(opened.keys()) for file, opened in files.items()}
         self._home = {name: files[file] for file, names in self.by_file.items() for name in names}
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._home[name].get_tensor(name)
-        return tensor
-
     def __contains__(self, name: str) -> bool:
         return name in self._home
 
-
-@contextmanager
-def _opened(files: Sequence[Path]) -> Iterator[_Tensors]:
-    with ExitStack() as stack:
-        yield _Tensors({file.name: stack.enter_context(safe_open(file, framework="pt")) for file in files})
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._home[name].get_tensor(name)
+        return tensor
 
 
 @contextmanager

@@ -5,7 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -40,12 +41,14 @@ class Source:
     Args:
         config: what config.json says of these weights in a GPTQ checkpoint.
         schemes: how each quantized linear is, by name.
+        dense: the modules whose weight is a matrix that is not quantized: linears and embeddings.
         parts: which tensors a linear has; the first one stands for it.
         read: makes of one linear's tensors what GPTQ stores, bit for bit the same weight.
     """
 
     config: GPTQConfig
     schemes: dict[str, LayerScheme]
+    dense: list[str]
     parts: tuple[str, ...]
     read: Callable[[Parts, LayerScheme], PackedWeight]
 
@@ -57,6 +60,32 @@ class Source:
             return with_trivial_groups(packed, scheme.group_width(packed.in_features))
 
         return replace(self, config=self.config.without_desc_act(), read=read)
+
+
+class Tensors(Protocol):
+    """A checkpoint's tensors by name, each read when it is asked for."""
+
+    by_file: dict[str, list[str]]
+    """The names of those that belong into one file."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """All of a model that is converted.
+
+    Args:
+        described: its transformers config.
+        save_companions: writes the tokenizer and other small files to a folder.
+    """
+
+    described: Any
+    source: Source
+    tensors: Tensors
+    save_companions: Callable[[Path], None]
 
 
 def describe(stated: dict[str, Any], headers: Headers) -> Source:
@@ -83,7 +112,13 @@ def _gptq(stated: dict[str, Any], headers: Headers) -> Source:
 
     for linear in linears.values():
         check_label(linear, config.scheme_for(linear.name))
-    return Source(config=config, schemes=_schemes(config, linears), parts=TENSOR_NAMES, read=read)
+    return Source(
+        config=config,
+        schemes=_schemes(config, linears),
+        dense=_dense_matrices(headers),
+        parts=TENSOR_NAMES,
+        read=read,
+    )
 
 
 def _awq(stated: dict[str, Any], headers: Headers) -> Source:
@@ -115,8 +150,9 @@ def _awq(stated: dict[str, Any], headers: Headers) -> Source:
     def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:
         return from_awq(**parts)
 
-    config = _config(schemes, headers, "awq")
-    return Source(config=config, schemes=_schemes(config, schemes), parts=_AWQ_PARTS, read=read)
+    dense = _dense_matrices(headers)
+    config = gptq_config(schemes, dense, "awq")
+    return Source(config=config, schemes=schemes, dense=dense, parts=_AWQ_PARTS, read=read)
 
 
 _AWQ_PARTS = ("qweight", "qzeros", "scales")
@@ -140,8 +176,9 @@ def _compressed(stated: dict[str, Any], headers: Headers) -> Source:
     def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:
         return from_compressed(parts, scheme)
 
-    config = _config(schemes, headers, COMPRESSED)
-    return Source(config=config, schemes=schemes, parts=COMPRESSED_NAMES, read=read)
+    dense = _dense_matrices(headers)
+    config = gptq_config(schemes, dense, COMPRESSED)
+    return Source(config=config, schemes=schemes, dense=dense, parts=COMPRESSED_NAMES, read=read)
 
 
 def _is_pattern_of(target: str, name: str) -> bool:
@@ -171,7 +208,7 @@ def _compressed_scheme(key: str, group: dict[str, Any], form: str | None, act_or
     )
 
 
-def compressed_entry(source: Source, headers: Headers) -> dict[str, Any]:
+def compressed_entry(source: Source) -> dict[str, Any]:
     """The quantization_config of the same weights in compressed-tensors' pack-quantized format."""
     members: dict[tuple[int, int, bool], list[str]] = {}
     for name, scheme in source.schemes.items():
@@ -186,7 +223,7 @@ def compressed_entry(source: Source, headers: Headers) -> dict[str, Any]:
             "targets": ["Linear"] if most else [f"re:{pattern}" for pattern in named],
             "weights": {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy},
         }
-    dense = [name for name in dense_matrices(headers) if name != "lm_head"]
+    dense = [name for name in source.dense if name != "lm_head"]
     ignored = [f"re:{pattern}" for pattern in patterns_of(dense, source.schemes)]
     return {
         "quant_method": COMPRESSED,
@@ -221,14 +258,12 @@ def _schemes(config: GPTQConfig, linears: Iterable[str]) -> dict[str, LayerSchem
     return schemes
 
 
-def _config(schemes: Mapping[str, LayerScheme], headers: Headers, origin: str) -> GPTQConfig:
+def gptq_config(schemes: Mapping[str, LayerScheme], dense: Iterable[str], origin: str) -> GPTQConfig:
     """What config.json says of linears that another tool quantized, and of those that it left alone."""
     if not schemes:
-        raise CheckpointError(f"config.json says {origin}, but no linear is packed as that format packs them.")
+        raise CheckpointError(f"It says that it is {origin}, but holds no linear as that format packs them.")
     base = Counter(schemes.values()).most_common(1)[0][0]
-    excluded: dict[str, dict[str, Any]] = {
-        f"-:{pattern}": {} for pattern in patterns_of(dense_matrices(headers), schemes)
-    }
+    excluded: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in patterns_of(dense, schemes)}
     return GPTQConfig(
         bits=base.bits,
         group_size=base.group_size,
@@ -241,8 +276,7 @@ def _config(schemes: Mapping[str, LayerScheme], headers: Headers, origin: str) -
     )
 
 
-def dense_matrices(headers: Headers) -> list[str]:
-    """The modules whose weight is a matrix that is not quantized: linears and embeddings."""
+def _dense_matrices(headers: Headers) -> list[str]:
     return [name for name in _names_of(headers, "weight") if len(headers[f"{name}.weight"].shape) == 2]
 
 
