@@ -19,6 +19,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -47,7 +49,7 @@ def write_gguf(
     without: str | None = None,
     extra: str | None = None,
 ) -> Path:
-    """A llama or qwen2 as a GGUF file: matrices of type `kind`, or as `kinds` says by their names in it.
+    """A llama, qwen2 or qwen3 as a GGUF file: matrices of type `kind`, or as `kinds` says by their names in it.
 
     `without` names a tensor to leave out, `extra` one to add.
     """
@@ -63,6 +65,8 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if architecture == "llama":
         writer.add_rope_dimension_count(config.head_dim)
+    if architecture == "qwen3":
+        writer.add_key_length(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["t", "1", "t1", *(f"t{index}" for index in range(3, config.vocab_size))])

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3Config
 
 import optq
 from conftest import tiny_llama_config
@@ -19,8 +19,10 @@ BITS = {"Q4_0": 4, "Q8_0": 8}
 def tiny_model(architecture="llama", **changes):
     torch.manual_seed(0)
     config = tiny_llama_config(**changes)
-    if architecture == "qwen2":
-        config = Qwen2Config(**{key: value for key, value in config.to_dict().items() if key in vars(Qwen2Config())})
+    if architecture != "llama":
+        kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[architecture]
+        known = vars(kind()).keys() - {"head_dim"}  # transformers reads no head_dim of qwen3
+        config = kind(**{key: value for key, value in config.to_dict().items() if key in known})
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         parameter.data = torch.randn_like(parameter) / 4 if "norm" not in name else torch.rand_like(parameter) + 0.5
@@ -36,7 +38,7 @@ def logits_of(model):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_every_weight_is_what_transformers_reads_from_the_file(architecture, kind, tmp_path):
     file = write_gguf(tiny_model(architecture), tmp_path / "tiny.gguf", kind)
     original = read_by_transformers(file)
@@ -113,12 +115,23 @@ def test_other_types_are_refused_by_name(tmp_path):
 def test_mistakes_are_told(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="There is no file"):
         optq.convert(tmp_path / "nowhere.gguf", output_dir=tmp_path / "out", to="gptq")
+    (tmp_path / "other.gguf").write_bytes(b"PK" * 100)
+    with pytest.raises(CheckpointError, match="is no GGUF file: GGUF magic invalid"):
+        optq.convert(tmp_path / "other.gguf", output_dir=tmp_path / "out", to="gptq")
     file = write_gguf(tiny_model(), tmp_path / "tiny.gguf", "Q4_0")
     monkeypatch.setattr("optq.hf.gguf.ARCHITECTURES", ("qwen2",))
     with pytest.raises(CheckpointError, match="architecture 'llama'; those read are qwen2"):
         optq.convert(file, output_dir=tmp_path / "out", to="gptq")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(CheckpointError, match="pip install gguf"):
+        optq.convert(file, output_dir=tmp_path / "out", to="gptq")
+
+
+def test_a_config_that_transformers_does_not_read_whole_is_refused(tmp_path):
+    model = tiny_model("qwen3")
+    model.config.head_dim = 16
+    file = write_gguf(AutoModelForCausalLM.from_config(model.config), tmp_path / "tiny.gguf", "Q4_0")
+    with pytest.raises(CheckpointError, match=r"attn_\w+.weight has shape .*, but transformers"):
         optq.convert(file, output_dir=tmp_path / "out", to="gptq")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -43,7 +44,10 @@ def opened_gguf(file: Path) -> Iterator[Opened]:
         ) from error
     if not file.is_file():
         raise CheckpointError(f"There is no file {file}. GGUF files on the Hub have to be downloaded first.")
-    reader = GGUFReader(file)
+    try:
+        reader = GGUFReader(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no GGUF file: {error}.") from error
     architecture = reader.fields["general.architecture"].contents()
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
@@ -79,8 +83,15 @@ def _stored(tensors: Iterable[Any], model: Any, names: Mapping[str, str]) -> dic
             "Without them it would be another model."
         )
     named = {names[name]: tensor for name, tensor in stored.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    for name, tensor in named.items():
+        if (found := tuple(map(int, reversed(tensor.shape)))) != shapes[name]:
+            raise CheckpointError(
+                f"{tensor.name} has shape {found}, but transformers {transformers.__version__} takes the config "
+                f"for one of a model in which {name} has {shapes[name]}."
+            )
     tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
-    if missing := [name for name in model.state_dict() if name not in named and name not in tied]:
+    if missing := [name for name in shapes if name not in named and name not in tied]:
         raise CheckpointError(f"The file has no tensor for {', '.join(missing[:3])} of {type(model).__name__}.")
     return named
 
