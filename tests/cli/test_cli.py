@@ -408,7 +408,7 @@ def test_converting_says_what_the_folder_holds(run, checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("target", "code", "words"),
-    [("awq", USAGE, "allowed are gptq, gptq_v2, dense"), ("dense", RESOURCES, "not empty")],
+    [("awq", USAGE, "allowed are gptq, gptq_v2, compressed-tensors, dense"), ("dense", RESOURCES, "not empty")],
 )
 def test_what_cannot_be_converted_is_told(run, checkpoint, tmp_path, target, code, words):
     found, _, err = run("convert", checkpoint, tmp_path if target == "awq" else checkpoint, "--to", target)
@@ -419,7 +419,7 @@ def test_what_cannot_be_converted_is_told(run, checkpoint, tmp_path, target, cod
 def test_a_dense_model_is_not_converted(run, tiny_llama, tmp_path):
     code, _, err = run("convert", tiny_llama, tmp_path / "out", "--to", "gptq")
     assert code == MODEL
-    assert has_one_line("no GPTQ checkpoint", err)
+    assert has_one_line("says nothing of quantization", err)
 
 
 # report

@@ -6,14 +6,14 @@ The format is specified in docs/checkpoint-format.md. Outside names (qweight, qz
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from optq.errors import CheckpointError
-from optq.scheme import BITS, PACKED_WORD_BITS, QuantizedWeight
+from optq.scheme import BITS, PACKED_WORD_BITS, QuantizedWeight, trivial_groups
 
 from .packing import pack_codes, unpack_codes
 
@@ -51,6 +51,10 @@ class PackedWeight:
     def out_features(self) -> int:
         return self.qweight.shape[1]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By the last part of their names."""
+        return {name: getattr(self, name) for name in TENSOR_NAMES}
+
     def zeros(self) -> Tensor:
         """The zeros as the arithmetic wants them: (groups, out) int16, as v1 files may mean a zero of 2 ** bits."""
         codes = unpack_codes(self.qzeros.T.contiguous(), self.bits)  # (out, groups)
@@ -74,15 +78,10 @@ def pack(quantized: QuantizedWeight, checkpoint_format: str = "gptq") -> PackedW
     zeros = quantized.zeros - offset
     if int(zeros.min()) < 0:
         raise CheckpointError("A zero point of 0 cannot be stored in checkpoint_format 'gptq' (v1); write 'gptq_v2'.")
-    scales = quantized.scales.to(torch.float16)
-    if not torch.equal(scales.float(), quantized.scales):
-        raise CheckpointError(
-            "The scales are not representable in float16; storing them would change the solved weights."
-        )
     return PackedWeight(
         qweight=pack_codes(quantized.codes.T, quantized.bits),
         qzeros=pack_codes(zeros, quantized.bits).T.contiguous(),  # (groups, out · bits / 32)
-        scales=scales.T.contiguous(),  # (groups, out): the order on disk
+        scales=as_float16(quantized.scales).T.contiguous(),  # (groups, out): the order on disk
         g_idx=quantized.group_of_column.clone(),  # a tensor shared by several layers would be refused by safetensors
         bits=quantized.bits,
         checkpoint_format=checkpoint_format,
@@ -100,19 +99,52 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
     )
 
 
-def repack_zeros(qzeros: Tensor, bits: int, change: int) -> Tensor:
-    """Stored zeros with `change` added to each: from one checkpoint_format to the other.
+def as_float16(scales: Tensor) -> Tensor:
+    """The same scales in float16.
 
-    Args:
-        qzeros: (groups, out · bits / 32) int32.
     Raises:
-        CheckpointError: a zero leaves the range that `bits` can hold.
+        CheckpointError: it cannot hold one of them.
     """
-    zeros = unpack_codes(qzeros.T.contiguous(), bits).to(torch.int16) + change
+    stored = scales.to(torch.float16)
+    if not torch.equal(stored.float(), scales.float()):
+        raise CheckpointError("The scales are not representable in float16; storing them would change the weights.")
+    return stored
+
+
+def relabel(packed: PackedWeight, checkpoint_format: str) -> PackedWeight:
+    """The same weight in another checkpoint_format: only the stored zeros differ.
+
+    Raises:
+        CheckpointError: it cannot hold a zero.
+    """
+    if checkpoint_format == packed.checkpoint_format:
+        return packed
+    zeros = packed.zeros().T - CHECKPOINT_FORMATS[checkpoint_format]  # (out, groups)
     for extreme in map(int, zeros.aminmax()):
-        if not 0 <= extreme < 2**bits:
-            raise CheckpointError(f"a zero would have to be stored as {extreme}, which {bits} bits cannot hold.")
-    return pack_codes(zeros, bits).T.contiguous()
+        if not 0 <= extreme < 2**packed.bits:
+            raise CheckpointError(
+                f"a zero would have to be stored as {extreme}, which {packed.bits} bits cannot hold. So this weight "
+                f"cannot become {checkpoint_format!r}; {packed.checkpoint_format!r} holds it."
+            )
+    qzeros = pack_codes(zeros, packed.bits).T.contiguous()
+    return replace(packed, qzeros=qzeros, checkpoint_format=checkpoint_format)
+
+
+def with_trivial_groups(packed: PackedWeight, group_width: int) -> PackedWeight:
+    """The same weight with groups numbered in the order of their columns.
+
+    Raises:
+        CheckpointError: its groups are not runs of neighbouring columns.
+    """
+    first = packed.g_idx[::group_width].long()  # the group of each run, if these are runs
+    if not torch.equal(packed.g_idx, first.repeat_interleave(group_width)[: packed.in_features]):
+        raise CheckpointError(
+            f"its groups are not runs of {group_width} neighbouring columns. Sorting its columns would make them so, "
+            "but then its inputs would have to come in that order, too, and other layers make and share them. So it "
+            "has to stay desc_act=true; quantize the original again with desc_act=False for one that need not."
+        )
+    trivial = trivial_groups(packed.in_features, group_width, packed.g_idx.device)
+    return replace(packed, qzeros=packed.qzeros[first], scales=packed.scales[first], g_idx=trivial)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,10 +164,18 @@ PLAN = Command(
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="ID_OR_DIR", help="a GPTQ checkpoint of any tool")
+    parser.add_argument(
+        "model", metavar="ID_OR_DIR", help="a checkpoint of GPTQ, by any tool, of AWQ or compressed-tensors"
+    )
     parser.add_argument("output", metavar="OUT", help="a new or empty folder")
     parser.add_argument(
-        "--to", required=True, metavar="FORMAT", help="gptq (v1), gptq_v2, or dense: an ordinary model"
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="gptq (v1), gptq_v2, compressed-tensors, or dense: an ordinary model",
+    )
+    parser.add_argument(
+        "--without-desc-act", action="store_true", help="write desc_act=false, if every group is a run of columns"
     )
     add_source(parser)
 
@@ -175,14 +183,20 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _convert(arguments: argparse.Namespace) -> int:
     import optq
 
-    folder = optq.convert(arguments.model, output_dir=arguments.output, to=arguments.to, **loading(arguments))
+    folder = optq.convert(
+        arguments.model,
+        output_dir=arguments.output,
+        to=arguments.to,
+        without_desc_act=arguments.without_desc_act,
+        **loading(arguments),
+    )
     print_either(arguments, f"{folder} holds the same weights as {arguments.to}", folder=folder, to=arguments.to)
     return DONE
 
 
 CONVERT = Command(
     name="convert",
-    summary="Write a GPTQ checkpoint in another format. Exact: no weight changes, or it is refused.",
+    summary="Write a quantized checkpoint in another format. Exact: no weight changes, or it is refused.",
     add_arguments=_add_convert,
     run=_convert,
 )

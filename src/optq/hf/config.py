@@ -405,6 +405,14 @@ class GPTQConfig(transformers.GPTQConfig):
             config.dynamic = {**{f"-:^{re.escape(name)}$": {} for name in left_out}, **(config.dynamic or {})}
         return config
 
+    def without_desc_act(self) -> "GPTQConfig":
+        """The same, but no linear's groups are in activation order."""
+        config = copy.deepcopy(self)
+        config.desc_act = False
+        for override in (config.dynamic or {}).values():
+            override.pop("desc_act", None)
+        return config
+
     def to_dict(self) -> dict[str, Any]:
         """What is written to config.json: names and values that GPTQ readers expect, and keys found but not known."""
         written = {
@@ -454,14 +462,19 @@ def dynamic_rules(scheme_of: dict[str, LayerScheme], base: LayerScheme) -> dict[
             members.setdefault((parent, scheme), []).append(child)
     rules = {}
     for (parent, scheme), children in members.items():
-        # vLLM asks by the name of the fused layer.
-        fused = [whole for whole, parts in FUSED_NAMES.items() if set(parts) <= set(children)]
-        names = "|".join(map(re.escape, (*children, *fused)))
         unchanged = _override(base)
-        rules[rf"+:^{re.escape(parent)}\.(?:{names})$"] = {
+        rules[f"+:{pattern_of(parent, children)}"] = {
             key: value for key, value in _override(scheme).items() if value != unchanged[key]
         }
     return rules
+
+
+def pattern_of(parent: str, children: list[str]) -> str:
+    """A regular expression for linears of one parent module, and for what servers make of them."""
+    # vLLM asks by the name of the fused layer.
+    fused = [whole for whole, parts in FUSED_NAMES.items() if set(parts) <= set(children)]
+    names = "|".join(map(re.escape, (*children, *fused)))
+    return rf"^{re.escape(parent)}\.(?:{names})$" if parent else f"^(?:{names})$"
 
 
 def _override(scheme: LayerScheme) -> dict[str, Any]:

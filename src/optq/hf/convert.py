@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -14,25 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from optq.checkpoint import (
-    CHECKPOINT_FORMATS,
-    TENSOR_NAMES,
-    PackedWeight,
-    QuantizedTensors,
-    find_quantized_linears,
-    read_headers,
-    repack_zeros,
-)
+from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, relabel, to_compressed
 from optq.errors import CheckpointError, ConfigError, OutputError
-from optq.scheme import trivial_groups
+from optq.scheme import LayerScheme
+from optq.serving import Linear
 
-from .config import GPTQConfig
-from .source import companions_folder, copy_companions, model_config_of, stated_quantization, weight_files
+from .formats import COMPRESSED, Opened, Source, Tensors, compressed_entry, describe
+from .gguf import opened_gguf
+from .labels import groups_contradict, zeros_contradict
+from .source import companions_folder, copy_companions, model_config_of, quantization_entry, weight_files
 
 DENSE = "dense"
-TARGETS = (*CHECKPOINT_FORMATS, DENSE)
+TARGETS = (*CHECKPOINT_FORMATS, COMPRESSED, DENSE)
 
 
 def convert(
@@ -40,101 +35,137 @@ def convert(
     *,
     output_dir: str | os.PathLike[str],
     to: str,
+    without_desc_act: bool = False,
     **kwargs: Any,
 ) -> Path:
-    """Write a GPTQ checkpoint in another format.
+    """Write a quantized checkpoint in another format.
 
     Every conversion is exact: the dequantized weights are the same numbers, those of "dense" rounded to the model's
-    dtype. One file is in memory at a time.
+    dtype. One file is in memory at a time. docs/checkpoint-format.md says what can be told in which format.
 
     Args:
-        model_id_or_dir: a GPTQ checkpoint of any tool.
+        model_id_or_dir: a checkpoint of GPTQ, by any tool, of AWQ, or of compressed-tensors; or a GGUF file.
         output_dir: is created; must be empty. It appears only when all of it is written.
-        to: "gptq" (v1), "gptq_v2" or "dense": an ordinary model with the dequantized weights.
+        to: "gptq" (v1), "gptq_v2", "compressed-tensors" (pack-quantized), or "dense": an ordinary model with the
+            dequantized weights.
+        without_desc_act: write desc_act=false, which more readers know, where every group is a run of neighbouring
+            columns.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
     Returns:
         The folder.
     Raises:
         ConfigError: `to` is unknown.
-        CheckpointError: the source is not quantized, or holds zeros that the other format cannot.
+        CheckpointError: the source is not quantized, or not on a grid of GPTQ's; its labels are not true; or it holds
+            what cannot be written as asked.
         OutputError: the folder is not empty.
     """
     if to not in TARGETS:
         raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
-    source = os.fspath(model_id_or_dir)
-    described = model_config_of(source, kwargs)
-    files = weight_files(source, described, kwargs)
-    linears = find_quantized_linears(read_headers([os.fspath(file) for file in files]))
-    config = stated_quantization(described) if linears else None
-    if config is None:
-        raise CheckpointError(f"{source} is no GPTQ checkpoint, so there is nothing to convert.")
-    dtype = described.dtype or torch.float16
-    with _filled(Path(output_dir)) as partial, _opened(files) as tensors:
-        copy_companions(companions_folder(source, kwargs), partial)
+    name = os.fspath(model_id_or_dir)
+    with (
+        opened_gguf(Path(name)) if name.endswith(".gguf") else _opened_checkpoint(name, kwargs) as opened,
+        _filled(Path(output_dir)) as partial,
+    ):
+        described = opened.described
+        source = opened.source.without_desc_act() if without_desc_act else opened.source
+        opened.save_companions(partial)
         sizes = {}
-        for file, names in tqdm(tensors.by_file.items(), desc="Converting", unit="file", disable=None):
+        for file, names in tqdm(opened.tensors.by_file.items(), desc="Converting", unit="file", disable=None):
             converted: dict[str, Tensor] = {}
             for name in names:
-                linear, _, last = name.rpartition(".")
-                if linear not in linears or last not in TENSOR_NAMES:
-                    converted[name] = tensors[name]
-                elif to != DENSE:
-                    converted[name] = _relabelled(tensors[name], linears[linear], last, config.format, to)
-                elif last == "qweight":
-                    converted[f"{linear}.weight"] = _dense(tensors, linears[linear], config).to(dtype)
-            save_file(converted, partial / file, metadata={"format": "pt"})
-            sizes[file] = {name: tensor.numel() * tensor.element_size() for name, tensor in converted.items()}
-        if len(files) > 1:
+                linear, _, part = name.rpartition(".")
+                if linear not in source.schemes or part not in source.parts:
+                    converted[name] = opened.tensors[name]
+                elif part == source.parts[0]:
+                    for new, tensor in _converted(opened.tensors, source, linear, to, described.dtype).items():
+                        converted[f"{linear}.{new}"] = tensor
+            if converted:  # all of a linear goes where its first tensor was
+                save_file(converted, partial / file, metadata={"format": "pt"})
+                sizes[file] = {name: tensor.numel() * tensor.element_size() for name, tensor in converted.items()}
+        if len(opened.tensors.by_file) > 1:
             _write_index(partial, sizes)
         if to == DENSE:
-            del described.quantization_config
+            vars(described).pop("quantization_config", None)  # that of a GGUF file has none
+        elif to == COMPRESSED:
+            described.quantization_config = compressed_entry(source)
         else:
-            config.format = to
-            described.quantization_config = config.to_dict()
+            source.config.format = to
+            described.quantization_config = source.config.to_dict()
         described.save_pretrained(partial)
     return Path(output_dir)
 
 
-def _relabelled(tensor: Tensor, linear: QuantizedTensors, last: str, found: str, to: str) -> Tensor:
-    """Only the zeros differ between the formats of packed words."""
-    if last != "qzeros" or found == to:
-        return tensor
+def _converted(tensors: Tensors, source: Source, linear: str, to: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of one linear in the format asked for, by the last part of their names."""
+    scheme = source.schemes[linear]
+    parts = {part: tensors[f"{linear}.{part}"] for part in source.parts if f"{linear}.{part}" in tensors}
+    with _told_about(linear):
+        packed = source.read(parts, scheme)
+    _check(packed, linear, scheme)
+    with _told_about(linear):
+        if to == DENSE:
+            return {"weight": packed.columns(0, packed.out_features).T.to(dtype or torch.float16).contiguous()}
+        if to == COMPRESSED:
+            return to_compressed(packed, scheme.symmetric)
+        return relabel(packed, to).tensors()
+
+
+@contextmanager
+def _told_about(linear: str) -> Iterator[None]:
+    """Whatever is refused inside is refused by the name of the linear."""
     try:
-        return repack_zeros(tensor, linear.bits, CHECKPOINT_FORMATS[found] - CHECKPOINT_FORMATS[to])
+        yield
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{linear.name}: {error} So this checkpoint cannot become {to!r}; it stays readable as it is."
-        ) from error
+        raise CheckpointError(f"{linear}: {error}") from error
 
 
-def _dense(tensors: "_Tensors", linear: QuantizedTensors, config: GPTQConfig) -> Tensor:
-    """(out, in), float32."""
-    parts = {part: tensors[f"{linear.name}.{part}"] for part in TENSOR_NAMES if part in linear.headers}
-    if "g_idx" not in parts:
-        scheme = config.scheme_for(linear.name)
-        if scheme is None:
-            raise CheckpointError(f"{linear.name} is packed, but config.json excludes it, and it has no g_idx.")
-        parts["g_idx"] = trivial_groups(linear.in_features, scheme.group_width(linear.in_features), "cpu")
-    packed = PackedWeight(**parts, bits=linear.bits, checkpoint_format=config.format)
-    return packed.columns(0, packed.out_features).T.contiguous()
+def _check(packed: PackedWeight, name: str, scheme: LayerScheme) -> None:
+    """The bytes must be what the labels say: readers of the new ones would believe them, too."""
+    labelled = Linear(
+        name=name,
+        out_features=packed.out_features,
+        in_features=packed.in_features,
+        scheme=scheme,
+        checkpoint_format=packed.checkpoint_format,
+    )
+    for contradiction in (*zeros_contradict(labelled, packed.qzeros), *groups_contradict(labelled, packed.g_idx)):
+        raise CheckpointError(contradiction)
 
 
-class _Tensors:
-    """The tensors of several open files, read when they are asked for: a linear's may lie in two of them."""
+@contextmanager
+def _opened_checkpoint(name: str, kwargs: dict[str, Any]) -> Iterator[Opened]:
+    """A folder or repository of transformers' own layout."""
+    described = model_config_of(name, kwargs)
+    stated = quantization_entry(described)
+    if not stated:
+        raise CheckpointError(f"{name}: its config.json says nothing of quantization, so there is nothing to convert.")
+    files = weight_files(name, described, kwargs)
+    source = describe(stated, read_headers([os.fspath(file) for file in files]))
+
+    def save_companions(folder: Path) -> None:
+        copy_companions(companions_folder(name, kwargs), folder)
+
+    with ExitStack() as stack:
+        # Older tools chose other names.
+        names = [file.name for file in files] if len(files) > 1 else [SAFE_WEIGHTS_NAME]
+        handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        tensors = _FileTensors(dict(zip(names, handles, strict=True)))
+        yield Opened(described=described, source=source, tensors=tensors, save_companions=save_companions)
+
+
+class _FileTensors:
+    """The tensors of several open files; those of a linear may lie in two of them."""
 
     def __init__(self, files: Mapping[str, Any]) -> None:
         self.by_file = {file: list(opened.keys()) for file, opened in files.items()}
         self._home = {name: files[file] for file, names in self.by_file.items() for name in names}
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor
-
-
-@contextmanager
-def _opened(files: Sequence[Path]) -> Iterator[_Tensors]:
-    with ExitStack() as stack:
-        yield _Tensors({file.name: stack.enter_context(safe_open(file, framework="pt")) for file in files})
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from optq.checkpoint import CHECKPOINT_FORMATS, unpack_codes
-from optq.scheme import trivial_groups
+from optq.checkpoint import CHECKPOINT_FORMATS, QuantizedTensors, unpack_codes
+from optq.errors import CheckpointError
+from optq.scheme import LayerScheme, trivial_groups
 from optq.serving import Linear
 
 
@@ -41,4 +42,24 @@ def groups_contradict(linear: Linear, g_idx: Tensor) -> Iterator[str]:
         yield (
             f"{linear.name}: config.json says desc_act=false, but its groups are not runs of neighbouring columns. "
             "Readers that believe the label, among them vLLM, compute nonsense. Correct desc_act to true."
+        )
+
+
+def check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
+    """Refuse bits and a group size that the shapes of the tensors contradict."""
+    if scheme is None:
+        return
+    if scheme.bits != tensors.bits:
+        raise CheckpointError(
+            f"{tensors.name}: config.json says {scheme.bits} bits, but the tensors hold {tensors.bits}. "
+            "Correct quantization_config.bits, or its dynamic entry for this layer."
+        )
+    groups = tensors.headers["scales"].shape[0]
+    # Writers disagree whether a narrower last group exists; both counts are read.
+    width = scheme.group_width(tensors.in_features)
+    if groups not in (scheme.group_count(tensors.in_features), tensors.in_features // width):
+        raise CheckpointError(
+            f"{tensors.name}: config.json says group_size {scheme.group_size}, which makes "
+            f"{scheme.group_count(tensors.in_features)} groups of {tensors.in_features} columns, but the tensors hold "
+            f"{groups}. Correct quantization_config.group_size, or its dynamic entry for this layer."
         )

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from optq.allocation import allocate
 from optq.calibration import Calibration, accepted, check_sources
-from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
+from optq.checkpoint import find_quantized_linears, read_headers
 from optq.driver import quantize_model
 from optq.errors import CalibrationError, CheckpointError
 from optq.evaluation import Comparison, is_good, judge
@@ -36,7 +36,7 @@ from optq.serving import Linear, kind_of
 from . import compat
 from .config import GPTQConfig
 from .journal import Journal, described
-from .labels import zeros_contradict
+from .labels import check_label, zeros_contradict
 from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
 from .writing import why_not_loaded_again, write_own_text
@@ -271,7 +271,7 @@ class OptqHfQuantizer(HfQuantizer):
         dtype = model.dtype
         for name, tensors in found.items():
             scheme = config.scheme_for(name)
-            _check_label(tensors, scheme)
+            check_label(tensors, scheme)
             if "g_idx" not in tensors.headers:
                 self._without_g_idx.add(name)
             model.set_submodule(name, QuantLinear.empty(tensors, config.format, config.backend, dtype))
@@ -335,23 +335,3 @@ class OptqHfQuantizer(HfQuantizer):
 
 def _quantized_layers(model: Any) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-def _check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
-    """The config must not contradict the bytes: readers that trust it would answer nonsense."""
-    if scheme is None:
-        return
-    if scheme.bits != tensors.bits:
-        raise CheckpointError(
-            f"{tensors.name}: config.json says {scheme.bits} bits, but the tensors hold {tensors.bits}. "
-            "Correct quantization_config.bits, or its dynamic entry for this layer."
-        )
-    groups = tensors.headers["scales"].shape[0]
-    # Writers disagree whether a narrower last group exists; both counts are read.
-    width = scheme.group_width(tensors.in_features)
-    if groups not in (scheme.group_count(tensors.in_features), tensors.in_features // width):
-        raise CheckpointError(
-            f"{tensors.name}: config.json says group_size {scheme.group_size}, which makes "
-            f"{scheme.group_count(tensors.in_features)} groups of {tensors.in_features} columns, but the tensors hold "
-            f"{groups}. Correct quantization_config.group_size, or its dynamic entry for this layer."
-        )

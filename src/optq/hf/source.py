@@ -51,11 +51,15 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
 
 
 def stated_quantization(model_config: Any) -> GPTQConfig | None:
-    """What a checkpoint's config says about its quantization, if it says anything."""
-    stated = getattr(model_config, "quantization_config", None)
-    if not stated:
-        return None
-    return GPTQConfig(**(stated if isinstance(stated, dict) else stated.to_dict()))
+    """What a GPTQ checkpoint's config says about its quantization, if it says anything."""
+    stated = quantization_entry(model_config)
+    return GPTQConfig(**stated) if stated else None
+
+
+def quantization_entry(model_config: Any) -> dict[str, Any] | None:
+    """The quantization_config of a checkpoint in any format."""
+    stated: Any = getattr(model_config, "quantization_config", None)
+    return stated if stated is None or isinstance(stated, dict) else stated.to_dict()
 
 
 def parallel_plan_of(model_config: Any) -> Mapping[str, str]:
