@@ -24,6 +24,7 @@ class Linear:
     Args:
         split: how tensor parallelism splits it, as in a model's base_model_tp_plan: "colwise…", "rowwise…", or None.
         checkpoint_format: "gptq" or "gptq_v2".
+        by_gptqmodel: whether GPTQModel wrote it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Linear:
     scheme: LayerScheme
     split: str | None = None
     checkpoint_format: str = "gptq"
+    by_gptqmodel: bool = False
 
     @property
     def kind(self) -> str:
@@ -118,6 +120,8 @@ def _why_not_sglang(linear: Linear, parts: int) -> str | None:
 
 
 def _why_not_gptqmodel(linear: Linear, parts: int) -> str | None:
+    if not linear.scheme.symmetric and linear.checkpoint_format == "gptq" and not linear.by_gptqmodel:
+        return "asymmetric grids in checkpoint_format 'gptq' of other tools; use format='gptq_v2'"
     return "it does not split models over GPUs by tensor parallelism" if parts > 1 else None
 
 

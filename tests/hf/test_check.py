@@ -23,6 +23,8 @@ def linear(name="model.layers.0.mlp.up_proj", **scheme):
         ({"bits": 3}, "vllm", ("3 bits; use 4 or 8",)),
         ({"bits": 3}, "gptqmodel", ()),
         ({"bits": 2, "sym": False}, "sglang", ()),
+        ({"sym": False}, "gptqmodel", ("use format='gptq_v2'",)),
+        ({"sym": False, "format": "gptq_v2"}, "gptqmodel", ()),
         ({"sym": False}, "vllm", ("asymmetric",)),
         ({"desc_act": True}, "vllm", ("desc_act",)),
         ({"bits": 8}, "vllm", ()),
@@ -69,3 +71,16 @@ def test_an_unknown_server_and_a_dense_model_are_refused(tiny_llama):
         optq.check(tiny_llama, server="tgi")
     with pytest.raises(ConfigError, match=r"is not quantized. Pass config="):
         optq.check(tiny_llama)
+
+
+def test_gptqmodel_reads_asymmetric_grids_of_its_own_in_either_format():
+    own = Linear(
+        name="a.0.up_proj",
+        out_features=64,
+        in_features=64,
+        scheme=LayerScheme(group_size=32, symmetric=False),
+        by_gptqmodel=True,
+    )
+    assert refusals("gptqmodel", [own]) == ()
+    assert GPTQConfig(bits=4, meta={"quantizer": ["gptqmodel:7.6.0"]}).by_gptqmodel
+    assert not GPTQConfig(bits=4, meta={"quantizer": "optq:0.1"}).by_gptqmodel

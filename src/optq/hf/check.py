@@ -46,5 +46,6 @@ def check(
             )
         return (*inspection.contradictions, *inspection.refused[server])
     model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
-    plan, _ = plan_for(model, GPTQConfig.from_stock(config))
-    return refusals(server, as_linears(model, plan.all_targets), tensor_parallel, plan.skipped)
+    config = GPTQConfig.from_stock(config)
+    plan, _ = plan_for(model, config)
+    return refusals(server, as_linears(model, plan.all_targets, config.format), tensor_parallel, plan.skipped)

@@ -334,6 +334,12 @@ class GPTQConfig(transformers.GPTQConfig):
         return self._pieces.polish if self.polish is None else self.polish
 
     @property
+    def by_gptqmodel(self) -> bool:
+        """Of a checkpoint: whether GPTQModel wrote it."""
+        wrote = (self.meta or {}).get("quantizer") or ()
+        return any(tool.startswith("gptqmodel") for tool in ((wrote,) if isinstance(wrote, str) else wrote))
+
+    @property
     def calibration_data(self) -> Any:
         """The dataset, or what stands for none."""
         return SELF if self.dataset is None else self.dataset

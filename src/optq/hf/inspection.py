@@ -80,6 +80,7 @@ def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1
             scheme=config.scheme_for(name) or LayerScheme(bits=tensors.bits),
             split=split_of(name, plan),
             checkpoint_format=config.format,
+            by_gptqmodel=config.by_gptqmodel,
         )
         for name, tensors in quantized.items()
         if config is not None

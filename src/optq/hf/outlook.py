@@ -137,7 +137,7 @@ def plan(
         dense_gib=sum(dense.values()) / GIB,
         memory_gib={part: size / GIB for part, size in _memory(model, planned, calibration, device).items()},
         free_gib=free_bytes(device) / GIB,
-        not_served=refusals("vllm", as_linears(model, targets), tensor_parallel, planned.skipped),
+        not_served=refusals("vllm", as_linears(model, targets, config.format), tensor_parallel, planned.skipped),
     )
 
 
@@ -173,7 +173,7 @@ def _hessians(targets: Sequence[Target]) -> int:
     )
 
 
-def as_linears(model: Any, targets: Sequence[Target]) -> list[Linear]:
+def as_linears(model: Any, targets: Sequence[Target], checkpoint_format: str) -> list[Linear]:
     """What readers will look at."""
     plan = parallel_plan_of(model.config)
     return [
@@ -183,6 +183,7 @@ def as_linears(model: Any, targets: Sequence[Target]) -> list[Linear]:
             in_features=target.view.shape[1],
             scheme=target.scheme,
             split=split_of(target.view.name, plan),
+            checkpoint_format=checkpoint_format,
         )
         for target in targets
     ]
