@@ -119,6 +119,9 @@ def test_mistakes_are_told(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="is no GGUF file: GGUF magic invalid"):
         optq.convert(tmp_path / "other.gguf", output_dir=tmp_path / "out", to="gptq")
     file = write_gguf(tiny_model(), tmp_path / "tiny.gguf", "Q4_0")
+    dense = write_gguf(tiny_model(), tmp_path / "dense.gguf", "F16")
+    with pytest.raises(CheckpointError, match="No linear is quantized in the way of gguf"):
+        optq.convert(dense, output_dir=tmp_path / "out", to="gptq")
     monkeypatch.setattr("optq.hf.gguf.ARCHITECTURES", ("qwen2",))
     with pytest.raises(CheckpointError, match="architecture 'llama'; those read are qwen2"):
         optq.convert(file, output_dir=tmp_path / "out", to="gptq")

@@ -29,6 +29,8 @@ def from_compressed(parts: Mapping[str, Tensor], scheme: LayerScheme) -> PackedW
     Raises:
         CheckpointError: shapes contradict the scheme, rows do not fill words, or float16 would change a scale.
     """
+    if "weight_shape" not in parts:
+        raise CheckpointError("the checkpoint has weight_packed but not weight_shape.")
     out_features, in_features = parts["weight_shape"].tolist()
     groups = scheme.group_count(in_features)
     if reason := scheme.why_not_packed(in_features, out_features):

@@ -61,9 +61,9 @@ def convert(
     """
     if to not in TARGETS:
         raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
-    name = os.fspath(model_id_or_dir)
+    origin = os.fspath(model_id_or_dir)
     with (
-        opened_gguf(Path(name)) if name.endswith(".gguf") else _opened_checkpoint(name, kwargs) as opened,
+        opened_gguf(Path(origin)) if origin.endswith(".gguf") else _opened_checkpoint(origin, kwargs) as opened,
         _filled(Path(output_dir)) as partial,
     ):
         described = opened.described

@@ -261,7 +261,7 @@ def _schemes(config: GPTQConfig, linears: Iterable[str]) -> dict[str, LayerSchem
 def gptq_config(schemes: Mapping[str, LayerScheme], dense: Iterable[str], origin: str) -> GPTQConfig:
     """What config.json says of linears that another tool quantized, and of those that it left alone."""
     if not schemes:
-        raise CheckpointError(f"It says that it is {origin}, but holds no linear as that format packs them.")
+        raise CheckpointError(f"No linear is quantized in the way of {origin}, so there is nothing to convert.")
     base = Counter(schemes.values()).most_common(1)[0][0]
     excluded: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in patterns_of(dense, schemes)}
     return GPTQConfig(
