@@ -153,6 +153,12 @@ def test_the_order_of_a_gpu_kernel_is_refused_by_name(old, changes):
         AutoModelForCausalLM.from_pretrained(old)
 
 
+def test_a_config_that_states_nothing_by_name_counts_as_none(old, today):
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    assert torch.equal(logits_of(old), logits_of(today))
+
+
 def test_another_method_is_left_alone(old):
     restate(old, quant_method="awq")
     assert not hasattr(AutoConfig.from_pretrained(old), "quantization_config")

@@ -59,7 +59,7 @@ def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> N
         return
     file = cached_file(source, QUANTIZE_CONFIG, _raise_exceptions_for_missing_entries=False, **where)
     beside = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
-    if "quantization_config" not in config:
+    if config.get("quantization_config") is None:
         if "bits" not in beside or beside.get("quant_method", "gptq") != "gptq":
             return
         marlin = {"checkpoint_format": "marlin"} if beside.get("is_marlin_format") else {}
