@@ -10,5 +10,7 @@ from .layout import pack as pack
 from .layout import read_headers as read_headers
 from .layout import repack_zeros as repack_zeros
 from .layout import unpack as unpack
+from .matmul_nbits import BlockedWeight as BlockedWeight
+from .matmul_nbits import to_blocks as to_blocks
 from .packing import pack_codes as pack_codes
 from .packing import unpack_codes as unpack_codes
