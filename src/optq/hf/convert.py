@@ -64,7 +64,7 @@ def convert(
     origin = os.fspath(model_id_or_dir)
     with (
         opened_gguf(Path(origin)) if origin.endswith(".gguf") else _opened_checkpoint(origin, kwargs) as opened,
-        _filled(Path(output_dir)) as partial,
+        filled(Path(output_dir)) as partial,
     ):
         described = opened.described
         source = opened.source.without_desc_act() if without_desc_act else opened.source
@@ -169,7 +169,7 @@ class _FileTensors:
 
 
 @contextmanager
-def _filled(output: Path) -> Iterator[Path]:
+def filled(output: Path) -> Iterator[Path]:
     """A folder inside `output` to write to, whose files get their places when all are written, or none does."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(
