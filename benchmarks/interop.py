@@ -54,7 +54,7 @@ TINY: dict[str, dict[str, Any]] = {
     "4-bit g32 sym, up_proj 8-bit": {"dynamic": {r"+:.*\.up_proj": {"bits": 8}}},
     "4-bit g32 sym, q_proj not quantized": {"dynamic": {r"-:.*\.q_proj": {}}},
     "4-bit g32 sym, lm_head": {"lm_head": True},
-    "4-bit g96 sym, a narrower last group": {"group_size": 96},
+    "4-bit g96 sym": {"group_size": 96},
 }
 MIXTURE = {"4-bit g32 sym, mixture of experts": {}}
 REAL = {

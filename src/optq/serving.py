@@ -14,6 +14,8 @@ from .scheme import LayerScheme
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """What servers make of linears that read the same input, and of which: so these need one scheme."""
 
+GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # of its torch kernel, which runs everywhere
+
 MARLIN_OUT, MARLIN_IN = 64, 128  # what vLLM's GPU kernel wants out_features and in_features of a part to divide by
 
 
@@ -122,6 +124,8 @@ def _why_not_sglang(linear: Linear, parts: int) -> str | None:
 def _why_not_gptqmodel(linear: Linear, parts: int) -> str | None:
     if not linear.scheme.symmetric and linear.checkpoint_format == "gptq" and not linear.by_gptqmodel:
         return "asymmetric grids in checkpoint_format 'gptq' of other tools; use format='gptq_v2'"
+    if linear.scheme.group_size not in GPTQMODEL_GROUP_SIZES:
+        return f"group_size={linear.scheme.group_size}; use {', '.join(map(str, GPTQMODEL_GROUP_SIZES[1:]))} or -1"
     return "it does not split models over GPUs by tensor parallelism" if parts > 1 else None
 
 

@@ -156,7 +156,9 @@ def test_a_plan_reads_no_weights_and_writes_nothing(run, tiny_llama, text, tmp_p
 def test_a_dry_run_is_a_plan(run, tiny_llama, text, tmp_path):
     settings = ["--model", tiny_llama, *SETTINGS, "--dataset", text]
     dry = run("quantize", tmp_path / "out", *settings, "--dry-run")
-    assert dry[:2] == run("plan", *settings)[:2]
+    planned = run("plan", *settings)
+    lines, expected = ([line for line in out.splitlines() if "are free" not in line] for _, out, _ in (dry, planned))
+    assert (dry[0], lines) == (planned[0], expected)  # what is free may have changed in between
     assert "bits per weight" in dry[1]
     assert not (tmp_path / "out").exists()
 

@@ -25,6 +25,7 @@ def linear(name="model.layers.0.mlp.up_proj", **scheme):
         ({"bits": 2, "sym": False}, "sglang", ()),
         ({"sym": False}, "gptqmodel", ("use format='gptq_v2'",)),
         ({"sym": False, "format": "gptq_v2"}, "gptqmodel", ()),
+        ({"group_size": 96}, "gptqmodel", ("group_size=96; use 16, 32",)),
         ({"sym": False}, "vllm", ("asymmetric",)),
         ({"desc_act": True}, "vllm", ("desc_act",)),
         ({"bits": 8}, "vllm", ()),
