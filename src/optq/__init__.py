@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .hf.evaluate import evaluate as evaluate
     from .hf.inspection import inspect as inspect
     from .hf.inspection import kernel_choices as kernel_choices
+    from .hf.onnx import export_onnx as export_onnx
     from .hf.outlook import plan as plan
     from .hf.push import push as push
     from .layers import QuantLinear as QuantLinear
@@ -39,6 +40,7 @@ _HOMES = {
     "compare": "optq.hf.evaluate",
     "convert": "optq.hf.convert",
     "evaluate": "optq.hf.evaluate",
+    "export_onnx": "optq.hf.onnx",
     "inspect": "optq.hf.inspection",
     "kernel_choices": "optq.hf.inspection",
     "perplexity": "optq.evaluation",
@@ -57,6 +59,7 @@ __all__ = [
     "compare",
     "convert",
     "evaluate",
+    "export_onnx",
     "inspect",
     "kernel_choices",
     "kernels",

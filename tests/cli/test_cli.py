@@ -422,6 +422,25 @@ def test_a_dense_model_is_not_converted(run, tiny_llama, tmp_path):
     assert has_one_line("says nothing of quantization", err)
 
 
+# onnx
+
+
+@pytest.mark.slow
+def test_an_onnx_model_is_made(run, checkpoint, tmp_path):
+    pytest.importorskip("onnxscript", reason="exporting needs the package onnxscript")
+    code, out, _ = run("onnx", checkpoint, tmp_path / "out")
+    assert code == DONE
+    assert f"{tmp_path / 'out'} holds model.onnx" in out
+    assert (tmp_path / "out/model.onnx").exists()
+
+
+def test_of_a_dense_model_no_onnx_model_is_made(run, tiny_llama, tmp_path):
+    pytest.importorskip("onnxscript", reason="exporting needs the package onnxscript")
+    code, _, err = run("onnx", tiny_llama, tmp_path / "out")
+    assert code == MODEL
+    assert has_one_line("no GPTQ checkpoint", err)
+
+
 # report
 
 

@@ -17,5 +17,7 @@ from .layout import read_headers as read_headers
 from .layout import relabel as relabel
 from .layout import unpack as unpack
 from .layout import with_trivial_groups as with_trivial_groups
+from .matmul_nbits import BlockedWeight as BlockedWeight
+from .matmul_nbits import to_blocks as to_blocks
 from .packing import pack_codes as pack_codes
 from .packing import unpack_codes as unpack_codes

@@ -13,9 +13,9 @@ from .command import Command as Command
 from .command import execute as execute
 from .judging import BENCH, COMPARE, EVALUATE
 from .looking import CARD, INSPECT, KERNELS, REPORT
-from .quantizing import CONVERT, EXPORT, PLAN, PUSH
+from .quantizing import CONVERT, EXPORT, ONNX, PLAN, PUSH
 
-COMMANDS = (PLAN, INSPECT, EVALUATE, COMPARE, BENCH, KERNELS, REPORT, CARD, PUSH, CONVERT)
+COMMANDS = (PLAN, INSPECT, EVALUATE, COMPARE, BENCH, KERNELS, REPORT, CARD, PUSH, CONVERT, ONNX)
 """Those of `optimum-cli gptq`, in the order of a user's day."""
 
 

@@ -202,6 +202,28 @@ CONVERT = Command(
 )
 
 
+def _add_onnx(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="ID_OR_DIR", help="a GPTQ checkpoint of any tool")
+    parser.add_argument("output", metavar="OUT", help="a new or empty folder")
+    add_source(parser)
+
+
+def _onnx(arguments: argparse.Namespace) -> int:
+    import optq
+
+    folder = optq.export_onnx(arguments.model, output_dir=arguments.output, **loading(arguments))
+    print_either(arguments, f"{folder} holds model.onnx now, for onnxruntime.", folder=folder)
+    return DONE
+
+
+ONNX = Command(
+    name="onnx",
+    summary="Write a GPTQ checkpoint as an ONNX model that onnxruntime runs with its packed weights.",
+    add_arguments=_add_onnx,
+    run=_onnx,
+)
+
+
 def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a finished export")
     parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; is created if it does not exist")
