@@ -19,6 +19,7 @@ PAGES = (
     "docs/calibration.md",
     "docs/kernels.md",
     "docs/large-models.md",
+    "docs/onnx.md",
     "docs/coverage.md",
     "docs/interop.md",
 )
@@ -186,6 +187,29 @@ def memory() -> str:
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
 
 
+def onnx() -> str:
+    """Exported checkpoints in onnxruntime, beside themselves."""
+    content = read("onnx")
+    versions, environment = content["settings"]["versions"], content["environment"]
+    text = (
+        f"SmolLM2-135M-Instruct in float32 on {content['settings']['evaluation']}; onnxruntime "
+        f"{versions['onnxruntime']}, onnx {versions['onnx']}, onnxscript {versions['onnxscript']}, torch "
+        f"{environment['torch']}; {environment['device']}."
+    )
+    lines = [
+        textwrap.fill(text, WIDTH),
+        "",
+        "| checkpoint | perplexity, optq | perplexity, onnxruntime | largest difference of a logit | checkpoint, MB "
+        "| ONNX, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in content["results"].items():
+        perplexities = f"{row['perplexity']:.4f} | {row['onnxruntime_perplexity']:.4f}"
+        sizes = f"{row['checkpoint_mb']:.0f} | {row['onnx_mb']:.0f}"
+        lines.append(f"| {name.replace('_', ' ')} | {perplexities} | {row['largest_difference']:.1e} | {sizes} |")
+    return "\n".join(lines)
+
+
 UNTRIED = ("instantiate", "run")  # a tiny model could not be made or did not run by itself
 
 
@@ -289,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "generate": generate,
     "memory": memory,
+    "onnx": onnx,
     "coverage": coverage,
     "interop": interop,
 }
