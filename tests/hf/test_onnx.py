@@ -161,6 +161,10 @@ def test_a_model_whose_path_depends_on_its_data_is_refused(token_rows, tmp_path)
 def test_mistakes_are_told(checkpoint, tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"is no GPTQ checkpoint.* torch\.onnx\.export"):
         optq.export_onnx(tiny_llama, output_dir=tmp_path / "out")
+    other = tmp_path / "compressed-tensors"
+    optq.convert(checkpoint, output_dir=other, to="compressed-tensors")
+    with pytest.raises(CheckpointError, match=r"is no GPTQ checkpoint\. optq\.convert makes one"):
+        optq.export_onnx(other, output_dir=tmp_path / "out")
     with pytest.raises(OutputError, match="is not empty"):
         optq.export_onnx(checkpoint, output_dir=checkpoint)
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)

@@ -19,7 +19,7 @@ from optq.errors import CheckpointError, ConfigError, ModelError
 from optq.layers import QuantLinear
 
 from .convert import filled
-from .source import companions_folder, copy_companions, model_config_of, stated_quantization
+from .source import companions_folder, copy_companions, model_config_of, quantization_entry
 
 ONNX_FILE = "model.onnx"
 INPUTS = ("input_ids", "attention_mask")
@@ -50,8 +50,12 @@ def export_onnx(model_id_or_dir: str | os.PathLike[str], *, output_dir: str | os
         raise ConfigError(f"Exporting to ONNX needs the packages {' and '.join(missing)}: pip install 'optq[onnx]'.")
     source = os.fspath(model_id_or_dir)
     described = model_config_of(source, kwargs)
-    if stated_quantization(described) is None:
-        raise CheckpointError(f"{source} is no GPTQ checkpoint; of other models, torch.onnx.export makes ONNX models.")
+    stated = quantization_entry(described)
+    if not stated or stated.get("quant_method", "gptq") != "gptq":
+        raise CheckpointError(
+            f"{source} is no GPTQ checkpoint. optq.convert makes one of AWQ, compressed-tensors and GGUF; for dense "
+            "models there is torch.onnx.export."
+        )
     with filled(Path(output_dir)) as partial:
         model = AutoModelForCausalLM.from_pretrained(source, **{**kwargs, "dtype": torch.float32})
         for name, layer in list(model.named_modules()):
