@@ -19,8 +19,9 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="exported models are run
 
 WAYS = {
     "asymmetric, gptq_v2, desc_act": {"sym": False, "format": "gptq_v2", "desc_act": True},
-    "2, 4 and 8 bits, asymmetric, gptq, a group per row, and a dense layer": {
+    "2, 4 and 8 bits, asymmetric, gptq, a group per row, a quantized head, a dense layer": {
         "sym": False,
+        "lm_head": True,
         "group_size": -1,
         "dynamic": {r"+:.*\.q_proj": {"bits": 8}, r"+:.*\.down_proj": {"bits": 2}, r"-:.*\.v_proj": {}},
     },
@@ -78,7 +79,7 @@ def test_logits_are_ours(checkpoint, exported, probe_ids):
 def test_logits_of_other_grids_are_ours(way, tiny_llama, token_rows, probe_ids, tmp_path):
     checkpoint = quantized(tiny_llama, token_rows, tmp_path / "checkpoint", **WAYS[way])
     folder = optq.export_onnx(checkpoint, output_dir=tmp_path / "exported")
-    assert len(operators(folder)) == (12 if "dense" in way else 14)
+    assert len(operators(folder)) == (13 if "dense" in way else 14)
     assert_same_logits(folder, checkpoint, probe_ids)
 
 
