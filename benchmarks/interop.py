@@ -115,8 +115,10 @@ def made(folder: Path, name: str, settings: dict[str, Any]) -> Path:
     shutil.rmtree(folder.parent / "dense", ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     generator = torch.Generator().manual_seed(SEED)
+    data: list[Any]
     if name in REAL:
-        dense, data = quality.model_folder(), str(ROOT / "docs")
+        pages = sorted((ROOT / "docs").glob("*.md"))
+        dense, data = quality.model_folder(), [page.read_text(encoding="utf-8") for page in pages]
     else:
         dense = str(folder.parent / "dense")
         tiny_model(name in MIXTURE).save_pretrained(dense)
