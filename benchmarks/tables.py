@@ -299,7 +299,7 @@ def _read_or_said(found: dict[str, Any] | None) -> str:
         return ""
     if "said" in found:
         said = found["said"].partition("rror: ")[2].removeprefix("1 validation error for VllmConfig Value error, ")
-        return f"✗ {textwrap.shorten(said, 110, placeholder=' …')}".replace("|", "\\|")
+        return f"✗ {textwrap.shorten(said, 110, placeholder=' …') or 'it ended without a word'}".replace("|", "\\|")
     return f"{'✓' if found['reads'] else '✗'} {found['largest_difference']:.4f}"
 
 
