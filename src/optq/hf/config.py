@@ -44,7 +44,7 @@ class _Pieces:
 EFFORTS: dict[str, _Pieces] = {
     "fast": _Pieces(propagation=0.0, refinement=0, polish=0),
     "default": _Pieces(propagation=0.5, refinement=2, polish=0),
-    "max": _Pieces(propagation=0.5, refinement=2, polish=4),
+    "max": _Pieces(propagation=0.5, refinement=2, polish=3),
 }
 
 RUN_ONLY = (
