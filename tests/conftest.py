@@ -7,8 +7,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,9 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from optq import GPTQConfig
+from optq.hf.journal import Journal
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -85,6 +91,52 @@ def token_rows() -> list[dict[str, list[int]]]:
     """Sixteen calibration samples of 48 random token ids."""
     generator = torch.Generator().manual_seed(1)
     return [{"input_ids": row.tolist()} for row in torch.randint(4, VOCABULARY - 30, (16, 48), generator=generator)]
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_llama: Path, token_rows: list[dict[str, list[int]]]) -> Any:
+    """The tiny llama, 4-bit, quantized in this process. Not to be changed."""
+    config = GPTQConfig(bits=4, group_size=32, dataset=token_rows)
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+
+
+@pytest.fixture(scope="module")
+def saved(quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`quantized` as a checkpoint. Not to be changed."""
+    folder = tmp_path_factory.mktemp("saved")
+    quantized.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mixed_config(token_rows: list[dict[str, list[int]]]) -> GPTQConfig:
+    """4 bits, but down_proj 8, and o_proj not quantized."""
+    dynamic: dict[str, dict[str, Any]] = {"-:.*o_proj": {}, "+:.*down_proj": {"bits": 8}}
+    return GPTQConfig(bits=4, group_size=32, effort="fast", dataset=token_rows, dynamic=dynamic)
+
+
+@contextmanager
+def rewritten(path: Path) -> Iterator[dict[str, Any]]:
+    """What a JSON file says, to be changed."""
+    content = json.loads(path.read_text())
+    yield content
+    path.write_text(json.dumps(content))
+
+
+def interrupted_after(blocks: int, monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> None:
+    """Run `call`, and end it as Ctrl-C would after so many finished blocks."""
+    write, done = Journal.write, []
+
+    def writing(self: Journal, name: str) -> None:
+        write(self, name)
+        done.append(name)
+        if len(done) == blocks:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", writing)
+        with pytest.raises(KeyboardInterrupt):
+            call()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints in other tools' formats, written and read without optq: by numpy and Python's own integers."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+from conftest import rewritten
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of a word's eight outputs each nibble holds, lowest first
 
@@ -61,8 +62,8 @@ def write_folder(model: Path, folder: Path, packed: dict[str, torch.Tensor], sta
     replaced = {name.rpartition(".")[0] for name in packed}
     tensors = {name: tensor for name, tensor in tensors_of(model).items() if name.rpartition(".")[0] not in replaced}
     save_file(tensors | packed, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stated}))
+    with rewritten(folder / "config.json") as config:
+        config["quantization_config"] = stated
     return folder
 
 

@@ -16,11 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import optq
-from conftest import tiny_llama_config
+from conftest import interrupted_after, tiny_llama_config
 from optq import GPTQConfig
 from optq.checkpoint import find_quantized_linears, read_headers
 from optq.errors import OutputError, QualityError, ReportError
-from optq.hf.journal import Journal
 from optq.progress import LOG_NAME
 from optq.report import report
 
@@ -192,25 +191,11 @@ def test_raised_damping_and_dead_inputs_are_said_and_drawn(finished, tmp_path):
     assert "always zero, and their weights rounded to nearest: model.layers.0.self_attn.k_proj." in text
 
 
-def interrupted(source, rows, output, monkeypatch):
-    """A run that ends after its first block as Ctrl-C would end it."""
-    write = Journal.write
-
-    def writing(self, name):
-        write(self, name)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "write", writing)
-        with pytest.raises(KeyboardInterrupt):
-            optq.quantize(source, config(rows), output_dir=output)
-
-
 def test_a_run_is_reported_while_it_is_interrupted_and_after_it_went_on(
     tiny_llama, token_rows, tmp_path, monkeypatch, finished
 ):
     output = tmp_path / "out"
-    interrupted(tiny_llama, token_rows, output, monkeypatch)
+    interrupted_after(1, monkeypatch, lambda: optq.quantize(tiny_llama, config(token_rows), output_dir=output))
     before = report([output], tmp_path / "before")
     assert "Failed after 0 of 2 blocks: KeyboardInterrupt" in Page(before.page).text
     assert [picture.name for picture in before.pictures] == ["run1-loss.png"]

@@ -20,15 +20,8 @@ def original(tiny_llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(original, token_rows, tmp_path_factory):
-    config = GPTQConfig(
-        bits=4,
-        group_size=32,
-        effort="fast",
-        dataset=token_rows,
-        dynamic={"-:.*o_proj": {}, "+:.*down_proj": {"bits": 8}},
-    )
-    return optq.quantize(original, config, output_dir=tmp_path_factory.mktemp("made") / "tiny-4bit")
+def checkpoint(original, mixed_config, tmp_path_factory):
+    return optq.quantize(original, mixed_config, output_dir=tmp_path_factory.mktemp("made") / "tiny-4bit")
 
 
 def test_every_export_has_a_card(checkpoint):

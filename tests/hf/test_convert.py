@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import optq
+from conftest import rewritten
 from optq import GPTQConfig
 from optq.errors import CheckpointError, ConfigError, OptqError, OutputError
 from other_formats import (
@@ -38,9 +39,8 @@ def stated_in(folder):
 def restated(folder, target, **changes):
     """A copy of a checkpoint whose quantization_config says something else."""
     shutil.copytree(folder, target)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] |= changes
-    (target / "config.json").write_text(json.dumps(config))
+    with rewritten(target / "config.json") as config:
+        config["quantization_config"] |= changes
     return target
 
 

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model whose code lies in its folder: never run by default, carried along when it is allowed."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import optq
-from conftest import tiny_llama_config
+from conftest import rewritten, tiny_llama_config
 from optq import GPTQConfig, QuantLinear
 
 CODE = """
@@ -30,16 +28,15 @@ def homemade(tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_llama_config()).save_pretrained(folder)
     (folder / "modeling_homemade.py").write_text(CODE)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "homemade",
-        "architectures": ["HomemadeForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "modeling_homemade.HomemadeConfig",
-            "AutoModelForCausalLM": "modeling_homemade.HomemadeForCausalLM",
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    with rewritten(folder / "config.json") as config:
+        config |= {
+            "model_type": "homemade",
+            "architectures": ["HomemadeForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "modeling_homemade.HomemadeConfig",
+                "AutoModelForCausalLM": "modeling_homemade.HomemadeForCausalLM",
+            },
+        }
     return folder
 
 

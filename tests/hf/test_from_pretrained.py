@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from conftest import rewritten
 from optq import GPTQConfig, QuantLinear
 from optq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
 
@@ -27,18 +28,6 @@ def quantized_layers(model):
 @torch.no_grad()
 def logits(model, ids):
     return model(ids).logits
-
-
-@pytest.fixture(scope="module")
-def quantized(tiny_llama, token_rows):
-    return quantize(tiny_llama, token_rows)
-
-
-@pytest.fixture(scope="module")
-def saved(quantized, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    quantized.save_pretrained(folder)
-    return folder
 
 
 CASES = [
@@ -94,8 +83,8 @@ def test_short_samples_are_packed_with_the_models_end_of_text(tiny_llama, tmp_pa
     assert facts["samples"] == -(-packed // 64)
     assert facts["tokens"] == packed
     shutil.copytree(tiny_llama, tmp_path / "endless")
-    config = json.loads((tmp_path / "endless/config.json").read_text())
-    (tmp_path / "endless/config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    with rewritten(tmp_path / "endless/config.json") as config:
+        config["eos_token_id"] = None
     with pytest.raises(ConfigError, match="packing=True joins texts by the model's eos_token_id"):
         quantize(tmp_path / "endless", texts, packing=True)
 
@@ -159,10 +148,8 @@ def test_large_models_are_sharded_with_an_index(quantized, tmp_path, probe_ids):
 
 def test_keys_unknown_to_us_survive_loading_and_saving(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "marked")
-    path = tmp_path / "marked/config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] |= {"is_marlin_format": False, "uuid": "abc"}
-    path.write_text(json.dumps(config))
+    with rewritten(tmp_path / "marked/config.json") as config:
+        config["quantization_config"] |= {"is_marlin_format": False, "uuid": "abc"}
     AutoModelForCausalLM.from_pretrained(tmp_path / "marked").save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
     assert {"is_marlin_format": False, "uuid": "abc"}.items() <= again.items()
@@ -298,18 +285,14 @@ class TestRefusals:
     @pytest.mark.parametrize(("key", "value"), [("bits", 8), ("group_size", 64)])
     def test_labels_that_contradict_the_bytes(self, saved, tmp_path, key, value):
         shutil.copytree(saved, tmp_path / "wrong")
-        path = tmp_path / "wrong/config.json"
-        config = json.loads(path.read_text())
-        config["quantization_config"][key] = value
-        path.write_text(json.dumps(config))
+        with rewritten(tmp_path / "wrong/config.json") as config:
+            config["quantization_config"][key] = value
         with pytest.raises(CheckpointError, match=rf"config\.json says.*{value}"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "wrong")
 
     def test_a_dense_checkpoint_that_says_it_is_quantized(self, tiny_llama, tmp_path):
         shutil.copytree(tiny_llama, tmp_path / "dense")
-        path = tmp_path / "dense/config.json"
-        config = json.loads(path.read_text())
-        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-        path.write_text(json.dumps(config))
+        with rewritten(tmp_path / "dense/config.json") as config:
+            config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
         with pytest.raises(CheckpointError, match="qweight"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "dense")

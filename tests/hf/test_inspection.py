@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
 import shutil
 
 import pytest
@@ -7,20 +6,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import optq
+from conftest import rewritten
 from optq import GPTQConfig
 from optq.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_llama, token_rows, tmp_path_factory):
-    config = GPTQConfig(
-        bits=4,
-        group_size=32,
-        effort="fast",
-        dataset=token_rows,
-        dynamic={"-:.*o_proj": {}, "+:.*down_proj": {"bits": 8}},
-    )
-    return optq.quantize(tiny_llama, config, output_dir=tmp_path_factory.mktemp("inspected") / "out")
+def checkpoint(tiny_llama, mixed_config, tmp_path_factory):
+    return optq.quantize(tiny_llama, mixed_config, output_dir=tmp_path_factory.mktemp("inspected") / "out")
 
 
 @pytest.fixture
@@ -30,10 +23,8 @@ def changeable(checkpoint, tmp_path):
 
     def change(label=None, **tensors):
         if label:
-            path = folder / "config.json"
-            config = json.loads(path.read_text())
-            config["quantization_config"] |= label
-            path.write_text(json.dumps(config))
+            with rewritten(folder / "config.json") as config:
+                config["quantization_config"] |= label
         for file in folder.glob("*.safetensors"):
             held = load_file(file)
             for name in held:
@@ -113,9 +104,8 @@ def test_splitting_over_gpus_is_checked(checkpoint):
 def test_packed_tensors_without_a_config_are_refused(checkpoint, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
+    with rewritten(folder / "config.json") as config:
+        del config["quantization_config"]
     with pytest.raises(CheckpointError, match=r"nothing about quantization.*Add its quantization_config"):
         optq.inspect(folder)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import optq
+from conftest import rewritten
 from optq import GPTQConfig, QuantLinear
 from optq.errors import CheckpointError, ConfigError
 from optq.hf.legacy import unusual_name
@@ -42,9 +43,8 @@ def old(today, tmp_path):
     """The same in files as AutoGPTQ wrote them."""
     folder = tmp_path / "old-GPTQ"
     shutil.copytree(today, folder)
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
+    with rewritten(folder / "config.json") as config:
+        del config["quantization_config"]
     (folder / "quantize_config.json").write_text(json.dumps(STATED))
     tensors = {}
     for file in folder.glob("*.safetensors"):
@@ -102,9 +102,9 @@ def test_several_files_with_an_index_of_an_old_name(old, today):
 
 
 def test_a_config_that_states_it_with_weights_of_an_old_name(old, today):
-    config = json.loads((old / "config.json").read_text())
     (old / "quantize_config.json").unlink()
-    (old / "config.json").write_text(json.dumps({**config, "quantization_config": STATED}))
+    with rewritten(old / "config.json") as config:
+        config["quantization_config"] = STATED
     assert torch.equal(logits_of(old), logits_of(today))
 
 
@@ -134,8 +134,8 @@ def test_files_that_may_both_be_meant_are_refused(old):
         CheckpointError, match=r"no model.safetensors, but a.safetensors, b.safetensors.*transformers_w"
     ):
         AutoConfig.from_pretrained(old)
-    config = json.loads((old / "config.json").read_text())
-    (old / "config.json").write_text(json.dumps({**config, "transformers_weights": "b.safetensors"}))
+    with rewritten(old / "config.json") as config:
+        config["transformers_weights"] = "b.safetensors"
     logits_of(old)
 
 
@@ -154,8 +154,8 @@ def test_the_order_of_a_gpu_kernel_is_refused_by_name(old, changes):
 
 
 def test_a_config_that_states_nothing_by_name_counts_as_none(old, today):
-    config = json.loads((old / "config.json").read_text())
-    (old / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    with rewritten(old / "config.json") as config:
+        config["quantization_config"] = None
     assert torch.equal(logits_of(old), logits_of(today))
 
 

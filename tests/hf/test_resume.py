@@ -13,11 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import optq
-from conftest import tiny_llama_config
+from conftest import interrupted_after, tiny_llama_config
 from optq import GPTQConfig
 from optq.errors import OutputError
 from optq.hf import api, journal
-from optq.hf.journal import Journal
 
 BLOCKS = 4
 
@@ -40,22 +39,6 @@ def weights(folder):
 
 def events(folder):
     return [json.loads(line) for line in (folder / api.LOG_NAME).read_text().splitlines()]
-
-
-def interrupted_after(blocks, monkeypatch, call):
-    """Run `call`, and end it as Ctrl-C would after so many finished blocks."""
-    write, done = Journal.write, []
-
-    def writing(self, name):
-        write(self, name)
-        done.append(name)
-        if len(done) == blocks:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "write", writing)
-        with pytest.raises(KeyboardInterrupt):
-            call()
 
 
 @pytest.mark.parametrize("settings", [{}, {"effort": "max", "bits": 2, "sym": False}, {"target_bits_per_weight": 4.5}])

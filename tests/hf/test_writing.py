@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import optq
-from conftest import tiny_llama_config
+from conftest import interrupted_after, tiny_llama_config
 from optq import GPTQConfig
 from optq.calibration import write_samples
 from optq.errors import CalibrationError, OutputError
@@ -132,16 +132,7 @@ def test_a_run_that_goes_on_neither_writes_again_nor_differs(source, tmp_path, m
 
 def test_blocks_calibrated_on_other_text_are_not_gone_on_with(source, tmp_path, monkeypatch):
     output = tmp_path / "out"
-    write = Journal.write
-
-    def once(self, name):
-        write(self, name)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "write", once)
-        with pytest.raises(KeyboardInterrupt):
-            optq.quantize(source, config(), output_dir=output)
+    interrupted_after(1, monkeypatch, lambda: optq.quantize(source, config(), output_dir=output))
     with pytest.raises(OutputError, match="seed was 0 and is 1"):
         optq.quantize(source, config(seed=1), output_dir=output)
 
