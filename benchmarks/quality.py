@@ -19,12 +19,12 @@ import argparse
 import json
 import subprocess
 import sys
-import venv
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import record
+from environments import PACKAGES, environment_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -34,12 +34,6 @@ COMPARED_WINDOWS = (
     10  # of those, for the divergence: it is a mean over pairs and needs fewer tokens than the perplexity
 )
 RESULT = "quality-smollm2"
-PEER_PACKAGES = {
-    "gptqmodel": ["gptqmodel==7.6.0", "setuptools<81"],
-    "autoround": ["auto-round==0.16.1"],
-    "llmcompressor": ["llmcompressor==0.14.0.1"],
-}
-TORCH = "torch==2.13.0"
 
 
 def grids() -> dict[str, dict[str, Any]]:
@@ -182,21 +176,6 @@ def evaluate(folder: str, checkpoint: Path | None, nearest: dict[str, Any] | Non
     return judge(model, original, test[: EVALUATION_WINDOWS * WINDOW].view(-1, WINDOW), COMPARED_WINDOWS)
 
 
-def environment_of(tool: str) -> Path | None:
-    """The Python of the tool's own environment, made if need be; None if it cannot be."""
-    folder = ROOT / ".cache/peers" / tool
-    python = folder / "bin/python"
-    if not (folder / ".ready").exists():
-        print(f"installing {tool} …", flush=True)
-        venv.create(folder, with_pip=True, clear=True)
-        for packages in ([TORCH], PEER_PACKAGES[tool]):  # torch first, so that nothing pulls another build
-            if subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=False).returncode:
-                print(f"SKIPPED: {tool} cannot be installed here.", flush=True)
-                return None
-        (folder / ".ready").touch()
-    return python
-
-
 def measure(name: str, row: dict[str, Any], folder: str, data: Path, calibration: Path) -> dict[str, Any] | None:
     """One row; None if its tool failed."""
     checkpoint = ROOT / ".cache/quality" / name.replace(" ", "_").replace(",", "")
@@ -287,7 +266,9 @@ def main() -> None:
             "calibration": f"{CALIBRATION_WINDOWS} x {WINDOW} tokens, WikiText-2 validation, consecutive",
             "evaluation": f"{EVALUATION_WINDOWS} x {WINDOW} tokens, WikiText-2 test, from the start",
             "seed": SEED,
-            "peers": PEER_PACKAGES,
+            "peers": {
+                tool: PACKAGES[tool] for tool in PACKAGES if any(row["tool"] == tool for row in rows().values())
+            },
             "rows": {row_name: settings for row_name, settings in rows().items() if row_name in results},
         }
         ordered = {row_name: results[row_name] for row_name in rows() if row_name in results}

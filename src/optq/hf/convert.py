@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, relabel, to_compressed
-from optq.errors import CheckpointError, ConfigError, OutputError
+from optq.errors import CheckpointError, ConfigError
 from optq.scheme import LayerScheme
-from optq.serving import Linear
 
+from .destination import filled
 from .formats import COMPRESSED, Opened, Source, Tensors, compressed_entry, describe
 from .gguf import opened_gguf
 from .labels import groups_contradict, zeros_contradict
@@ -121,14 +120,10 @@ def _told_about(linear: str) -> Iterator[None]:
 
 def _check(packed: PackedWeight, name: str, scheme: LayerScheme) -> None:
     """The bytes must be what the labels say: readers of the new ones would believe them, too."""
-    labelled = Linear(
-        name=name,
-        out_features=packed.out_features,
-        in_features=packed.in_features,
-        scheme=scheme,
-        checkpoint_format=packed.checkpoint_format,
-    )
-    for contradiction in (*zeros_contradict(labelled, packed.qzeros), *groups_contradict(labelled, packed.g_idx)):
+    for contradiction in (
+        *zeros_contradict(name, scheme, packed.checkpoint_format, packed.qzeros),
+        *groups_contradict(name, scheme, packed.g_idx),
+    ):
         raise CheckpointError(contradiction)
 
 
@@ -166,25 +161,6 @@ class _FileTensors:
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor
-
-
-@contextmanager
-def filled(output: Path) -> Iterator[Path]:
-    """A folder inside `output` to write to, whose files get their places when all are written, or none does."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(
-            f"output_dir={str(output)!r} is not empty. Name one that does not exist or is empty; nothing was changed."
-        )
-    partial = output / ".optq-partial"
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        rmtree(partial)
-        raise
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # without it, it is no model
-        os.replace(file, output / file.name)
-    partial.rmdir()
 
 
 def _write_index(folder: Path, sizes: Mapping[str, Mapping[str, int]]) -> None:

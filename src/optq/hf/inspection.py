@@ -185,6 +185,8 @@ def _contradictions(files: Sequence[Path], linears: Iterable[Linear]) -> Iterato
             names = set(tensors.keys())
             for linear in firsts.values():
                 if f"{linear.name}.qzeros" in names:
-                    yield from zeros_contradict(linear, tensors.get_tensor(f"{linear.name}.qzeros"))
+                    zeros = tensors.get_tensor(f"{linear.name}.qzeros")
+                    yield from zeros_contradict(linear.name, linear.scheme, linear.checkpoint_format, zeros)
                 if f"{linear.name}.g_idx" in names:
-                    yield from groups_contradict(linear, tensors.get_tensor(f"{linear.name}.g_idx"))
+                    groups = tensors.get_tensor(f"{linear.name}.g_idx")
+                    yield from groups_contradict(linear.name, linear.scheme, groups)

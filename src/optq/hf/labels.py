@@ -9,38 +9,36 @@ from torch import Tensor
 from optq.checkpoint import CHECKPOINT_FORMATS, QuantizedTensors, unpack_codes
 from optq.errors import CheckpointError
 from optq.scheme import LayerScheme, trivial_groups
-from optq.serving import Linear
 
 
-def zeros_contradict(linear: Linear, qzeros: Tensor) -> Iterator[str]:
-    """qzeros: (groups, out · bits / 32) int32."""
-    scheme = linear.scheme
+def zeros_contradict(name: str, scheme: LayerScheme, checkpoint_format: str, qzeros: Tensor) -> Iterator[str]:
+    """Of the linear of this name; qzeros: (groups, out · bits / 32) int32."""
     stored = set(unpack_codes(qzeros.T.contiguous(), scheme.bits).unique().tolist())
-    offset = CHECKPOINT_FORMATS[linear.checkpoint_format]
+    offset = CHECKPOINT_FORMATS[checkpoint_format]
     middle = 2 ** (scheme.bits - 1)
     if not scheme.symmetric or stored == {middle - offset}:
         return
     for other, its_offset in CHECKPOINT_FORMATS.items():
         if stored == {middle - its_offset}:
             yield (
-                f"{linear.name}: config.json says checkpoint_format {linear.checkpoint_format!r}, but every stored "
+                f"{name}: config.json says checkpoint_format {checkpoint_format!r}, but every stored "
                 f"zero is {middle - its_offset}: so {other!r} writes the middle of a {scheme.bits}-bit grid. Read as "
                 f"labelled, every weight is off by one step. Correct checkpoint_format to {other!r}."
             )
             return
     shown = ", ".join(map(str, sorted(stored)[:6]))
     yield (
-        f"{linear.name}: config.json says sym=true, but the stored zeros are {shown}{' …' * (len(stored) > 6)}, not "
+        f"{name}: config.json says sym=true, but the stored zeros are {shown}{' …' * (len(stored) > 6)}, not "
         f"{middle - offset} everywhere. Readers that believe the label compute nonsense. Correct sym to false."
     )
 
 
-def groups_contradict(linear: Linear, g_idx: Tensor) -> Iterator[str]:
-    """g_idx: (in,) int32."""
-    trivial = trivial_groups(linear.in_features, linear.scheme.group_width(linear.in_features), g_idx.device)
-    if linear.scheme.act_order != "desc_act" and not torch.equal(g_idx, trivial):
+def groups_contradict(name: str, scheme: LayerScheme, g_idx: Tensor) -> Iterator[str]:
+    """Of the linear of this name; g_idx: (in,) int32."""
+    trivial = trivial_groups(g_idx.numel(), scheme.group_width(g_idx.numel()), g_idx.device)
+    if scheme.act_order != "desc_act" and not torch.equal(g_idx, trivial):
         yield (
-            f"{linear.name}: config.json says desc_act=false, but its groups are not runs of neighbouring columns. "
+            f"{name}: config.json says desc_act=false, but its groups are not runs of neighbouring columns. "
             "Readers that believe the label, among them vLLM, compute nonsense. Correct desc_act to true."
         )
 

@@ -18,7 +18,7 @@ from optq.checkpoint import to_blocks
 from optq.errors import CheckpointError, ConfigError, ModelError
 from optq.layers import QuantLinear
 
-from .convert import filled
+from .destination import filled
 from .source import companions_folder, copy_companions, model_config_of, quantization_entry
 
 ONNX_FILE = "model.onnx"

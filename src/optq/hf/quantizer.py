@@ -31,7 +31,7 @@ from optq.placement import execution_device
 from optq.planning import Plan
 from optq.progress import RunLog
 from optq.scheme import LayerScheme
-from optq.serving import Linear, kind_of
+from optq.serving import kind_of
 
 from . import compat
 from .config import GPTQConfig
@@ -308,14 +308,7 @@ class OptqHfQuantizer(HfQuantizer):
         for name, layer in firsts.values():
             scheme = self.quantization_config.scheme_for(name)
             if scheme is not None and layer.qzeros.device.type != "meta":
-                linear = Linear(
-                    name=name,
-                    out_features=layer.out_features,
-                    in_features=layer.in_features,
-                    scheme=scheme,
-                    checkpoint_format=self.quantization_config.format,
-                )
-                for contradiction in zeros_contradict(linear, layer.qzeros):
+                for contradiction in zeros_contradict(name, scheme, self.quantization_config.format, layer.qzeros):
                     logger.warning(contradiction)
 
     def _prepare_layers(self, model: Any) -> None:
