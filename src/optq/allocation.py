@@ -37,6 +37,7 @@ from .model import (
 from .placement import execution_device, placed, tensors_outside, working_dtype
 from .planning import Plan
 from .progress import RunLog
+from .ranks import ALONE, Ranks
 from .scheme import LayerScheme, QuantizedWeight
 from .walk import BlockSource, at_work, in_memory, suspended
 
@@ -78,6 +79,7 @@ def allocate(
     device: torch.device | str | None = None,
     log: RunLog | None = None,
     source: BlockSource | None = None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """`plan` with the schemes that fit the budget and cost the least.
 
@@ -87,10 +89,11 @@ def allocate(
         budget: stored bits of all planned linears together, scales and zeros included.
         log: receives an event `allocated`, with the schemes and errors of every unit.
         source: where the blocks' tensors come from when their turn comes; None: all are in memory.
+        ranks: the processes that share the run; the first one measures.
     Raises:
         ConfigError: even the smallest schemes take more than the budget.
     """
-    units = measure(model, plan, calibration, candidates, execution_device(device), source)
+    units = ranks.from_first(lambda: measure(model, plan, calibration, candidates, execution_device(device), source))
     chosen = choose([unit.options for unit in units], budget)
     weights = sum(target.view.weight.numel() for target in plan.all_targets)
     if chosen is None:

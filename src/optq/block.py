@@ -4,7 +4,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .checkpoint import PackedWeight, unpack
-from .errors import CalibrationError
-from .gptq import Hessian, InputDrift, Solution, solve
+from .errors import CalibrationError, ModelError
+from .gptq import Hessian, InputDrift, Solution, solve, stacked
 from .memory import free_bytes, peak_gib, release_free_memory
 from .model import (
     BlockCall,
@@ -33,6 +33,7 @@ from .placement import working_dtype
 from .planning import Target
 from .polish import Example, polish
 from .progress import RunLog, rounded
+from .ranks import ALONE, Ranks
 from .scheme import LayerScheme, QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class BlockWork:
     Args:
         forward: the block's own forward.
         masks: per micro-batch, which tokens are real.
+        ranks: who work on the same block with other micro-batches.
     """
 
     name: str
@@ -64,6 +66,7 @@ class BlockWork:
     masks: list[Tensor | None]
     device: torch.device
     log: RunLog
+    ranks: Ranks = ALONE
     _originals: dict[LinearView, Tensor] = field(init=False)
     _observing_seconds: float = field(init=False, default=0.0)
 
@@ -155,6 +158,7 @@ class BlockWork:
         outputs: dict[int, Any] = {}
         groups = independent_groups(stages)
         stages = [stage for group in groups for stage in group]
+        self._check_agreement(stages)
         if not sequential:
             groups = [stages]
         with PausedForwards(groups) as paused:
@@ -163,8 +167,8 @@ class BlockWork:
             for group in groups:
                 # Nothing of the original block changes in between, so its last run is also the one that goes on.
                 kept = outputs if original_outputs and group is groups[-1] else None
-                for stage, hessian, drift in self.observe(group, calls, twins, kept, paused):
-                    solved += self._solve_stage(stage, hessian, drift, scheme_of)
+                for stage, done in self._solve(self.observe(group, calls, twins, kept, paused), scheme_of):
+                    solved += done
                     self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1].relative_loss:.2e}")
             if own_outputs:
                 outputs |= {call.batch: paused.output_of(call.batch) for call in calls if call.batch in paused}
@@ -179,10 +183,10 @@ class BlockWork:
         states = [hidden_states((*call.args, *call.kwargs.values())) for call in calls]
         inputs = sum(stage.rows * stage.in_features for stage in stages) * states[0].element_size()
         bytes_per_value = 2 * inputs / states[0].numel() * (1 + bool(twins))  # and about as much in between
-        room = PAUSED_SHARE * free_bytes(self.device)
+        room = self._room()
         if room < bytes_per_value * sum(map(torch.numel, states)):
             release_free_memory()  # so that what earlier blocks left behind counts as free
-            room = PAUSED_SHARE * free_bytes(self.device)
+            room = self._room()
         for position, call in enumerate(calls):
             room -= bytes_per_value * states[position].numel()
             if room < 0:
@@ -192,6 +196,18 @@ class BlockWork:
             if twins:
                 twin = twins[call.batch]
                 paused.start(twin.batch, lambda twin=twin: self.run(twin))  # type: ignore[misc]
+
+    def _room(self) -> float:
+        """Bytes that paused forwards may take; processes on CPUs share what is free."""
+        return PAUSED_SHARE * free_bytes(self.device) / (self.ranks.size if self.device.type == "cpu" else 1)
+
+    def _check_agreement(self, stages: list[Stage]) -> None:
+        """Processes that differ here would wait for one another forever."""
+        if len({*self.ranks.gathered(tuple(stage.name for stage in stages))}) > 1:
+            raise ModelError(
+                f"{self.name}: which linears run, or in which order, depends on the data, so that several processes "
+                "cannot share it. Quantize this model with one process."
+            )
 
     def observe(
         self,
@@ -232,6 +248,8 @@ class BlockWork:
                 _feed_paused(paused, call.batch, stages, feed)
             else:
                 feed_stages(stages, lambda call=call: self.run(call), feed)  # type: ignore[misc]
+        for statistics in (*hessians.values(), *drifts.values()):
+            statistics.add_up(self.ranks)
         self._support_starved(hessians)
         self._observing_seconds += time.monotonic() - started
         return [(stage, hessians[stage], drifts.get(stage)) for stage in stages]
@@ -285,21 +303,54 @@ class BlockWork:
         if outputs is not None:
             outputs[twin.batch] = output
 
-    def _solve_stage(
-        self, stage: Stage, hessian: Hessian, drift: InputDrift | None, scheme_of: dict[str, LayerScheme]
-    ) -> list[Solved]:
-        """Solve the stage's linears, stacked where they have the same scheme."""
+    def _solve(
+        self, observed: list[tuple[Stage, Hessian, InputDrift | None]], scheme_of: dict[str, LayerScheme]
+    ) -> Iterator[tuple[Stage, list[Solved]]]:
+        """Solve stages that do not depend on one another.
+
+        Each process solves some of them; where there are fewer than processes, some rows of every one.
+        """
+        rank, size = self.ranks.rank, self.ranks.size
+        shared = len(observed) < size
+        at_once = 1 if shared else size
+        for turn in (observed[start : start + at_once] for start in range(0, len(observed), at_once)):
+            if shared:
+                own = self._solutions(*turn[0], scheme_of, rank, size)
+                found = [[_joined(parts) for parts in zip(*self.ranks.gathered(own), strict=True)]]
+            else:
+                found = self.ranks.gathered(self._solutions(*turn[rank], scheme_of) if rank < len(turn) else [])
+            for (stage, hessian, _), solutions in zip(turn, found, strict=False):
+                done = []
+                for (scheme, views), (solution, seconds) in zip(
+                    _by_scheme(stage, scheme_of).items(), solutions, strict=True
+                ):
+                    done += self._write(views, scheme, solution.to(self.device), hessian.tokens, seconds)
+                yield stage, done
+
+    def _solutions(
+        self,
+        stage: Stage,
+        hessian: Hessian,
+        drift: InputDrift | None,
+        scheme_of: dict[str, LayerScheme],
+        part: int = 0,
+        parts: int = 1,
+    ) -> list[tuple[Solution, float]]:
+        """The stage's linears solved, stacked where they have the same scheme, and the seconds per row.
+
+        Args:
+            part, parts: only this one of so many parts of their rows.
+        """
         mean = hessian.mean()
         mean_drift = None if drift is None else drift.mean()
-        solved = []
-        for scheme in dict.fromkeys(scheme_of[view.name] for view in stage.views):
-            views = [view for view in stage.views if scheme_of[view.name] == scheme]
+        found = []
+        for scheme, views in _by_scheme(stage, scheme_of).items():
             started = time.monotonic()
-            stacked = torch.cat([view.weight for view in views])
-            solution = solve(stacked, mean, scheme, drift=mean_drift, name=views[0].name)
-            seconds = (time.monotonic() - started) / stacked.shape[0]  # per row: its share of the stacked solve
-            solved += self._write(views, scheme, solution, hessian.tokens, seconds)
-        return solved
+            rows = torch.cat([view.weight for view in views]).tensor_split(parts)[part]
+            solution = solve(rows, mean, scheme, drift=mean_drift, name=views[0].name)
+            seconds = (time.monotonic() - started) / rows.shape[0]  # per row: its share of the stacked solve
+            found.append((solution if self.ranks.size == 1 else solution.to("cpu"), seconds))
+        return found
 
     def _write(
         self, views: list[LinearView], scheme: LayerScheme, solution: Solution, tokens: int, seconds_per_row: float
@@ -364,6 +415,7 @@ class BlockWork:
             examples[: len(calls)],
             examples[len(calls) :],
             passes,
+            self.ranks,
         )
         self.log.emit(
             "polished",
@@ -400,6 +452,19 @@ class BlockWork:
             self.log.blocks_left,
             timedelta(seconds=round(self.log.seconds_left)),
         )
+
+
+def _by_scheme(stage: Stage, scheme_of: dict[str, LayerScheme]) -> dict[LayerScheme, list[LinearView]]:
+    found: dict[LayerScheme, list[LinearView]] = {}
+    for view in stage.views:
+        found.setdefault(scheme_of[view.name], []).append(view)
+    return found
+
+
+def _joined(parts: Sequence[tuple[Solution, float]]) -> tuple[Solution, float]:
+    """What processes found for consecutive rows, and the slowest one's seconds per row of all."""
+    solutions, seconds = zip(*parts, strict=True)
+    return stacked(list(solutions)), max(seconds) / len(parts)
 
 
 def _feed_paused(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from .block import BlockWork, Solved
 from .calibration import Calibration, MicroBatch
 from .checkpoint import pack
-from .errors import ModelError
+from .errors import CalibrationError, ModelError
 from .evaluation import Comparer, Comparison
 from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory, reuse_of_free_memory
@@ -31,6 +32,7 @@ from .model import BlockCall, Finished, LinearView, SuspendedForwards
 from .placement import execution_device, placed, tensors_outside, working_dtype
 from .planning import Plan, Target
 from .progress import RunLog, rounded
+from .ranks import ALONE, Ranks
 from .walk import BlockSink, BlockSource, at_work, in_memory, suspended
 
 
@@ -47,6 +49,7 @@ def quantize_model(
     log: RunLog | None = None,
     source: BlockSource | None = None,
     sink: BlockSink | None = None,
+    ranks: Ranks = ALONE,
 ) -> Comparison | None:
     """Quantize the planned linears of `model` in place: each becomes a `QuantLinear`.
 
@@ -58,13 +61,15 @@ def quantize_model(
         log: receives the events of the run.
         source: where the blocks' tensors come from when their turn comes; None: all are in memory.
         sink: where finished blocks go at once. Those that it has already are not solved again. With a source they are
-            dropped from memory afterwards.
+            dropped from memory afterwards. Only that of the first process is asked and written to.
+        ranks: the processes that share the run; each is called with the same arguments and ends with the same model.
     Returns:
         How the quantized model compares with the original on `calibration.probes`; None without probes, or for models
         that return no logits.
     Raises:
         ModelError: weights are not finite; the layer is named.
-        CalibrationError: activations are not finite; the block is named.
+        CalibrationError: activations are not finite; the block is named. Or there are more processes than
+            micro-batches.
         SolveError: a layer's Hessian cannot be inverted.
     On any exception the model's hooks, flags and devices are as before; blocks finished by then stay quantized.
     """
@@ -89,6 +94,7 @@ def quantize_model(
     )
     log.expect(len(blocks))
     started = time.monotonic()
+    calibration = _share_of(calibration, ranks)
     release_free_memory()  # encoding the calibration texts leaves a lot behind
     repeats = _repeats(model, plan, calibration.batches[-1], device, source)
     streams = _Streams(calibration, follow_all=plan.propagates or polish_passes > 0 or repeats, repeats=repeats)
@@ -102,10 +108,10 @@ def quantize_model(
             last = name == names[-1]
             if source is not None:
                 source.read(name)
-            with at_work(name, forwards, waiting, plan, streams.masks, device, log) as (work, waiting):
+            with at_work(name, forwards, waiting, plan, streams.masks, device, log, ranks) as (work, waiting):
                 _check_weights(plan.targets[name], f"{name} was not quantized")
                 work.check_finite(waiting)
-                recorded = sink.recorded(name) if sink is not None else None
+                recorded = None if sink is None else ranks.from_first(partial(sink.recorded, name))
                 solved: list[Solved] = []
                 outputs: dict[int, Any] = {}
                 ahead: list[BlockCall] = []
@@ -123,14 +129,14 @@ def quantize_model(
                 if last:
                     release_free_memory()  # logits are large
                     with placed(tensors_outside(model, blocks), device, working_dtype(device)):
-                        comparison = _compare(forwards, streams, waiting, work, model)
+                        comparison = _compare(forwards, streams, waiting, work, model, ranks)
                 else:
                     waiting = _continue(forwards, streams, waiting, work, outputs) + ahead
             for view, weight in packed.items():
                 _replace(model, view, QuantLinear(weight, view.bias, backend).to(view.weight.device))
             if recorded is not None:
                 log.emit("restored", block=name, seconds=round(time.monotonic() - block_started, 2))
-            elif sink is not None:
+            elif sink is not None and ranks.is_first:
                 sink.write(name)
             if sink is not None and source is not None:
                 source.drop(name)
@@ -141,6 +147,16 @@ def quantize_model(
         log.emit("quality", held_out=calibration.probes_held_out, **comparison.facts())
     log.emit("finished", seconds=round(time.monotonic() - started, 3), peak_gib=rounded(peak_gib(device)))
     return comparison
+
+
+def _share_of(calibration: Calibration, ranks: Ranks) -> Calibration:
+    """What this process runs; every one needs a micro-batch to find the stages of a block with."""
+    if len(calibration.batches) < ranks.size:
+        raise CalibrationError(
+            f"{ranks.size} processes share the run, but the calibration data makes only {len(calibration.batches)} "
+            "micro-batch(es). Start fewer, or choose a smaller batch_size or more samples."
+        )
+    return replace(calibration, batches=ranks.mine(calibration.batches), probes=ranks.mine(calibration.probes))
 
 
 class _Streams:
@@ -310,19 +326,23 @@ def _past(
 
 
 def _compare(
-    forwards: SuspendedForwards, streams: _Streams, waiting: list[BlockCall], work: BlockWork, model: nn.Module
+    forwards: SuspendedForwards,
+    streams: _Streams,
+    waiting: list[BlockCall],
+    work: BlockWork,
+    model: nn.Module,
+    ranks: Ranks,
 ) -> Comparison | None:
     """Run the probes to their end, through the original last block and the quantized one, and compare the logits."""
     comparer, generates = Comparer(), getattr(model, "can_generate", lambda: False)()
-    compared = False
     for probe, call, twin in streams.probes(waiting):
         ended = [_past(forwards, streams, waits, work) for waits in (twin, call)]
         outputs = [end.output if isinstance(end, Finished) else None for end in ended]
         original, quantized = (getattr(output, "logits", None) for output in outputs)
         if original is not None and quantized is not None and original.shape[:-1] == probe.input_ids.shape:
             comparer.add(original, quantized, probe.next_ids if generates else None, probe.attention_mask)
-            compared = True
-    return comparer.result() if compared else None
+    comparer.add_up(ranks)
+    return comparer.result() if comparer.tokens else None
 
 
 def _check_weights(targets: Iterable[Target], consequence: str) -> None:

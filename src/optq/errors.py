@@ -38,6 +38,10 @@ class HubError(OptqError):
     """The Hub refuses what was asked of it, or cannot be reached."""
 
 
+class RankError(OptqError, RuntimeError):
+    """The processes of one run do not find each other, differ, or have lost one of them."""
+
+
 class AdapterError(OptqError, ValueError):
     """An adapter of PEFT asks a packed layer for something that takes its dense weight."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .gptq import stored_scales
 from .kernels import has_bfloat16_instructions
 from .model import BlockCall, LinearView, hidden_states, relative_error
+from .ranks import ALONE, Ranks
 from .scheme import QuantizedWeight, per_column, run_width
 
 # Adam's first steps. Measured on two blocks of SmolLM2 at 4, 3 and 2 bits: with twice the CODE_RATE, the first pass at
@@ -61,6 +62,7 @@ def polish(
     examples: list[Example],
     held_out: list[Example],
     passes: int,
+    ranks: Ranks = ALONE,
 ) -> Polished:
     """Tune `start`; the views' weights end as the result decodes.
 
@@ -72,12 +74,14 @@ def polish(
         held_out: after every pass the loss on these is compared with the best so far, and only the best is kept. The
             second pass in a row without improvement is the last.
         passes: at most.
+        ranks: who have other examples; a step then follows the mean of their gradients.
     """
     tuned = [_Tuned(*one) for one in zip(views, originals, start, strict=True)]
     weights = [tuned_view.weight for tuned_view in tuned]
-    loss_before = best_loss = _mean_loss(run, held_out)
+    loss_before = best_loss = _mean_loss(run, held_out, ranks)
     best, done, failures = start, 0, 0
-    steps = passes * len(examples)
+    steps_per_pass = max(ranks.gathered(len(examples)))
+    steps = passes * steps_per_pass
     # Kingma & Ba, arXiv:1412.6980
     adam = torch.optim.Adam(
         [
@@ -90,9 +94,12 @@ def polish(
     )
     falling_rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     for _ in range(passes):
-        for example in examples:
+        for step in range(steps_per_pass):
+            example = examples[step % len(examples)]  # one who has fewer begins again
             with torch.enable_grad(), _requiring_gradients(weights), _rough_products(weights[0].device):
                 gradients = torch.autograd.grad(_loss(run, example), weights, allow_unused=True)
+            if ranks.size > 1:
+                gradients = tuple(_mean_over(ranks, *one) for one in zip(gradients, weights, strict=True))
             reached = [(one, gradient) for one, gradient in zip(tuned, gradients, strict=True) if gradient is not None]
             for one, gradient in reached:
                 one.take(one.view.as_rows(gradient).float())
@@ -102,7 +109,7 @@ def polish(
             for one, _ in reached:
                 one.write()
         done += 1
-        loss = _mean_loss(run, held_out)
+        loss = _mean_loss(run, held_out, ranks)
         if loss < best_loss:
             best_loss, best, failures = loss, [one.quantized() for one in tuned], 0
         elif (failures := failures + 1) == 2:
@@ -178,9 +185,15 @@ class _Tuned:
         return torch.zeros_like(self._start.scales).index_add_(1, self._start.group_of_column.long(), values)
 
 
+def _mean_over(ranks: Ranks, gradient: Tensor | None, weight: Tensor) -> Tensor:
+    """Over all processes; one whose example does not reach the weight counts as well."""
+    return ranks.add_up(torch.zeros_like(weight) if gradient is None else gradient.contiguous()).div_(ranks.size)
+
+
 def _loss(run: Callable[[BlockCall], Any], example: Example) -> Tensor:
     return relative_error(hidden_states(run(example.call)), example.target, example.mask)
 
 
-def _mean_loss(run: Callable[[BlockCall], Any], examples: list[Example]) -> float:
-    return sum(float(_loss(run, example)) for example in examples) / len(examples)
+def _mean_loss(run: Callable[[BlockCall], Any], examples: list[Example], ranks: Ranks) -> float:
+    total, count = ranks.sums(sum(float(_loss(run, example)) for example in examples), len(examples))
+    return total / count

@@ -166,6 +166,11 @@ class QuantizedWeight:
         zeros = per_column(self.zeros.float(), self.group_of_column)
         return (self.codes.float() - zeros) * per_column(self.scales, self.group_of_column)
 
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """The same elsewhere."""
+        moved = {name: getattr(self, name).to(device) for name in ("codes", "scales", "zeros", "group_of_column")}
+        return replace(self, **moved)
+
     def split_rows(self, sizes: list[int]) -> list["QuantizedWeight"]:
         """Undo the stacking of several matrices that were solved together; `sizes` are their row counts."""
         parts = zip(self.codes.split(sizes), self.scales.split(sizes), self.zeros.split(sizes), strict=True)

@@ -15,6 +15,7 @@ from .model import BlockCall, SuspendedForwards
 from .placement import evaluating, placed, tensors_of, tensors_outside, working_dtype
 from .planning import Plan
 from .progress import RunLog
+from .ranks import ALONE, Ranks
 
 
 class BlockSource(Protocol):
@@ -81,11 +82,13 @@ def at_work(
     masks: list[Tensor | None],
     device: torch.device,
     log: RunLog,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[BlockWork, list[BlockCall]]]:
     """The block called `name` on `device`, and the calls that wait for it, moved there too.
 
     Args:
         masks: per micro-batch, which tokens are real.
+        ranks: who work on the same block with other micro-batches.
     Raises:
         ModelError: some forward waits at another block.
     """
@@ -107,5 +110,6 @@ def at_work(
             masks=masks,
             device=device,
             log=log,
+            ranks=ranks,
         )
         yield work, [work.moved(call) for call in waiting]

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 
 from optq import errors
@@ -72,8 +73,10 @@ def execute(command: Command, arguments: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars heed it too
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: hooks are taken off, files closed
+    only_the_first_prints = redirect_stdout(None) if os.environ.get("RANK", "0") != "0" else nullcontext()
     try:
-        return command.run(arguments)
+        with only_the_first_prints:
+            return command.run(arguments)
     except BaseException as error:  # whatever it is, the user gets a line, and the shell a code
         if isinstance(error, SystemExit):
             raise

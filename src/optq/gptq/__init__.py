@@ -10,3 +10,4 @@ from .hessian import output_energy as output_energy
 from .solver import Solution as Solution
 from .solver import round_to_nearest as round_to_nearest
 from .solver import solve as solve
+from .solver import stacked as stacked

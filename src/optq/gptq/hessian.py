@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optq.errors import CalibrationError
+from optq.ranks import Ranks
 
 UPPER_CHUNKS = 4  # computing the upper triangle in 4 strips costs 62.5 % of the full product
 
@@ -36,6 +37,11 @@ class _TokenMean:
         self.features = features
         self.tokens = 0
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add what the other processes have summed."""
+        ranks.add_up(self._sum)
+        self.tokens = int(ranks.sums(self.tokens)[0])
 
 
 class Hessian(_TokenMean):

@@ -49,6 +49,16 @@ class Solution:
     damping: float
     dead_columns: int
 
+    def to(self, device: torch.device | str) -> "Solution":
+        """The same elsewhere."""
+        return replace(
+            self,
+            quantized=self.quantized.to(device),
+            lost=self.lost.to(device),
+            nearest_lost=self.nearest_lost.to(device),
+            energy=self.energy.to(device),
+        )
+
 
 def solve(
     weight: Tensor,
@@ -111,11 +121,13 @@ def solve(
                 dead_columns=int(dead.sum()),
             )
         )
-    return parts[0] if len(parts) == 1 else _stacked(parts)
+    return stacked(parts)
 
 
-def _stacked(parts: list[Solution]) -> Solution:
+def stacked(parts: list[Solution]) -> Solution:
     """The solutions of consecutive rows as one."""
+    if len(parts) == 1:
+        return parts[0]
     return replace(
         parts[0],
         quantized=replace(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from optq.errors import OutputError
 from optq.progress import LOG_NAME
+from optq.ranks import join
 
 from .card import card
 from .config import GPTQConfig
@@ -44,6 +45,9 @@ def quantize(
     gets its config.json last, so an unfinished one is never taken for a model. The run's events are in
     quantization_log.jsonl beside the weights, and what they come to in a model card, README.md.
 
+    Called in every process that torchrun or accelerate launch started, the processes share the work, and the first one
+    writes.
+
     Args:
         model_id_or_dir: what `from_pretrained` takes.
         config: how to quantize, with calibration data.
@@ -57,32 +61,46 @@ def quantize(
         ConfigError, CalibrationError, ModelError, SolveError: see `GPTQConfig` and docs/configuration.md.
     """
     source, output = os.fspath(model_id_or_dir), Path(output_dir)
-    config = copy.copy(GPTQConfig.from_stock(config))
-    _claim(output)
+    config, ranks = copy.copy(GPTQConfig.from_stock(config)), join()
     partial = output / PARTIAL
-    partial.mkdir(exist_ok=True)
-    if not (partial / READY).exists():
+    if ranks.from_first(lambda: _begin(output, config)):
         config.log_file = config.log_file or str(output / LOG_NAME)
         config.journal_folder = str(partial)
         try:
             model = model_class_of(model_config_of(source, kwargs)).from_pretrained(
                 source, quantization_config=config, **kwargs
             )
-            model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
-            copy_companions(companions_folder(source, kwargs), partial)
-            _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
+            if ranks.is_first:
+                model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
+                copy_companions(companions_folder(source, kwargs), partial)
+                _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
         finally:
-            if not is_worth_keeping(partial):
+            if ranks.is_first and not is_worth_keeping(partial):
                 shutil.rmtree(partial)
-    elif differences := differences_to(partial, config):
+    ranks.from_first(lambda: _end(output))
+    return output
+
+
+def _begin(output: Path, config: GPTQConfig) -> bool:
+    """Make the folder ours; whether there is still anything to quantize."""
+    _claim(output)
+    partial = output / PARTIAL
+    partial.mkdir(exist_ok=True)
+    if not (partial / READY).exists():
+        return True
+    if differences := differences_to(partial, config):
         raise OutputError(
             f"{output} holds the results of another run, which only lack their names: {'; '.join(differences[:6])}. "
             "Repeat that call, or name another folder, or delete this one."
         )
-    _reveal(partial, output)
+    return False
+
+
+def _end(output: Path) -> None:
+    """Give the files their names, and describe them."""
+    _reveal(output / PARTIAL, output)
     if (output / LOG_NAME).exists():  # not if it was wanted elsewhere
         (output / "README.md").write_text(card(output), encoding="utf-8")
-    return output
 
 
 def _claim(output: Path) -> None:

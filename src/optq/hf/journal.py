@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from optq.calibration import Calibration, bytes_of
 from optq.checkpoint import PackedWeight, find_quantized_linears, read_headers
-from optq.errors import OutputError
+from optq.errors import OutputError, RankError
 from optq.version import __version__
 
 from . import compat
@@ -196,6 +196,21 @@ def differences_to(folder: Path, config: GPTQConfig) -> list[str]:
     return _differences(found, json.loads(json.dumps(config.settings(), default=str)))
 
 
+def check_same(descriptions: Sequence[dict[str, Any]]) -> None:
+    """Refuse processes that would make different checkpoints together; `descriptions` are theirs, by rank.
+
+    Raises:
+        RankError: they differ.
+    """
+    first, *others = json.loads(json.dumps(descriptions, default=str))
+    for rank, other in enumerate(others, start=1):
+        if differences := _differences(first, other, "{} is {!r} in the first and {!r} in the other"):
+            raise RankError(
+                f"Process {rank} was not asked for the same as the first of this run: {'; '.join(differences[:6])}. "
+                "Start all with the same model, settings and data; unset WORLD_SIZE if they should not work together."
+            )
+
+
 def described(
     files: Iterable[str], settings: dict[str, Any], calibration: Calibration, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -231,14 +246,16 @@ def _hash_of(calibration: Calibration) -> str:
     return digest.hexdigest()[:16]
 
 
-def _differences(found: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(
+    found: dict[str, Any], asked: dict[str, Any], told: str = "{} was {!r} and is {!r}", prefix: str = ""
+) -> list[str]:
     differences = []
     for key in [*found, *(key for key in asked if key not in found)]:
         before, now = found.get(key), asked.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            differences += _differences(before, now, f"{prefix}{key}.")
+            differences += _differences(before, now, told, f"{prefix}{key}.")
         elif before != now:
-            differences.append(f"{prefix}{key} was {before!r} and is {now!r}")
+            differences.append(told.format(f"{prefix}{key}", before, now))
     return differences
 
 

@@ -30,12 +30,13 @@ from optq.model import LINEAR_TYPES, ROLES, Experts, find_fused_experts, put_fus
 from optq.placement import execution_device
 from optq.planning import Plan
 from optq.progress import RunLog
+from optq.ranks import ALONE, join
 from optq.scheme import LayerScheme
 from optq.serving import kind_of
 
 from . import compat
 from .config import GPTQConfig
-from .journal import Journal, described
+from .journal import Journal, check_same, described
 from .labels import check_label, zeros_contradict
 from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
@@ -64,6 +65,7 @@ class OptqHfQuantizer(HfQuantizer):
         self.pre_quantized: bool
         self.log: RunLog | None = None
         self.quality: Comparison | None = None
+        self._ranks = ALONE
         self._device_map: Any = None
         self._plan: Plan | None = None
         self._calibration: Calibration | None = None
@@ -78,6 +80,7 @@ class OptqHfQuantizer(HfQuantizer):
         """Refuse, before anything is downloaded, what can never be quantized."""
         if self.pre_quantized:
             return
+        self._ranks = join()
         check_sources(self.quantization_config.calibration_data)
         execution_device(self.quantization_config.device)
 
@@ -123,15 +126,19 @@ class OptqHfQuantizer(HfQuantizer):
             self._prepare_layers(model)
             return
         assert self._plan is not None  # *before* ran
-        config = self.quantization_config
+        config, ranks = self.quantization_config, self._ranks
         if self._calibration is None:
             # Not in *before*: there, transformers holds back the initialisation of whatever model is loaded.
-            self._take(prepare_data(model, config, partial(write_own_text, model, self._files, config)))
+            write = partial(write_own_text, model, self._files, config, ranks=ranks)
+            self._take(prepare_data(model, config, write))
         assert self._calibration is not None
+        description = described(self._files, config.settings(), self._calibration, model.dtype)
+        check_same(ranks.gathered(description))
         if config.journal_folder is not None:
             self.journal = Journal(Path(config.journal_folder), model, self._plan.blocks, config.format)
-            self.journal.open(described(self._files, config.settings(), self._calibration, model.dtype))
-        self.log = RunLog(Path(config.log_file) if config.log_file else None)
+            ranks.from_first(partial(self.journal.open, description))
+        log_file = Path(config.log_file) if config.log_file and ranks.is_first else None
+        self.log = RunLog(log_file, bar=ranks.is_first)
         if self._streamed is not None:
             self._streamed.come_back()
         else:
@@ -153,6 +160,7 @@ class OptqHfQuantizer(HfQuantizer):
                     device=config.device,
                     log=self.log,
                     source=self._streamed,
+                    ranks=ranks,
                 )
             self.quality = quantize_model(
                 model,
@@ -166,6 +174,7 @@ class OptqHfQuantizer(HfQuantizer):
                 log=self.log,
                 source=self._streamed,
                 sink=self.journal,
+                ranks=ranks,
             )
             if self.quality is not None:
                 limit = config.max_perplexity_ratio

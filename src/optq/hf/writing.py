@@ -14,6 +14,7 @@ from optq.calibration import write_samples
 from optq.errors import CalibrationError
 from optq.memory import release_free_memory
 from optq.placement import execution_device, working_dtype
+from optq.ranks import ALONE, Ranks
 
 from .config import GPTQConfig
 from .journal import kept_samples
@@ -31,12 +32,15 @@ def why_not_loaded_again(files: Sequence[str]) -> str | None:
     return None
 
 
-def write_own_text(model: Any, files: Sequence[str], config: GPTQConfig, samples: int, length: int) -> list[list[int]]:
+def write_own_text(
+    model: Any, files: Sequence[str], config: GPTQConfig, samples: int, length: int, *, ranks: Ranks = ALONE
+) -> list[list[int]]:
     """Samples of tokens that the original of `model` writes; with a journal, those of the run that goes on.
 
     Args:
         model: what is being quantized. Left as it is.
         files: its checkpoint's.
+        ranks: the processes that share the run; in the first one the model writes.
     Raises:
         CalibrationError: there is no room for a text.
         OutputError: the journal belongs to another run.
@@ -70,7 +74,7 @@ def write_own_text(model: Any, files: Sequence[str], config: GPTQConfig, samples
         return written
 
     asked = {"samples": samples, "length": length, "opening": opening, "seed": config.seed, "dtype": str(model.dtype)}
-    return kept_samples(config.journal_folder, files, asked, write)
+    return ranks.from_first(lambda: kept_samples(config.journal_folder, files, asked, write))
 
 
 def opening_of(model: Any) -> list[int]:

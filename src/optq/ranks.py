@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes that share a run, as `torchrun` and `accelerate launch` start them.
+
+Each process has a part of the calibration data and solves a part of the weights; what they find is summed or gathered,
+so that all of them go on with the same numbers. The first process writes.
+"""
+
+import atexit
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import OptqError, RankError
+
+PATIENCE = timedelta(hours=24)  # others wait while the first one writes texts or files; a process that ends is noticed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its run. With `size` 1 nothing is sent, and every method returns its argument.
+
+    Every process must call the same methods in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, items: Sequence[T]) -> tuple[T, ...]:
+        """This process's share; they differ by one in length at most."""
+        return tuple(items[self.rank :: self.size])
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place."""
+        if self.size > 1:
+            with _in_company(self):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def sums(self, *numbers: float) -> list[float]:
+        """The sum of each number over all processes."""
+        return self.add_up(torch.tensor(numbers, dtype=torch.float64)).tolist() if self.size > 1 else list(numbers)
+
+    def gathered(self, value: T) -> list[T]:
+        """What each process has, in their order. Tensors in it should be on the CPU."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _in_company(self):
+            dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, call: Callable[[], T]) -> T:
+        """What the first process gets from `call`; only it calls. What it raises is raised in all of them.
+
+        Errors other than `OptqError` are raised in the others by name only.
+        """
+        if self.size == 1:
+            return call()
+        answer: list[Any] = [None, None]
+        failed: BaseException | None = None
+        if self.is_first:
+            try:
+                answer[0] = call()
+            except Exception as error:
+                failed = error
+                answer[1] = error if isinstance(error, OptqError) else RankError(f"{type(error).__name__}: {error}")
+        with _in_company(self):
+            dist.broadcast_object_list(answer, src=0)
+        if failed is not None:
+            raise failed
+        if answer[1] is not None:
+            raise answer[1]
+        found: T = answer[0]
+        return found
+
+
+ALONE = Ranks()
+
+
+def join() -> Ranks:
+    """This process among those that were started together; joins them, and is silent unless it is the first.
+
+    Raises:
+        RankError: the others do not answer.
+    """
+    if not dist.is_available():
+        return ALONE
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return ALONE
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            dist.init_process_group(timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise RankError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but they do not "
+                f"find each other: {error}. Start them with torchrun or accelerate launch, or unset WORLD_SIZE."
+            ) from error
+        atexit.register(_leave)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    if not ranks.is_first:
+        logging.getLogger("optq").setLevel(logging.ERROR)
+    return ranks
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _in_company(ranks: Ranks) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"Another of the {ranks.size} processes of this run has ended, so number {ranks.rank} ends as well "
+            f"({str(error).splitlines()[0]}). What the other has printed says why. Once that is mended, the same "
+            "command goes on where optq.quantize was."
+        ) from error
