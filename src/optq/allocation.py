@@ -197,7 +197,7 @@ def measure(
         for index, name in enumerate(names):
             with (
                 in_memory(name, source),
-                at_work(name, forwards, calls, plan, masks, device, RunLog(bar=False)) as (work, calls),
+                at_work(name, forwards, calls, plan, masks, device, RunLog(bar=False)) as work,
             ):
                 measured.append(_measure_block(work, calls[:first_damaged], candidates))
                 outputs = {first_damaged + index: measured[-1].damaged_output}

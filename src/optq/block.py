@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .errors import CalibrationError, ModelError
 from .gptq import Hessian, InputDrift, Solution, solve, stacked
 from .memory import free_bytes, peak_gib, release_free_memory
 from .model import (
+    ActivationStore,
     BlockCall,
     LinearView,
     PausedForwards,
@@ -29,7 +31,6 @@ from .model import (
     independent_groups,
     observe_stages,
 )
-from .placement import working_dtype
 from .planning import Target
 from .polish import Example, polish
 from .progress import RunLog, rounded
@@ -37,6 +38,8 @@ from .ranks import ALONE, Ranks
 from .scheme import LayerScheme, QuantizedWeight
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PAUSED_SHARE = 0.5  # of the free memory, for what forwards hold while they wait inside a block
 
@@ -50,6 +53,21 @@ class Solved:
     relative_loss: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What one micro-batch shows.
+
+    Args:
+        inputs: of each stage, with the samples that they belong to.
+        originals: the same in the original model, in the same order.
+        original_output: of the original block, if it was wanted.
+    """
+
+    inputs: dict[Stage, list[tuple[slice, Tensor]]]
+    originals: dict[Stage, list[Tensor]]
+    original_output: Any
+
+
 @dataclass(kw_only=True)
 class BlockWork:
     """One block, on the device where it is quantized.
@@ -57,6 +75,7 @@ class BlockWork:
     Args:
         forward: the block's own forward.
         masks: per micro-batch, which tokens are real.
+        store: keeps the arguments of the block's calls.
         ranks: who work on the same block with other micro-batches.
     """
 
@@ -66,15 +85,68 @@ class BlockWork:
     masks: list[Tensor | None]
     device: torch.device
     log: RunLog
+    store: ActivationStore
     ranks: Ranks = ALONE
     _originals: dict[LinearView, Tensor] = field(init=False)
     _observing_seconds: float = field(init=False, default=0.0)
+    _part: slice = field(init=False, default_factory=lambda: slice(None))  # the samples that run
+    _most_samples: int = field(init=False, default=1)
+    _paused: PausedForwards | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._originals = {target.view: target.view.parameter.data for target in self.targets}
 
     def run(self, call: BlockCall) -> Any:
-        return self.forward(*call.args, **call.kwargs)
+        args, kwargs = self.store.fetched((call.args, call.kwargs))
+        samples = hidden_states((args, kwargs)).shape[0]
+        self._most_samples = max(self._most_samples, samples)
+        if self.store.parts == 1:
+            return self.forward(*args, **kwargs)
+        outputs = []
+        try:
+            for rows in torch.arange(samples).chunk(self.store.parts):
+                self._part = slice(int(rows[0]), int(rows[-1]) + 1)
+                part_args, part_kwargs = tree_map(partial(_samples_of, self._part, samples), (args, kwargs))
+                outputs.append(self.forward(*part_args, **part_kwargs))
+        finally:
+            self._part = slice(None)
+        return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
+
+    def with_room(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns. When memory runs out, it is made, and `attempt` called again.
+
+        Raises:
+            OutOfMemoryError: there is nothing left to free.
+        """
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError as error:
+                failed = str(error).splitlines()[0]
+            if not (remedy := self._make_room()):  # outside of `except`, which holds on to what was being computed
+                raise torch.OutOfMemoryError(
+                    f"{failed} {self.name}: no micro-batch is smaller than one sample, and nothing waits on "
+                    f"{self.device} any more. Choose a smaller model_seqlen, or a device with more memory."
+                )
+            logger.warning("%s: out of memory on %s; from now on %s.", self.name, self.device, remedy)
+            self.log.emit("out_of_memory", block=self.name, remedy=remedy)
+
+    def _make_room(self) -> str | None:
+        """Free some memory, in a way that changes no result; how, or None."""
+        remedy = None
+        if self._paused is not None and len(self._paused):
+            self._paused.abandon()
+            self.store.pausing = False
+            remedy = "every stage of a block takes a forward of its own"
+        elif self.store.spill():
+            remedy = "what waits between blocks waits elsewhere"
+        elif self.store.parts < self._most_samples:
+            self.store.parts *= 2
+            remedy = f"micro-batches run in {self.store.parts} parts"
+        release_free_memory()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return remedy
 
     def run_original(self, call: BlockCall) -> Any:
         """As the block was before it was quantized."""
@@ -103,18 +175,6 @@ class BlockWork:
         finally:
             for view, weight in present.items():
                 view.parameter.data = weight
-
-    def moved(self, call: BlockCall) -> BlockCall:
-        """The call with its tensors where, and as, the block is."""
-        dtype = working_dtype(self.device)
-
-        def move(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf.to(self.device, dtype if leaf.is_floating_point() else None)
-
-        args, kwargs = tree_map(move, (call.args, call.kwargs))
-        return BlockCall(batch=call.batch, block=call.block, args=args, kwargs=kwargs)
 
     def check_finite(self, calls: list[BlockCall]) -> None:
         for call in calls:
@@ -149,7 +209,8 @@ class BlockWork:
         if not self.targets:
             return [], {}
         scheme_of = {target.view.name: target.scheme for target in self.targets}
-        stages = observe_stages([target.view for target in self.targets], lambda: self.run(calls[0]))
+        views = [target.view for target in self.targets]
+        stages = self.with_room(lambda: observe_stages(views, partial(self.run, calls[0])))
         reached = {view.name for stage in stages for view in stage.views}
         for name in scheme_of.keys() - reached:
             logger.warning("%s stays in full precision: the calibration data never reaches it.", name)
@@ -162,6 +223,7 @@ class BlockWork:
         if not sequential:
             groups = [stages]
         with PausedForwards(groups) as paused:
+            self._paused = paused
             if len(groups) > 1:
                 self._pause(paused, stages, calls, twins)
             for group in groups:
@@ -171,14 +233,17 @@ class BlockWork:
                     solved += done
                     self.log.advance(1 / len(stages), stage=stage.name, loss=f"{solved[-1].relative_loss:.2e}")
             if own_outputs:
-                outputs |= {call.batch: paused.output_of(call.batch) for call in calls if call.batch in paused}
+                for call in calls:
+                    output = self.with_room(partial(paused.output_of, call.batch)) if call.batch in paused else None
+                    if output is not None:
+                        outputs[call.batch] = self.store.take(output)
         return solved, outputs
 
     def _pause(
         self, paused: PausedForwards, stages: list[Stage], calls: list[BlockCall], twins: dict[int, BlockCall]
     ) -> None:
         """Start as many forwards as find room; the others are run anew for every stage."""
-        if not all(stage.orderly for stage in stages):
+        if not self.store.pausing or not all(stage.orderly for stage in stages):
             return  # what was called before its turn would have gone on with other weights
         states = [hidden_states((*call.args, *call.kwargs.values())) for call in calls]
         inputs = sum(stage.rows * stage.in_features for stage in stages) * states[0].element_size()
@@ -192,10 +257,14 @@ class BlockWork:
             if room < 0:
                 logger.info("%s: memory for %d of %d micro-batches at once.", self.name, position, len(calls))
                 return
-            paused.start(call.batch, lambda call=call: self.run(call))  # type: ignore[misc]
-            if twins:
-                twin = twins[call.batch]
-                paused.start(twin.batch, lambda twin=twin: self.run(twin))  # type: ignore[misc]
+            try:
+                paused.start(call.batch, partial(self.run, call))
+                if twins:
+                    paused.start(twins[call.batch].batch, partial(self.run, twins[call.batch]))
+            except torch.OutOfMemoryError:
+                self.store.pausing = False
+                paused.abandon()
+                return
 
     def _room(self) -> float:
         """Bytes that paused forwards may take; processes on CPUs share what is free."""
@@ -228,26 +297,19 @@ class BlockWork:
         compared = [stage for stage in stages if twins and stage.family is None]
         drifts = {stage: InputDrift(stage.in_features, self.device) for stage in compared}
         for call in calls:
-            originals: dict[Stage, list[Tensor]] = {stage: [] for stage in compared}
-            if twins and (compared or outputs is not None):
-                self._feed_originals(compared, twins[call.batch], originals, outputs, paused)
+            twin = twins[call.batch] if twins and (compared or outputs is not None) else None
+            seen = self.with_room(
+                partial(self._watch, stages, compared, call, twin, paused, to_the_end=outputs is not None)
+            )
+            if twin is not None and outputs is not None:
+                outputs[twin.batch] = self.store.take(seen.original_output)
             mask = self.masks[call.batch]
-
-            def feed(
-                stage: Stage,
-                x: Tensor,
-                mask: Tensor | None = mask,
-                originals: dict[Stage, list[Tensor]] = originals,
-            ) -> None:
-                keep = fitting_mask(mask, x)
-                hessians[stage].add(x, keep)
-                if stage in drifts:
-                    drifts[stage].add(originals[stage].pop(0), x, keep)
-
-            if paused is not None and call.batch in paused:
-                _feed_paused(paused, call.batch, stages, feed)
-            else:
-                feed_stages(stages, lambda call=call: self.run(call), feed)  # type: ignore[misc]
+            for stage, inputs in seen.inputs.items():
+                for number, (part, x) in enumerate(inputs):
+                    keep = fitting_mask(None if mask is None else mask[part], x)
+                    hessians[stage].add(x, keep)
+                    if stage in drifts:
+                        drifts[stage].add(seen.originals[stage][number], x, keep)
         for statistics in (*hessians.values(), *drifts.values()):
             statistics.add_up(self.ranks)
         self._support_starved(hessians)
@@ -282,26 +344,38 @@ class BlockWork:
             )
             self.log.emit("starved_experts", block=self.name, family=family, tokens=tokens)
 
-    def _feed_originals(
+    def _watch(
         self,
         stages: list[Stage],
-        twin: BlockCall,
-        originals: dict[Stage, list[Tensor]],
-        outputs: dict[int, Any] | None,
+        compared: list[Stage],
+        call: BlockCall,
+        twin: BlockCall | None,
         paused: PausedForwards | None,
-    ) -> None:
-        def keep(stage: Stage, x: Tensor) -> None:
+        to_the_end: bool,
+    ) -> "_Seen":
+        """The inputs of `stages` on one micro-batch, and those of `compared` in the original model."""
+        originals: dict[Stage, list[Tensor]] = {stage: [] for stage in compared}
+        inputs: dict[Stage, list[tuple[slice, Tensor]]] = {stage: [] for stage in stages}
+        output, in_parts = None, self.store.parts > 1
+
+        def keep_original(stage: Stage, x: Tensor) -> None:
             originals[stage].append(x)
 
-        if paused is not None and twin.batch in paused:
+        def keep(stage: Stage, x: Tensor) -> None:
+            inputs[stage].append((self._part, x))
+
+        if twin is not None and paused is not None and twin.batch in paused:
             with self._original_weights():
-                _feed_paused(paused, twin.batch, stages, keep)
-                if outputs is not None:
-                    outputs[twin.batch] = paused.output_of(twin.batch)
-            return
-        output = feed_stages(stages, lambda: self.run_original(twin), keep, to_the_end=outputs is not None)
-        if outputs is not None:
-            outputs[twin.batch] = output
+                _feed_paused(paused, twin.batch, compared, keep_original)
+                output = paused.output_of(twin.batch) if to_the_end else None
+        elif twin is not None:
+            run_original = partial(self.run_original, twin)
+            output = feed_stages(compared, run_original, keep_original, to_the_end=to_the_end or in_parts)
+        if paused is not None and call.batch in paused:
+            _feed_paused(paused, call.batch, stages, keep)
+        else:
+            feed_stages(stages, partial(self.run, call), keep, to_the_end=in_parts)
+        return _Seen(inputs=inputs, originals=originals, original_output=output)
 
     def _solve(
         self, observed: list[tuple[Stage, Hessian, InputDrift | None]], scheme_of: dict[str, LayerScheme]
@@ -315,10 +389,13 @@ class BlockWork:
         at_once = 1 if shared else size
         for turn in (observed[start : start + at_once] for start in range(0, len(observed), at_once)):
             if shared:
-                own = self._solutions(*turn[0], scheme_of, rank, size)
+                own = self.with_room(partial(self._solutions, *turn[0], scheme_of, rank, size))
                 found = [[_joined(parts) for parts in zip(*self.ranks.gathered(own), strict=True)]]
             else:
-                found = self.ranks.gathered(self._solutions(*turn[rank], scheme_of) if rank < len(turn) else [])
+                mine = turn[rank : rank + 1]
+                found = self.ranks.gathered(
+                    [one for own in mine for one in self.with_room(partial(self._solutions, *own, scheme_of))]
+                )
             for (stage, hessian, _), solutions in zip(turn, found, strict=False):
                 done = []
                 for (scheme, views), (solution, seconds) in zip(
@@ -452,6 +529,11 @@ class BlockWork:
             self.log.blocks_left,
             timedelta(seconds=round(self.log.seconds_left)),
         )
+
+
+def _samples_of(part: slice, samples: int, leaf: Any) -> Any:
+    """Of an argument with an entry for each sample those of some samples; other arguments are for all of them."""
+    return leaf[part] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == samples else leaf
 
 
 def _by_scheme(stage: Stage, scheme_of: dict[str, LayerScheme]) -> dict[LayerScheme, list[LinearView]]:

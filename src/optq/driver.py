@@ -28,7 +28,7 @@ from .errors import CalibrationError, ModelError
 from .evaluation import Comparer, Comparison
 from .layers import QuantLinear
 from .memory import peak_gib, release_free_memory, reuse_of_free_memory
-from .model import BlockCall, Finished, LinearView, SuspendedForwards
+from .model import ActivationStore, BlockCall, Finished, LinearView, SuspendedForwards
 from .placement import execution_device, placed, tensors_outside, working_dtype
 from .planning import Plan, Target
 from .progress import RunLog, rounded
@@ -49,6 +49,7 @@ def quantize_model(
     log: RunLog | None = None,
     source: BlockSource | None = None,
     sink: BlockSink | None = None,
+    store: ActivationStore | None = None,
     ranks: Ranks = ALONE,
 ) -> Comparison | None:
     """Quantize the planned linears of `model` in place: each becomes a `QuantLinear`.
@@ -62,6 +63,7 @@ def quantize_model(
         source: where the blocks' tensors come from when their turn comes; None: all are in memory.
         sink: where finished blocks go at once. Those that it has already are not solved again. With a source they are
             dropped from memory afterwards. Only that of the first process is asked and written to.
+        store: keeps the hidden states between blocks; by default on `device`.
         ranks: the processes that share the run; each is called with the same arguments and ends with the same model.
     Returns:
         How the quantized model compares with the original on `calibration.probes`; None without probes, or for models
@@ -101,14 +103,14 @@ def quantize_model(
     comparison = None
     with (
         reuse_of_free_memory() as bound_free_memory,
-        suspended(model, plan, streams.model_inputs(device), device) as (forwards, waiting),
+        suspended(model, plan, streams.model_inputs(device), device, store) as (forwards, waiting),
     ):
         for name in names:
             block_started = time.monotonic()
             last = name == names[-1]
             if source is not None:
                 source.read(name)
-            with at_work(name, forwards, waiting, plan, streams.masks, device, log, ranks) as (work, waiting):
+            with at_work(name, forwards, waiting, plan, streams.masks, device, log, ranks) as work:
                 _check_weights(plan.targets[name], f"{name} was not quantized")
                 work.check_finite(waiting)
                 recorded = None if sink is None else ranks.from_first(partial(sink.recorded, name))
@@ -232,11 +234,11 @@ def _repeats(
     outside = [] if others else tensors_outside(model, list(plan.blocks.values()))  # which will run, if it does not
     with (
         in_memory(name, source),
-        suspended(model, plan, [batch.as_model_inputs(device)], device) as (forwards, waiting),
-        at_work(name, forwards, waiting, plan, [batch.attention_mask], device, RunLog(bar=False)) as (work, (call,)),
+        suspended(model, plan, [batch.as_model_inputs(device)], device) as (forwards, (call,)),
+        at_work(name, forwards, [call], plan, [batch.attention_mask], device, RunLog(bar=False)) as work,
         placed(outside, device, working_dtype(device)),
     ):
-        posted = forwards.resume(call, work.run(call))
+        posted = forwards.resume(call, work.with_room(partial(work.run, call)))
         return isinstance(posted, BlockCall) and posted.block == call.block
 
 
@@ -262,9 +264,9 @@ def _solve_repeated(
     for number, twin in twins.items():
         posted: BlockCall | Finished = twin
         while isinstance(posted, BlockCall) and posted.block == twin.block:
-            calls.append(replace(work.moved(posted), batch=len(calls)))
+            calls.append(replace(posted, batch=len(calls)))
             masks.append(work.masks[number])
-            posted = forwards.resume(posted, work.run(calls[-1]))
+            posted = forwards.resume(posted, work.with_room(partial(work.run, calls[-1])))
         if isinstance(posted, BlockCall):
             following.append(posted)
     gathered = replace(work, masks=masks)
@@ -319,9 +321,9 @@ def _past(
 ) -> BlockCall | Finished:
     """Run a forward on, past all its calls of the block; `output` is that of the first, if it is known."""
     run = work.run_original if streams.is_original(call) else work.run
-    posted = forwards.resume(call, run(call) if output is None else output)
+    posted = forwards.resume(call, work.with_room(partial(run, call)) if output is None else output)
     while streams.repeats and isinstance(posted, BlockCall) and posted.block == call.block:
-        posted = forwards.resume(posted, run(work.moved(posted)))
+        posted = forwards.resume(posted, work.with_room(partial(run, posted)))
     return posted
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .block import BlockWork
 from .checkpoint import PackedWeight
 from .errors import ModelError
-from .model import BlockCall, SuspendedForwards
+from .model import ActivationStore, BlockCall, SuspendedForwards
 from .placement import evaluating, placed, tensors_of, tensors_outside, working_dtype
 from .planning import Plan
 from .progress import RunLog
@@ -53,10 +53,16 @@ def in_memory(name: str, source: BlockSource | None) -> Iterator[None]:
 
 @contextmanager
 def suspended(
-    model: nn.Module, plan: Plan, inputs: list[dict[str, Any]], device: torch.device
+    model: nn.Module,
+    plan: Plan,
+    inputs: list[dict[str, Any]],
+    device: torch.device,
+    store: ActivationStore | None = None,
 ) -> Iterator[tuple[SuspendedForwards, list[BlockCall]]]:
     """One forward per entry of `inputs`, all waiting at the first block; on leaving, the model is as it was.
 
+    Args:
+        store: keeps what waits; by default on `device`.
     Raises:
         ModelError: the model never calls the first block.
     """
@@ -65,7 +71,7 @@ def suspended(
         torch.no_grad(),
         evaluating(model),
         placed(tensors_outside(model, blocks), device, None),
-        SuspendedForwards(model, blocks, inputs) as forwards,
+        SuspendedForwards(model, blocks, inputs, store or ActivationStore(device, working_dtype(device))) as forwards,
     ):
         waiting = forwards.start()
         if not waiting:
@@ -83,10 +89,11 @@ def at_work(
     device: torch.device,
     log: RunLog,
     ranks: Ranks = ALONE,
-) -> Iterator[tuple[BlockWork, list[BlockCall]]]:
-    """The block called `name` on `device`, and the calls that wait for it, moved there too.
+) -> Iterator[BlockWork]:
+    """The block called `name` on `device`.
 
     Args:
+        waiting: the calls that wait for it.
         masks: per micro-batch, which tokens are real.
         ranks: who work on the same block with other micro-batches.
     Raises:
@@ -110,6 +117,7 @@ def at_work(
             masks=masks,
             device=device,
             log=log,
+            store=forwards.store,
             ranks=ranks,
         )
-        yield work, [work.moved(call) for call in waiting]
+        yield work

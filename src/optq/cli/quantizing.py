@@ -56,13 +56,19 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     work.add_argument("--max-perplexity-ratio", type=float, metavar="RATIO", help="how far that is (1.5)")
     work.add_argument("--device", metavar="DEVICE", help="where blocks are solved (the accelerator, if there is one)")
+    work.add_argument(
+        "--activation-memory",
+        type=_json,
+        metavar="JSON",
+        help="""for what waits between blocks: '{"0": "8GiB", "cpu": "32GiB"}' (40 %% of what is free)""",
+    )
     add_loading(parser)
 
 
 _FIELDS = (
     *("bits", "group_size", "sym", "desc_act", "target_bits_per_weight", "target_size_gib", "serving", "format"),
     *("lm_head", "dynamic", "effort", "batch_size", "damp_percent", "calibrate_all_experts", "quality_gate"),
-    *("max_perplexity_ratio", "device", "dataset", "num_samples", "tokenizer", "seed"),
+    *("max_perplexity_ratio", "device", "activation_memory", "dataset", "num_samples", "tokenizer", "seed"),
 )
 
 

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
 import transformers
+from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import QuantizationMethod
 
 from optq.calibration import SELF, mixture
 from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
 from optq.evaluation import GOOD_PERPLEXITY_RATIO
+from optq.memory import free_bytes
 from optq.scheme import BITS, SERVED_GROUP_SIZES, ActOrder, GridFit, LayerScheme
 from optq.serving import FUSED_NAMES
 from optq.version import __version__
@@ -40,6 +43,8 @@ class _Pieces:
     refinement: int
     polish: int
 
+
+ACTIVATION_SHARE = 0.4  # of what is free, for what waits between blocks
 
 EFFORTS: dict[str, _Pieces] = {
     "fast": _Pieces(propagation=0.0, refinement=0, polish=0),
@@ -66,6 +71,7 @@ RUN_ONLY = (
     "seed",
     "calibrate_all_experts",
     "device",
+    "activation_memory",
     "log_file",
     "journal_folder",
 )
@@ -118,6 +124,9 @@ class GPTQConfig(transformers.GPTQConfig):
             rows; "off": hold none out and do not compare.
         max_perplexity_ratio: how many times the original's perplexity counts as too far.
         device: where blocks are run and solved, one at a time; by default the accelerator, if there is one.
+        activation_memory: how much the hidden states that wait between blocks may take: of the accelerator, such as
+            {0: "8GiB"}, and of the machine's memory, {"cpu": "32GiB"}. What finds no room in the first goes to the
+            second, and from there, if there is an output folder, to its disk. By default 40 % of what is free.
         log_file: a path to which the run's events are appended as JSON lines.
         backend: a kernel by name, or "auto".
         block_name_to_quantize: the list of blocks, such as "model.layers"; found by itself in most models.
@@ -159,6 +168,7 @@ class GPTQConfig(transformers.GPTQConfig):
         quality_gate: QualityGate = "warn",
         max_perplexity_ratio: float = GOOD_PERPLEXITY_RATIO,
         device: str | None = None,
+        activation_memory: dict[str | int, str | int] | None = None,
         log_file: str | None = None,
         max_input_length: int | None = None,
         cache_block_outputs: bool = True,
@@ -204,6 +214,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.quality_gate = quality_gate
         self.max_perplexity_ratio = max_perplexity_ratio
         self.device = device
+        self.activation_memory = activation_memory
         self.log_file = log_file
         self.journal_folder: str | None = None  # set by optq.quantize: where finished blocks are written at once
         self.max_input_length = max_input_length
@@ -253,6 +264,13 @@ class GPTQConfig(transformers.GPTQConfig):
             isinstance(self.polish, bool) or not isinstance(self.polish, int) or self.polish < 0
         ):
             raise ConfigError(f"polish={self.polish!r} was asked for; it is a number of passes, 0 or more, or None.")
+        try:
+            self._activation_bytes()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"activation_memory={self.activation_memory!r} was asked for; it is a dict with an accelerator's "
+                'number or "cpu" as keys, and bytes or sizes such as "8GiB" as values.'
+            ) from error
         for field in ("batch_size", "model_seqlen", "num_samples"):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -432,8 +450,25 @@ class GPTQConfig(transformers.GPTQConfig):
 
     def settings(self) -> dict[str, Any]:
         """Whatever decides what the checkpoint will be, besides the data."""
-        without = ("tokenizer", "dataset", "backend", "device", "log_file", "journal_folder")
+        without = ("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "journal_folder")
         return {key: value for key, value in vars(self).items() if key not in without}
+
+    def activation_limits(self, device: torch.device, processes: int = 1) -> tuple[float, float]:
+        """Bytes that activations may take on the device, and of the machine's memory; `processes` share the latter."""
+        asked = self._activation_bytes()
+        in_memory = asked.pop("cpu", None)
+        if in_memory is None:
+            in_memory = ACTIVATION_SHARE * free_bytes("cpu") / processes
+        if device.type == "cpu":
+            return in_memory, in_memory
+        on_device = next(iter(asked.values()), None)
+        return ACTIVATION_SHARE * free_bytes(device) if on_device is None else on_device, in_memory
+
+    def _activation_bytes(self) -> dict[str | int, float]:
+        found = {place: convert_file_size_to_int(size) for place, size in (self.activation_memory or {}).items()}
+        if len(found) > 2 or (len(found) == 2 and "cpu" not in found):
+            raise ValueError("one accelerator at most")
+        return found
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

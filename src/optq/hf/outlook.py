@@ -38,6 +38,7 @@ class Outlook:
         bits_per_weight: of the quantized linears, scales and zeros included.
         checkpoint_gib, dense_gib: the checkpoint, and the model that it is made of.
         memory_gib: on `device`, by part; at the same time in memory.
+        elsewhere_gib: activations that wait in the machine's memory, or on the disk of the output folder.
         free_gib: what is free there now.
         not_served: what vLLM will not read: which linears, and why.
     """
@@ -53,6 +54,7 @@ class Outlook:
     checkpoint_gib: float
     dense_gib: float
     memory_gib: dict[str, float]
+    elsewhere_gib: float
     free_gib: float
     not_served: tuple[str, ...]
 
@@ -85,6 +87,7 @@ class Outlook:
             f" (now {self.dense_gib:.2f} GiB)",
             f"memory on {self.device}: {sum(self.memory_gib.values()):.2f} GiB of {self.free_gib:.2f} that are free",
             *(f"  {gib:8.2f} GiB {part}" for part, gib in self.memory_gib.items()),
+            *([f"  {self.elsewhere_gib:8.2f} GiB activations that wait elsewhere"] if self.elsewhere_gib else []),
             *(f"  does not fit; try {advice}" for advice in self.advice),
             "vLLM reads it" if not self.not_served else "vLLM does not read:",
             *(f"  {reason}" for reason in self.not_served),
@@ -123,6 +126,9 @@ def plan(
     embedding = model.get_input_embeddings().weight
     if id(embedding) in quantized:  # a tied head, which will be untied
         left += dense[id(embedding)]
+    memory = _memory(model, planned, calibration, device)
+    activations, (on_device, _) = memory["activations"], config.activation_limits(device)
+    memory["activations"] = min(activations, int(on_device))
     group_indices = sum(4 * target.view.shape[1] for target in targets)
     return Outlook(
         model=os.fspath(model_id_or_dir),
@@ -135,7 +141,8 @@ def plan(
         bits_per_weight=stored / weights,
         checkpoint_gib=(stored / 8 + group_indices + left) / GIB,
         dense_gib=sum(dense.values()) / GIB,
-        memory_gib={part: size / GIB for part, size in _memory(model, planned, calibration, device).items()},
+        memory_gib={part: size / GIB for part, size in memory.items()},
+        elsewhere_gib=max(0, activations - on_device) / GIB,
         free_gib=free_bytes(device) / GIB,
         not_served=refusals("vllm", as_linears(model, targets, config.format), tensor_parallel, planned.skipped),
     )

@@ -26,8 +26,8 @@ from optq.errors import CalibrationError, CheckpointError
 from optq.evaluation import Comparison, is_good, judge
 from optq.layers import QuantLinear
 from optq.memory import GIB
-from optq.model import LINEAR_TYPES, ROLES, Experts, find_fused_experts, put_fused, put_split
-from optq.placement import execution_device
+from optq.model import LINEAR_TYPES, ROLES, ActivationStore, Experts, find_fused_experts, put_fused, put_split
+from optq.placement import execution_device, working_dtype
 from optq.planning import Plan
 from optq.progress import RunLog
 from optq.ranks import ALONE, join
@@ -149,6 +149,15 @@ class OptqHfQuantizer(HfQuantizer):
         compat.keep_unconverted(model, planned)
         if self._plan.head is not None:
             compat.untie_head(model)
+        device = execution_device(config.device)
+        on_device, in_memory = config.activation_limits(device, ranks.size)
+        store = ActivationStore(
+            device,
+            working_dtype(device),
+            on_device=on_device,
+            in_memory=in_memory,
+            folder=Path(config.journal_folder) if config.journal_folder is not None else None,
+        )
         with self.log:
             if config.has_budget:
                 self._plan = allocate(
@@ -174,6 +183,7 @@ class OptqHfQuantizer(HfQuantizer):
                 log=self.log,
                 source=self._streamed,
                 sink=self.journal,
+                store=store,
                 ranks=ranks,
             )
             if self.quality is not None:

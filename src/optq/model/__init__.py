@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where things are in a model, found by watching it run instead of by a list of architectures."""
 
+from .activations import ActivationStore as ActivationStore
 from .blocks import find_blocks as find_blocks
 from .experts import FUSED as FUSED
 from .experts import ROLES as ROLES

@@ -13,12 +13,14 @@ import inspect
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .activations import ActivationStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +114,18 @@ class SuspendedForwards:
             twice would find its own keys in the cache.
         blocks: the blocks, in order; their `forward` is replaced while the context is open.
         batches: keyword arguments of the model, tensors on its device.
+        store: keeps what the blocks are called with.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: Iterable[dict[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        batches: Iterable[dict[str, Tensor]],
+        store: ActivationStore | None = None,
+    ) -> None:
+        self.store = store or ActivationStore()
+        self.store.leave_alone(model)
         self._blocks = blocks
         self.original_forwards = [block.forward for block in blocks]
         self._overridden = [block.__dict__.get("forward") for block in blocks]  # None: inherited from the class
@@ -151,16 +162,24 @@ class SuspendedForwards:
         calls = []
         for thread in self._threads:
             thread.start()
-            if isinstance(call := thread.wait(), BlockCall):
+            if isinstance(call := self._kept(thread.wait()), BlockCall):
                 calls.append(call)
         return calls
 
     def resume(self, call: BlockCall, output: Any) -> BlockCall | Finished:
         """Hand a block's output to the forward that waits for it, and run it to its next block or its end."""
         thread = self._threads[call.batch]
-        thread.answer(output)
-        del output
-        return thread.wait()
+        with self.store.at_hand((call.args, call.kwargs, output)):
+            thread.answer(output)
+            del output
+            posted = thread.wait()
+        return self._kept(posted)
+
+    def _kept(self, posted: BlockCall | Finished) -> BlockCall | Finished:
+        if isinstance(posted, Finished):
+            return posted
+        args, kwargs = self.store.take((posted.args, posted.kwargs))
+        return replace(posted, args=args, kwargs=kwargs)
 
     def _bound(self, model: nn.Module, batch: dict[str, Any], index: int) -> Callable[[], Any]:
         def run() -> Any:

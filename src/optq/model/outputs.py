@@ -25,7 +25,7 @@ def relative_error(states: Tensor, target: Tensor, mask: Tensor | None = None) -
         states, target: (..., features), any float dtype.
         mask: 0 for tokens that do not count, such as padding; None, or one that does not fit the tokens, is left out.
     """
-    target = target.float()
+    target = target.to(states.device, torch.float32)
     error = (states.float() - target).square().mean(-1) / target.square().mean(-1).clamp(min=TINY)
     keep = fitting_mask(mask, target)
     return error.mean() if keep is None else error[keep.view(error.shape)].mean()

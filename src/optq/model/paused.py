@@ -50,8 +50,7 @@ class PausedForwards:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for thread in self._threads.values():
-            thread.abandon()
+        self.abandon()
         for handle in self._handles:
             handle.remove()
 
@@ -72,6 +71,13 @@ class PausedForwards:
         self._threads[number] = thread
         thread.start()
         self._reached[number] = thread.wait()
+
+    def abandon(self) -> None:
+        """End all forwards and free what they hold."""
+        for thread in self._threads.values():
+            thread.abandon()
+        self._threads.clear()
+        self._reached.clear()
 
     def inputs_of(self, number: int, group: list[Stage]) -> dict[Stage, Tensor]:
         """Let a forward run on to a group: the inputs there, as far as there are any."""
