@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of `optq.quantize` against the depth of the model, and resuming after being killed.
 
-Models of random weights and equal width are written to disk and quantized, each in its own process. Then a run is
-killed at random moments, as often as asked, and repeated until it ends; its bytes are compared with those of a run
+Models of random weights and equal width are written to disk and quantized, each in its own process; one also with
+much calibration data, with and without a limit for what waits between blocks. Then a run is killed at random moments, as often as asked, and repeated until it ends; its bytes are compared with those of a run
 that was left alone.
 
-    python benchmarks/memory.py [--parts depth killed] [--kills 20]
+    python benchmarks/memory.py [--parts depth limits killed] [--kills 20]
 """
 
 import argparse
@@ -21,6 +21,11 @@ from typing import Any
 import record
 
 DEPTHS, HIDDEN, SEED = (8, 64), 512, 0
+LIMITED: dict[str, dict[str, Any]] = {
+    "4 096 tokens": {},
+    "131 072 tokens": {"times": 32},
+    "131 072 tokens, 64 MiB for activations": {"times": 32, "activation_memory": {"cpu": "64MiB"}},
+}
 KILLED_DEPTH, KILLED_HIDDEN = 12, 128
 
 QUANTIZE = """
@@ -29,10 +34,15 @@ import torch
 import optq
 torch.manual_seed(0)
 rows = [{"input_ids": row.tolist()} for row in torch.randint(0, 1000, (32, 128))]
-optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, group_size=64, dataset=rows), output_dir=sys.argv[2])
+settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+rows *= settings.pop("times", 1)
+optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, group_size=64, dataset=rows, **settings), output_dir=sys.argv[2])
 from optq.memory import peak_gib
 print(json.dumps({"peak_rss_mb": round(peak_gib("cpu") * 2**30 / 1e6)}))
 """
+
+
+PARTS = ("depth", "limits", "killed")
 
 
 def model(depth: int, hidden: int, folder: Path) -> Path:
@@ -75,6 +85,23 @@ def depths(scratch: Path) -> dict[str, Any]:
     return {"blocks": found, "peak_ratio": round(most / least, 3)}
 
 
+def limits(scratch: Path) -> dict[str, Any]:
+    """The same data with and without a limit for what waits between blocks, and little data."""
+    source = model(DEPTHS[0], HIDDEN, scratch / "limited")
+    found: dict[str, Any] = {}
+    for name, settings in LIMITED.items():
+        started = time.perf_counter()
+        command = [sys.executable, "-c", QUANTIZE, str(source), str(scratch / name), json.dumps(settings)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = {
+            **json.loads(ran.stdout.splitlines()[-1]),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        print(name, found[name], flush=True)
+    many, limited = (weights(scratch / name) for name in list(LIMITED)[1:])
+    return {"runs": found, "identical": many == limited}
+
+
 def kills(scratch: Path, count: int) -> dict[str, Any]:
     source = model(KILLED_DEPTH, KILLED_HIDDEN, scratch / "killed")
     command = [sys.executable, "-c", QUANTIZE, str(source)]
@@ -108,12 +135,14 @@ def kills(scratch: Path, count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--parts", nargs="+", choices=("depth", "killed"), default=("depth", "killed"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     results = record.read("memory")
     with tempfile.TemporaryDirectory() as scratch:
         if "depth" in arguments.parts:
             results["depth"] = depths(Path(scratch))
+        if "limits" in arguments.parts:
+            results["limits"] = limits(Path(scratch))
         if "killed" in arguments.parts:
             results["killed"] = kills(Path(scratch), arguments.kills)
     settings = {

@@ -180,6 +180,13 @@ def memory() -> str:
     lines += [
         f"| {blocks} | {row['dense_mb_on_disk']} | {row['peak_rss_mb']} |" for blocks, row in depth["blocks"].items()
     ]
+    limits = content["results"]["limits"]
+    text = (
+        f"{next(iter(depth['blocks']))} blocks with more data, with and without a limit for what waits (the checkpoints "
+        f"are {'the same' if limits['identical'] else 'DIFFERENT'}):"
+    )
+    lines += ["", textwrap.fill(text, WIDTH), "", "| calibration | peak memory, MB | seconds |", "|---|---|---|"]
+    lines += [f"| {name} | {row['peak_rss_mb']} | {row['seconds']} |" for name, row in limits["runs"].items()]
     text = (
         f"A smaller model ({settings['killed_model']}), killed {killed['kills']} times at random moments: "
         f"{killed['identical']} of {killed['runs']} runs ended with the bytes of one that was left alone."

@@ -268,7 +268,8 @@ class BlockWork:
 
     def _room(self) -> float:
         """Bytes that paused forwards may take; processes on CPUs share what is free."""
-        return PAUSED_SHARE * free_bytes(self.device) / (self.ranks.size if self.device.type == "cpu" else 1)
+        sharing = self.ranks.size if self.device.type == "cpu" else 1
+        return min(PAUSED_SHARE * free_bytes(self.device) / sharing, self.store.on_device)
 
     def _check_agreement(self, stages: list[Stage]) -> None:
         """Processes that differ here would wait for one another forever."""

@@ -49,6 +49,7 @@ class ActivationStore:
             no limit.
         folder: for files, which have no name and vanish with the process.
     Attributes:
+        on_device: the limit; 0 once memory has run out.
         pausing: forwards may wait inside a block.
         parts: in so many parts, one after the other, a micro-batch runs through a block.
     """
@@ -63,7 +64,7 @@ class ActivationStore:
         folder: Path | None = None,
     ) -> None:
         self._device, self._dtype = device, dtype
-        self._on_device, self._in_memory, self._folder = on_device, in_memory, folder
+        self.on_device, self._in_memory, self._folder = on_device, in_memory, folder
         self._here = WeakTensorKeyDictionary()  # tensor -> its bytes
         self._away = WeakTensorKeyDictionary()  # tensor -> _Away
         self._owned: set[int] = set()
@@ -90,7 +91,7 @@ class ActivationStore:
             large = tensor.is_floating_point() and tensor.numel() >= tensors[0].numel()
             if large and tensor not in self._away and tensor.data_ptr() not in self._owned:
                 self._here[tensor] = tensor.nbytes
-                if sum(self._here.values()) > self._on_device:
+                if sum(self._here.values()) > self.on_device:
                     self._send_away(tensor)
         return tree
 
@@ -115,7 +116,7 @@ class ActivationStore:
         """From now on nothing waits on the device; False if nothing did, or there is no other place."""
         if not self._here or (self._is_memory and self._folder is None):
             return False
-        self._on_device = 0
+        self.on_device = 0
         for tensor in list(self._here):
             self._send_away(tensor)
         return True
