@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of `optq.quantize` against the depth of the model, and resuming after being killed.
 
-Models of random weights and equal width are written to disk and quantized, each in its own process; one also with
-much calibration data, with and without a limit for what waits between blocks. Then a run is killed at random moments, as often as asked, and repeated until it ends; its bytes are compared with those of a run
-that was left alone.
+Models of random weights and equal width are written to disk and quantized, each in its own process; one also with much
+calibration data, with and without a limit for what waits between blocks. Then a run is killed at random moments, as
+often as asked, and repeated until it ends; its bytes are compared with those of a run that was left alone.
 
     python benchmarks/memory.py [--parts depth limits killed] [--kills 20]
 """
@@ -23,8 +23,8 @@ import record
 DEPTHS, HIDDEN, SEED = (8, 64), 512, 0
 LIMITED: dict[str, dict[str, Any]] = {
     "4 096 tokens": {},
-    "131 072 tokens": {"times": 32},
-    "131 072 tokens, 64 MiB for activations": {"times": 32, "activation_memory": {"cpu": "64MiB"}},
+    "131 072 tokens": {"samples": 1024},
+    "131 072 tokens, 64 MiB for activations": {"samples": 1024, "activation_memory": {"cpu": "64MiB"}},
 }
 KILLED_DEPTH, KILLED_HIDDEN = 12, 128
 
@@ -33,9 +33,8 @@ import json, sys
 import torch
 import optq
 torch.manual_seed(0)
-rows = [{"input_ids": row.tolist()} for row in torch.randint(0, 1000, (32, 128))]
 settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-rows *= settings.pop("times", 1)
+rows = [{"input_ids": row.tolist()} for row in torch.randint(0, 1000, (settings.pop("samples", 32), 128))]
 optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, group_size=64, dataset=rows, **settings), output_dir=sys.argv[2])
 from optq.memory import peak_gib
 print(json.dumps({"peak_rss_mb": round(peak_gib("cpu") * 2**30 / 1e6)}))

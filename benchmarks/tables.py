@@ -182,7 +182,7 @@ def memory() -> str:
     ]
     limits = content["results"]["limits"]
     text = (
-        f"{next(iter(depth['blocks']))} blocks with more data, with and without a limit for what waits (the checkpoints "
+        f"{next(iter(depth['blocks']))} blocks, more data, with and without a limit for what waits (the checkpoints "
         f"are {'the same' if limits['identical'] else 'DIFFERENT'}):"
     )
     lines += ["", textwrap.fill(text, WIDTH), "", "| calibration | peak memory, MB | seconds |", "|---|---|---|"]

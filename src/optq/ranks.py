@@ -8,19 +8,25 @@ so that all of them go on with the same numbers. The first process writes.
 import atexit
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import OptqError, RankError
 
-PATIENCE = timedelta(hours=24)  # others wait while the first one writes texts or files; a process that ends is noticed
+MEETING = timedelta(minutes=10)  # until all have come
+PATIENCE = timedelta(
+    hours=24
+)  # then: others wait while the first one writes texts or files; a process that ends is noticed
 
 T = TypeVar("T")
 
@@ -47,7 +53,7 @@ class Ranks:
         """Sum a tensor over all processes, in place."""
         if self.size > 1:
             with _in_company(self):
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=_group())
         return tensor
 
     def sums(self, *numbers: float) -> list[float]:
@@ -60,7 +66,7 @@ class Ranks:
             return [value]
         found: list[Any] = [None] * self.size
         with _in_company(self):
-            dist.all_gather_object(found, value)
+            dist.all_gather_object(found, value, group=_group())
         return found
 
     def from_first(self, call: Callable[[], T]) -> T:
@@ -79,7 +85,7 @@ class Ranks:
                 failed = error
                 answer[1] = error if isinstance(error, OptqError) else RankError(f"{type(error).__name__}: {error}")
         with _in_company(self):
-            dist.broadcast_object_list(answer, src=0)
+            dist.broadcast_object_list(answer, src=0, group=_group())
         if failed is not None:
             raise failed
         if answer[1] is not None:
@@ -92,10 +98,10 @@ ALONE = Ranks()
 
 
 def join() -> Ranks:
-    """This process among those that were started together; joins them, and is silent unless it is the first.
+    """This process among those that were started together; waits for the others, and is silent unless it is the first.
 
     Raises:
-        RankError: the others do not answer.
+        RankError: the others do not come.
     """
     if not dist.is_available():
         return ALONE
@@ -105,17 +111,50 @@ def join() -> Ranks:
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         try:
-            dist.init_process_group(timeout=PATIENCE)
+            store, rank, size = next(rendezvous("env://", timeout=MEETING))
         except (RuntimeError, ValueError) as error:
             raise RankError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but they do not "
                 f"find each other: {error}. Start them with torchrun or accelerate launch, or unset WORLD_SIZE."
             ) from error
+        _meet(store, size)
+        dist.init_process_group(store=store, rank=rank, world_size=size)
         atexit.register(_leave)
+    elif dist.get_world_size() > 1:
+        _meet(dist.distributed_c10d._get_default_store(), dist.get_world_size())
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    if ranks.size > 1:
+        _group()
     if not ranks.is_first:
         logging.getLogger("optq").setLevel(logging.ERROR)
     return ranks
+
+
+@cache
+def _group() -> Any:
+    """Our own, whatever the patience and the backends of others that this program uses."""
+    return dist.new_group(timeout=PATIENCE, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+_meetings = 0
+
+
+def _meet(store: Any, size: int) -> None:
+    """Wait until all processes have come here: where only the first one quantizes, it would wait for them forever."""
+    global _meetings  # of this process, as many as of every other
+    _meetings += 1
+    deadline = time.monotonic() + MEETING.total_seconds()
+    place = f"optq/{_meetings}"
+    arrived = store.add(place, 1)
+    while arrived < size:
+        if time.monotonic() > deadline:
+            raise RankError(
+                f"{size} processes were started together, but only {arrived} of them came to "
+                f"quantize within {MEETING}. Make the same call in all of them; or quantize in one process before "
+                "torch.distributed is initialised, with WORLD_SIZE unset."
+            )
+        time.sleep(0.02)
+        arrived = store.add(place, 0)
 
 
 def _leave() -> None:

@@ -189,6 +189,20 @@ def environment_of(pid):
         return stream.read()
 
 
+def test_a_process_that_quantizes_alone_among_several_ends(tiny_llama, token_rows, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import datetime, os, sys, time, optq, optq.ranks\n"
+        "optq.ranks.MEETING = datetime.timedelta(seconds=3)\n"
+        "if os.environ['RANK'] == '1': time.sleep(15), sys.exit()\n"
+        f"optq.quantize({str(tiny_llama)!r}, optq.GPTQConfig(bits=4, dataset=[]), output_dir='out')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "2 processes were started together, but only 1 of them came to quantize within 0:00:03" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_process_that_expects_others_says_what_to_do():
     code = "import optq.ranks; optq.ranks.join()"
     alone = {**os.environ, "WORLD_SIZE": "2"}
