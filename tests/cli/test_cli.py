@@ -96,7 +96,7 @@ def test_options_reach_the_config(run, tiny_llama, text, tmp_path):
 def test_a_finished_folder_is_not_overwritten(run, tiny_llama, text, checkpoint):
     code, _, err = run("quantize", "--model", tiny_llama, checkpoint, *SETTINGS, "--dataset", text)
     assert code == RESOURCES
-    assert has_one_line("is not empty", err)
+    assert has_one_line("is not empty", err) and "`gptq push` uploads it" in err
 
 
 @pytest.mark.parametrize(
