@@ -154,7 +154,7 @@ def _why_not_vllm(linear: Linear, parts: int) -> str | None:
     if not linear.of_an_expert:
         return linear.why_not_divided(parts, codes_per_word, whole)  # its GPU kernel pads what is no tile
     hidden, width = linear.widths
-    if linear.scheme.group_size == -1 and hidden % max(MARLIN_TILES[0]):
+    if linear.scheme.group_size == -1 and hidden % 128:
         return f"experts {hidden} wide without groups; use group_size=128, 64 or 32, or a multiple of 128"
     smallest = min(whole, 32)  # parts that cut groups run on a kernel that can halve them, down to 32
     if width % (parts * smallest):
