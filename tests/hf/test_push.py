@@ -336,3 +336,27 @@ def test_a_repository_as_autogptq_left_it_is_read_from_its_own_revision_and_from
         assert ended.returncode == 0, ended.stderr
         assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
         (tmp_path / "logits.pt").unlink()
+
+
+CONVERT = """
+import sys
+import optq
+optq.convert("user/tiny-GGUF", gguf_file="tiny.Q4_0.gguf", revision=sys.argv[1], output_dir=sys.argv[2], to="gptq")
+"""
+
+
+def test_a_gguf_file_of_a_repository_is_converted_at_its_revision(hub, tiny_llama, tmp_path):
+    pytest.importorskip("gguf")
+    from gguf_files import write_gguf
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    file = write_gguf(model, tmp_path / "tiny.Q4_0.gguf", "Q4_0")
+    hub.repositories["user/tiny-GGUF"] = Repository(trees={"1" * 40: {file.name: file.read_bytes()}, "2" * 40: {}})
+    ended = elsewhere(hub, tmp_path, "-c", CONVERT, "1" * 40, tmp_path / "out")
+    assert ended.returncode == 0, ended.stderr
+    optq.convert(tmp_path, gguf_file=file.name, output_dir=tmp_path / "from-folder", to="gptq")
+    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "from-folder")
+
+    ended = elsewhere(hub, tmp_path, "-c", CONVERT, "2" * 40, tmp_path / "none")
+    assert "tiny.Q4_0.gguf" in ended.stderr.splitlines()[-1]
+    assert not (tmp_path / "none").exists()

@@ -6,6 +6,7 @@ The format is specified in docs/checkpoint-format.md. Outside names (qweight, qz
 """
 
 import os
+import pickle
 from dataclasses import dataclass, replace
 
 import torch
@@ -175,19 +176,25 @@ class QuantizedTensors:
 _SAFETENSORS_DTYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def read_headers(files: list[str]) -> dict[str, TensorHeader]:
+def read_headers(files: list[str], *, pickled: bool = False) -> dict[str, TensorHeader]:
     """The headers of every tensor in `files`, by tensor name.
 
+    Args:
+        pickled: read files that torch.save wrote (.bin, .pt), too: their tensors only, as torch's weights_only does.
     Raises:
-        CheckpointError: a file is not safetensors. Pickled files (.bin, .pt) can run code when they are read.
+        CheckpointError: a file is not safetensors, or it is pickled and holds more than tensors.
     """
     headers: dict[str, TensorHeader] = {}
     for file in files:
         if not os.fspath(file).endswith(".safetensors"):
-            raise CheckpointError(
-                f"{file}: only .safetensors files are read; unpickling a file from elsewhere can run its code. "
-                "Convert the checkpoint once, where you trust it, with save_pretrained()."
-            )
+            if not pickled:
+                raise CheckpointError(
+                    f"{file}: only .safetensors files are read; unpickling a file from elsewhere can run its code. "
+                    "AutoModelForCausalLM.from_pretrained(..., use_safetensors=False) reads nothing but tensors "
+                    "from it, if weights_only stays True; save_pretrained() then writes safetensors."
+                )
+            headers |= _headers_of_pickle(file)
+            continue
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 part = tensors.get_slice(name)
@@ -195,6 +202,14 @@ def read_headers(files: list[str]) -> dict[str, TensorHeader]:
                     shape=tuple(part.get_shape()), dtype=_SAFETENSORS_DTYPES.get(part.get_dtype(), torch.float32)
                 )
     return headers
+
+
+def _headers_of_pickle(file: str) -> dict[str, TensorHeader]:
+    try:
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file} is refused, since it holds more than tensors: {error}") from error
+    return {name: TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in tensors.items()}
 
 
 def find_quantized_linears(headers: dict[str, TensorHeader]) -> dict[str, QuantizedTensors]:

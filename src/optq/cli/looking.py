@@ -14,13 +14,32 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that serve it together (1)"
     )
+    parser.add_argument(
+        "--reader",
+        type=_reader,
+        action="append",
+        default=[],
+        metavar="NAME=VERSION",
+        help="answer for this version of a reader, as vllm=0.29; may be repeated (the newest that is known)",
+    )
     add_source(parser)
+
+
+def _reader(text: str) -> tuple[str, str]:
+    name, _, version = text.partition("=")
+    if not version:
+        raise argparse.ArgumentTypeError(f"{text!r} names no version; say vllm=0.32, for example")
+    return name, version
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     import optq
+    from optq.serving import rules_of
 
-    found = optq.inspect(arguments.model, tensor_parallel=arguments.tensor_parallel, **loading(arguments))
+    versions = dict(arguments.reader)
+    found = optq.inspect(
+        arguments.model, tensor_parallel=arguments.tensor_parallel, versions=versions, **loading(arguments)
+    )
     if arguments.json:
         linears = [
             {"kind": kind, "out_features": out, "in_features": columns, "count": count, **as_json(scheme)}
@@ -45,7 +64,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for kind, count in found.dense.items():
         print(f"not quantized: {count} x {kind}")
     for reader, reasons in found.refused.items():
-        print(f"{reader} reads it" if not reasons else f"{reader} does not read it:")
+        name = f"{reader} {versions.get(reader) or rules_of(reader).versions[-1]}"
+        print(f"{name} reads it" if not reasons else f"{name} does not read it:")
         for reason in reasons:
             print(f"  {reason}")
     for contradiction in found.contradictions:

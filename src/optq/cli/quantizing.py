@@ -171,7 +171,9 @@ PLAN = Command(
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="ID_OR_DIR", help="a checkpoint of GPTQ, by any tool, of AWQ or compressed-tensors"
+        "model",
+        metavar="ID_OR_DIR",
+        help="a checkpoint of GPTQ, by any tool, of AWQ or compressed-tensors; or FILE.gguf",
     )
     parser.add_argument("output", metavar="OUT", help="a new or empty folder")
     parser.add_argument(
@@ -183,6 +185,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without-desc-act", action="store_true", help="write desc_act=false, if every group is a run of columns"
     )
+    parser.add_argument("--gguf-file", metavar="NAME", help="convert this GGUF file of the folder or repository")
     add_source(parser)
 
 
@@ -194,6 +197,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         output_dir=arguments.output,
         to=arguments.to,
         without_desc_act=arguments.without_desc_act,
+        gguf_file=arguments.gguf_file,
         **loading(arguments),
     )
     print_either(arguments, f"{folder} holds the same weights as {arguments.to}", folder=folder, to=arguments.to)

@@ -112,9 +112,11 @@ def _claim(output: Path) -> None:
     strangers = sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
     if strangers:
         shown = ", ".join(strangers[:5]) + (" …" if len(strangers) > 5 else "")
+        finished = "config.json" in strangers and (output / LOG_NAME).exists()
+        push = "This export is finished: `gptq push` uploads it. " if finished else ""
         raise OutputError(
             f"output_dir={str(output)!r} is not empty: it holds {shown}. "
-            "Name a folder that does not exist or is empty; nothing was changed."
+            f"{push}Name a folder that does not exist or is empty; nothing was changed."
         )
     output.mkdir(parents=True, exist_ok=True)
 

@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 
 from optq.errors import ConfigError
-from optq.serving import READERS, refusals
+from optq.serving import refusals, rules_of
 
 from .api import model_without_weights
 from .config import GPTQConfig
@@ -21,6 +21,7 @@ def check(
     config: transformers.GPTQConfig | None = None,
     *,
     server: str = "vllm",
+    version: str | None = None,
     tensor_parallel: int = 1,
     **kwargs: Any,
 ) -> tuple[str, ...]:
@@ -28,18 +29,18 @@ def check(
 
     Args:
         model_id_or_dir: a GPTQ checkpoint; or, with a config, the model that is going to be quantized.
-        server: "vllm", "vllm-cpu", "sglang", "gptqmodel" or "transformers" (with optq). The versions that the answers
-            come from are in docs/interop.md.
+        server: "vllm", "vllm-cpu", "sglang", "gptqmodel" or "transformers" (with optq).
+        version: of the server, such as "0.32"; by default the newest that the table knows, see docs/interop.md.
         tensor_parallel: over how many GPUs it will split the model.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
     Raises:
-        ConfigError: there is no such server in the table.
+        ConfigError: there is no such server in the table, or nothing is known about that version of it.
         CheckpointError: without a config, the model is not quantized.
     """
-    if server not in READERS:
-        raise ConfigError(f"server={server!r} was asked for; allowed are {', '.join(READERS)}.")
+    rules_of(server, version)  # before what takes longer
     if config is None:
-        inspection = inspect(model_id_or_dir, tensor_parallel=tensor_parallel, **kwargs)
+        versions = None if version is None else {server: version}
+        inspection = inspect(model_id_or_dir, tensor_parallel=tensor_parallel, versions=versions, **kwargs)
         if inspection.config is None:
             raise ConfigError(
                 f"{os.fspath(model_id_or_dir)} is not quantized. Pass config= as well, to know what it would become."
@@ -48,4 +49,5 @@ def check(
     model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
     config = GPTQConfig.from_stock(config)
     plan, _ = plan_for(model, config)
-    return refusals(server, as_linears(model, plan.all_targets, config.format), tensor_parallel, plan.skipped)
+    linears = as_linears(model, plan.all_targets, config.format)
+    return refusals(server, linears, tensor_parallel, plan.skipped, version)

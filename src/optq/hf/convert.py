@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, relabel, to_compressed
 from optq.errors import CheckpointError, ConfigError
@@ -23,6 +23,7 @@ from .destination import filled
 from .formats import COMPRESSED, Opened, Source, Tensors, compressed_entry, describe
 from .gguf import opened_gguf
 from .labels import groups_contradict, zeros_contradict
+from .legacy import WHERE
 from .source import companions_folder, copy_companions, model_config_of, quantization_entry, weight_files
 
 DENSE = "dense"
@@ -35,6 +36,7 @@ def convert(
     output_dir: str | os.PathLike[str],
     to: str,
     without_desc_act: bool = False,
+    gguf_file: str | None = None,
     **kwargs: Any,
 ) -> Path:
     """Write a quantized checkpoint in another format.
@@ -49,6 +51,7 @@ def convert(
             dequantized weights.
         without_desc_act: write desc_act=false, which more readers know, where every group is a run of neighbouring
             columns.
+        gguf_file: the name of a GGUF file in the folder or repository, to be converted instead of its other weights.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
     Returns:
         The folder.
@@ -57,10 +60,13 @@ def convert(
         CheckpointError: the source is not quantized, or not on a grid of GPTQ's; its labels are not true; or it holds
             what cannot be written as asked.
         OutputError: the folder is not empty.
+        OSError: there is no such folder, repository or GGUF file, or it cannot be reached.
     """
     if to not in TARGETS:
         raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
     origin = os.fspath(model_id_or_dir)
+    if gguf_file is not None:
+        origin = cached_file(origin, gguf_file, **{key: kwargs[key] for key in WHERE if key in kwargs})
     with (
         opened_gguf(Path(origin)) if origin.endswith(".gguf") else _opened_checkpoint(origin, kwargs) as opened,
         filled(Path(output_dir)) as partial,

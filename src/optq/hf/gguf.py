@@ -43,7 +43,7 @@ def opened_gguf(file: Path) -> Iterator[Opened]:
             f"{file} is read with the package gguf, which is not installed: pip install gguf"
         ) from error
     if not file.is_file():
-        raise CheckpointError(f"There is no file {file}. GGUF files on the Hub have to be downloaded first.")
+        raise CheckpointError(f"There is no file {file}. Of one on the Hub, pass its repository and gguf_file=.")
     try:
         reader = GGUFReader(file)
     except ValueError as error:

@@ -4,7 +4,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,24 @@ class Inspection:
     refused: dict[str, tuple[str, ...]]
 
 
-def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1, **kwargs: Any) -> Inspection:
+def inspect(
+    model_id_or_dir: str | os.PathLike[str],
+    *,
+    tensor_parallel: int = 1,
+    versions: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> Inspection:
     """Say what a checkpoint holds, GPTQ or dense. Loads no model, and runs none of its code.
 
     Args:
         tensor_parallel: over how many GPUs a server will split it.
+        versions: of readers, such as {"vllm": "0.32"}; the newest that is known of those left out.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
     Raises:
         CheckpointError: no safetensors files, or tensors that fit no GPTQ layout.
+        ConfigError: there is no such reader, or nothing is known about that version of it.
     """
+    readers: dict[str, str | None] = {**dict.fromkeys(READERS), **(versions or {})}
     source = os.fspath(model_id_or_dir)
     described = model_config_of(source, kwargs, as_data=True)
     files = weight_files(source, described, kwargs)
@@ -104,9 +113,13 @@ def inspect(model_id_or_dir: str | os.PathLike[str], *, tensor_parallel: int = 1
         contradictions=tuple(_contradictions(files, linears.values())),
         refused={
             reader: refusals(
-                reader, linears.values(), tensor_parallel, (name.removesuffix(".weight") for name in dense)
+                reader,
+                linears.values(),
+                tensor_parallel,
+                (name.removesuffix(".weight") for name in dense),
+                version,
             )
-            for reader in READERS
+            for reader, version in readers.items()
         },
     )
 

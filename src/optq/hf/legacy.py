@@ -3,7 +3,8 @@
 
 The quantization is stated in quantize_config.json instead of config.json, and the weights have names such as
 gptq_model-4bit-128g.safetensors, which transformers takes from its config's attribute `transformers_weights`.
-transformers asks no quantizer about a config without quantization, so both are added where it reads configs.
+transformers asks no quantizer about a config without quantization, so both are added where it reads configs. Only
+there does it also show whether the caller asks for pickled weights.
 """
 
 import json
@@ -23,6 +24,9 @@ QUANTIZE_CONFIG = "quantize_config.json"
 NOT_SETTINGS = ("model_name_or_path", "model_file_base_name", "is_marlin_format")
 """Keys of quantize_config.json about the folder itself."""
 
+UNPICKLE = "optq_reads_pickled_weights"
+"""What a config says while a model is loaded with use_safetensors=False."""
+
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 """What tells where in a repository or folder a file is."""
 
@@ -37,7 +41,10 @@ def register() -> None:
     def get_config_dict(cls: type[Any], /, source: Any, **kwargs: Any) -> Any:
         config, unused = read(cls, source, **kwargs)
         if config and kwargs.get("gguf_file") is None:
+            config.pop(UNPICKLE, None)  # only the caller may ask for that, not a file
             complete(config, str(source), {key: kwargs[key] for key in WHERE if key in kwargs})
+            if kwargs.get("use_safetensors") is False and "quantization_config" in config:
+                config[UNPICKLE] = True
         return config, unused
 
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)

@@ -38,6 +38,7 @@ from . import compat
 from .config import GPTQConfig
 from .journal import Journal, check_same, described
 from .labels import check_label, zeros_contradict
+from .legacy import UNPICKLE
 from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
 from .writing import why_not_loaded_again, write_own_text
@@ -75,9 +76,11 @@ class OptqHfQuantizer(HfQuantizer):
         self._experts: dict[str, Experts] = {}
         self._packed: list[str] = []  # names of linears
         self._without_g_idx: set[str] = set()
+        self._weights_only = True
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
         """Refuse, before anything is downloaded, what can never be quantized."""
+        self._weights_only = weights_only
         if self.pre_quantized:
             return
         self._ranks = join()
@@ -271,7 +274,8 @@ class OptqHfQuantizer(HfQuantizer):
 
     def _insert_empty_layers(self, model: Any, checkpoint_files: list[str]) -> None:
         config = self.quantization_config
-        headers = compat.renamed(read_headers(checkpoint_files), model)
+        pickled = model.config.__dict__.pop(UNPICKLE, False) and self._weights_only
+        headers = compat.renamed(read_headers(checkpoint_files, pickled=pickled), model)
         self._split_experts(model, headers)
         found = find_quantized_linears(headers)
         self._packed = list(found)

@@ -121,7 +121,8 @@ def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list
     if missing := [name for name, path in files.items() if path is None]:
         raise CheckpointError(
             f"{source!r} has no {', '.join(missing[:3])}. Weights are read from safetensors files only: unpickling a "
-            "file from elsewhere can run its code. Convert the model once, where you trust it, with save_pretrained()."
+            "file from elsewhere can run its code. Convert the model once, where you trust it: from_pretrained(..., "
+            "use_safetensors=False), then save_pretrained()."
         )
     return [path for path in files.values() if path is not None]
 
