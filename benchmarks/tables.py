@@ -38,6 +38,7 @@ HEADLINES = (
     "4-bit g64 sym, optq plain GPTQ",
     "4-bit g64 sym, optq default",
     "3-bit g64 sym, GPTQModel + GPTAQ",
+    "3-bit g64 sym, AutoRound",
     "3-bit g64 sym, optq default",
     "2-bit g64 asym, optq default",
     "2-bit g64 asym, optq max",
