@@ -195,6 +195,19 @@ def memory() -> str:
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
 
 
+def processes() -> str:
+    """Two processes against one with two threads."""
+    content = read("processes")
+    settings, results = content["settings"], content["results"]
+    seconds = "; ".join(f"{way} {', '.join(map(str, found))} s" for way, found in results["seconds"].items())
+    return textwrap.fill(
+        f"{settings['model']}, {' x '.join(map(str, settings['tokens']))} tokens, effort {settings['effort']!r}, on "
+        f"{settings['cores']} cores: {seconds}. Two processes with a thread each take "
+        f"{results['two_processes_to_one']:.2f} of the time of one process with two threads.",
+        WIDTH,
+    )
+
+
 def onnx() -> str:
     """Exported checkpoints in other runtimes, beside themselves."""
     content = read("onnx")
@@ -329,6 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "generate": generate,
     "memory": memory,
+    "processes": processes,
     "onnx": onnx,
     "coverage": coverage,
     "interop": interop,
