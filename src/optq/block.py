@@ -393,10 +393,10 @@ class BlockWork:
                 own = self.with_room(partial(self._solutions, *turn[0], scheme_of, rank, size))
                 found = [[_joined(parts) for parts in zip(*self.ranks.gathered(own), strict=True)]]
             else:
-                mine = turn[rank : rank + 1]
-                found = self.ranks.gathered(
-                    [one for own in mine for one in self.with_room(partial(self._solutions, *own, scheme_of))]
-                )
+                own = []
+                if rank < len(turn):
+                    own = self.with_room(partial(self._solutions, *turn[rank], scheme_of))
+                found = self.ranks.gathered(own)
             for (stage, hessian, _), solutions in zip(turn, found, strict=False):
                 done = []
                 for (scheme, views), (solution, seconds) in zip(

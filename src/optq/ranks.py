@@ -19,14 +19,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from .errors import OptqError, RankError
 
 MEETING = timedelta(minutes=10)  # until all have come
-PATIENCE = timedelta(
-    hours=24
-)  # then: others wait while the first one writes texts or files; a process that ends is noticed
+PATIENCE = timedelta(hours=24)  # then: the first one may write texts, and a process that ends is noticed at once
 
 T = TypeVar("T")
 
@@ -110,6 +107,8 @@ def join() -> Ranks:
             return ALONE
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        from torch.distributed.rendezvous import rendezvous  # not there in every build of torch
+
         try:
             store, rank, size = next(rendezvous("env://", timeout=MEETING))
         except (RuntimeError, ValueError) as error:
