@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from optq import GPTQConfig, QuantLinear
 from optq.checkpoint import PackedWeight, pack, unpack_codes
-from optq.gptq import round_to_nearest, solve
+from optq.gptq import columns, round_to_nearest, solve
 from optq.kernels import choose_kernel
 from optq.scheme import LayerScheme
 
@@ -129,3 +129,17 @@ def test_generate_compiles_for_a_static_cache(tiny_llama, token_rows, probe_ids,
     expected = model.generate(probe_ids[:1].cuda(), **arguments)
     found = model.generate(probe_ids[:1].cuda(), **arguments, cache_implementation="static")
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("bits", "act_order"), [(4, "static"), (3, "desc_act"), (2, "none"), (8, "group_aware")])
+def test_the_fused_loops_of_the_solver_choose_the_codes_of_single_operations(bits, act_order, monkeypatch):
+    assert columns.why_not_fused(torch.device("cuda")) is None
+    x = torch.randn(4096, 1000, device="cuda") @ (torch.eye(1000) + torch.randn(1000, 1000) / 50).cuda()
+    hessian, weight = x.T @ x / 4096, torch.randn(777, 1000, device="cuda")
+    scheme = LayerScheme(bits=bits, group_size=128, symmetric=bits > 2, act_order=act_order, refinement=1)
+    fused = solve(weight, hessian, scheme)
+    assert torch.equal(solve(weight, hessian, scheme).quantized.codes, fused.quantized.codes), "two runs differ"
+    monkeypatch.setattr(columns, "why_not_fused", lambda device: "for comparison")
+    single = solve(weight, hessian, scheme)
+    assert (fused.quantized.codes != single.quantized.codes).float().mean() < 1e-2
+    torch.testing.assert_close(fused.lost.sum(), single.lost.sum(), rtol=1e-3, atol=0)

@@ -163,8 +163,11 @@ class QuantizedWeight:
 
     def decode(self) -> Tensor:
         """The (out, in) float32 values that every reader of the checkpoint must reproduce."""
-        zeros = per_column(self.zeros.float(), self.group_of_column)
-        return (self.codes.float() - zeros) * per_column(self.scales, self.group_of_column)
+        steps, zeros = self.codes.float(), self.zeros.float()
+        if (width := run_width(self.group_of_column, self.scales.shape[1])) is not None:
+            by_group = steps.view(*self.scales.shape, width)
+            return by_group.sub_(zeros[..., None]).mul_(self.scales[..., None]).view_as(steps)
+        return (steps - per_column(zeros, self.group_of_column)) * per_column(self.scales, self.group_of_column)
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
         """The same elsewhere."""

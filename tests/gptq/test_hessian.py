@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from optq.errors import CalibrationError
 from optq.gptq import Hessian
+from optq.gptq import hessian as products
 
 
 @pytest.mark.parametrize("features", [1, 3, 4, 30, 64])
@@ -43,3 +46,23 @@ def test_no_tokens_and_infinite_inputs_are_refused():
     hessian.add(torch.tensor([[1.0, float("inf"), 0.0, 0.0]]))
     with pytest.raises(CalibrationError, match="not finite"):
         hessian.mean()
+
+
+@pytest.mark.parametrize("dtype", products.EXACT_IN_TF32)
+def test_16_bit_numbers_are_exact_in_the_tensor_cores_format(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    bits = every[every.isfinite()].float().view(torch.int32)
+    assert not (bits & 0x1FFF).any()  # TF32 has the upper 10 of float32's 23 bits of fraction
+    assert (torch.tensor([1 / 3]).view(torch.int32) & 0x1FFF).any()
+
+
+@pytest.mark.parametrize(("device", "dtype", "expected"), [
+    ("cuda", torch.bfloat16, "tf32"), ("cuda", torch.float32, "none"), ("cpu", torch.float16, "none"),
+])  # fmt: skip
+def test_only_16_bit_inputs_on_gpus_are_multiplied_there_and_the_setting_comes_back(device, dtype, expected):
+    matmul = torch.backends.cuda.matmul
+    inputs = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    with pytest.raises(KeyError), products._fast_products(inputs):
+        assert matmul.fp32_precision == expected
+        raise KeyError
+    assert matmul.fp32_precision == "none"

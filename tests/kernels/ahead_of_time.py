@@ -27,13 +27,28 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from optq.gptq import triton_columns
+from optq.gptq.columns import FUSED_BLOCK, FUSED_ROWS, FUSED_WARPS
 from optq.kernels import triton_kernels
 from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, TILINGS, WORD_TYPES
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 WORDS = {bits: f"*i{8 * WORD_TYPES[planes[-1]].itemsize}" for bits, planes in PLANES.items()}
-ALIGNED = ("x", "first", "second", "scales", "zeros", "output", "dense", "out", "columns")  # to 16 bytes, or by 16
+LOOPS = ("round_block", "sweep_block")
+ALIGNED = (
+    "x",
+    "first",
+    "second",
+    "scales",
+    "zeros",
+    "output",
+    "dense",
+    "out",
+    "columns",
+    "in_features",
+    "codes",
+)  # to 16 bytes, or by 16
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], target: Any, **options: int) -> Any:
@@ -78,6 +93,13 @@ def dequantize(bits: int, dtype: str, group: int, target: Any) -> Any:
     return compiled(triton_kernels.dequantize, types, constants, target, num_warps=4)
 
 
+def loop(name: str, target: Any) -> Any:
+    types = dict.fromkeys(("pending", "pull", "factor", "hessian", "scales", "zeros"), "*fp32")
+    types |= {"codes": "*u8", "groups": "*i32", "max_code": "fp32"}
+    constants = {"COLUMNS": FUSED_BLOCK, "ROWS": FUSED_ROWS}
+    return compiled(getattr(triton_columns, name), types, constants, target, num_warps=FUSED_WARPS)
+
+
 def facts(binary: Any) -> dict[str, Any]:
     """What the machine code uses; of NVIDIA's, also its instructions."""
     found: dict[str, Any] = {"shared_bytes": binary.metadata.shared}
@@ -118,6 +140,8 @@ def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
         for bits, dtype in zip(PLANES, itertools.cycle(TYPES), strict=False):
             what = {"target": name, "program": "dequantize", "bits": bits, "dtype": dtype, "group": 128}
             yield what, dequantize(bits, dtype, 128, target)
+        for program in LOOPS:
+            yield {"target": name, "program": program}, loop(program, target)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_kernels import CASES, IN, packed_weight, relative_error
 
+from optq import triton_devices
 from optq.checkpoint import PackedWeight, unpack_codes
 from optq.kernels import choose_kernel, explain, triton_gpu
 
@@ -173,10 +174,15 @@ def test_refuses_in_words(monkeypatch):
     uneven[0] = 1
     uneven = PackedWeight(**{**vars(packed), "g_idx": uneven})
     assert "different numbers of columns" in triton_gpu.why_not_laid_out(uneven, torch.float16)
-    monkeypatch.setattr(triton_gpu, "DEVICES", ("cpu",))
+    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
     assert triton_gpu.why_not(packed, torch.float16) is None
-    monkeypatch.setattr(triton_gpu, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_devices, "find_spec", lambda name: None)
     assert "pip install triton" in triton_gpu.why_not(packed, torch.float16)
+    monkeypatch.undo()
+    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
+    monkeypatch.setattr(triton_devices.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "install gcc" in triton_gpu.why_not(packed, torch.float16)
 
 
 def test_the_sum_is_split_until_every_processor_has_work():

@@ -13,13 +13,15 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from optq.scheme import QuantizedWeight, per_column
 
+from .columns import Columns, in_order, sweep_columns
 from .grid import LARGEST_SCALE, SMALLEST_SCALE, stored_scales
 
-COLUMN_BLOCK = 64
-ELEMENTS_AT_ONCE = 1 << 24  # of the largest intermediate of `refit_scales`: 64 MiB
+ELEMENTS_AT_ONCE = 1 << 20  # of an intermediate of `refit_scales` on a CPU: what its caches hold
+ELEMENTS_AT_ONCE_ON_GPUS = 1 << 26
 RIDGE = 1e-4  # pulls the scale of a group whose codes hardly matter towards the one it has
 
 
@@ -84,21 +86,25 @@ def refit_scales(hessian: Tensor, present: Attempt) -> QuantizedWeight:
     """
     quantized = present.quantized
     order = torch.argsort(quantized.group_of_column, stable=True)
-    hessian = hessian[order][:, order]
-    widths = torch.bincount(quantized.group_of_column).tolist()
+    groups = quantized.scales.shape[1]
+    width = int(torch.bincount(quantized.group_of_column).max())
+    missing = groups * width - order.numel()  # of the last group, which may be narrower
+    hessian = pad(hessian[order][:, order], (0, missing, 0, missing))
     steps = quantized.codes.float() - per_column(quantized.zeros.float(), quantized.group_of_column)
-    steps, pull = steps[:, order], present.pull[:, order]
-    rows_at_once = max(1, ELEMENTS_AT_ONCE // (steps.shape[1] * len(widths)))
+    steps, pull = (pad(values[:, order], (0, missing)) for values in (steps, present.pull))
+    limit = ELEMENTS_AT_ONCE if hessian.device.type == "cpu" else ELEMENTS_AT_ONCE_ON_GPUS
+    at_once = max(1, limit // max(groups * width, groups**2))
     refitted = []
     for chunk, chunk_pull, scales in zip(
-        steps.split(rows_at_once),
-        pull.split(rows_at_once),
-        quantized.scales.split(rows_at_once),
-        strict=True,
+        steps.split(at_once), pull.split(at_once), quantized.scales.split(at_once), strict=True
     ):
-        right = _sums_by_group(chunk * chunk_pull, widths)  # (rows, groups)
-        strips = zip(chunk.split(widths, 1), hessian.split(widths), strict=True)
-        left = torch.stack([_sums_by_group((part @ strip) * chunk, widths) for part, strip in strips], 1)
+        right = (chunk * chunk_pull).view(-1, groups, width).sum(2)
+        left = torch.zeros(chunk.shape[0], groups, groups, device=chunk.device)
+        for group in range(groups):
+            start = group * width
+            products = chunk[:, start : start + width] @ hessian[start : start + width, start:]
+            left[:, group, group:] = products.mul_(chunk[:, start:]).view(-1, groups - group, width).sum(2)
+        left += left.triu(1).mT
         diagonal = left.diagonal(dim1=1, dim2=2)
         diagonal += RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(left.dtype).tiny
         change, failed = torch.linalg.solve_ex(left, right)
@@ -109,11 +115,6 @@ def refit_scales(hessian: Tensor, present: Attempt) -> QuantizedWeight:
     return replace(quantized, scales=stored_scales(torch.cat(refitted)))
 
 
-def _sums_by_group(values: Tensor, widths: list[int]) -> Tensor:
-    """(rows, in) -> (rows, groups)."""
-    return torch.stack([part.sum(1) for part in values.split(widths, 1)], 1)
-
-
 def sweep_codes(hessian: Tensor, present: Attempt) -> QuantizedWeight:
     """One sweep of coordinate descent: every column in turn gets the code that is best with all others as they are.
 
@@ -122,25 +123,13 @@ def sweep_codes(hessian: Tensor, present: Attempt) -> QuantizedWeight:
     """
     quantized = present.quantized
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    groups = quantized.group_of_column[order].tolist()
-    hessian = hessian[order][:, order]
-    scales, zeros = quantized.scales.T.contiguous(), quantized.zeros.float().T.contiguous()  # (groups, out)
-    pull = present.pull.T[order].contiguous()  # (in, out)
+    columns = Columns(
+        matrix=hessian[order][:, order],
+        scales=quantized.scales.T.contiguous(),
+        zeros=quantized.zeros.float().T.contiguous(),
+        groups=quantized.group_of_column[order],
+        max_code=(1 << quantized.bits) - 1,
+    )
     codes = quantized.codes.T[order].contiguous()
-    max_code = (1 << quantized.bits) - 1
-    pivots = hessian.diagonal().tolist()
-    in_features = len(groups)
-    for start in range(0, in_features, COLUMN_BLOCK):
-        stop = min(start + COLUMN_BLOCK, in_features)
-        moves = torch.zeros(stop - start, codes.shape[1], device=codes.device)
-        for i in range(start, stop):
-            scale, zero = scales[groups[i]], zeros[groups[i]]
-            steps = codes[i].float() - zero
-            best = torch.div(pull[i], scale * pivots[i]).add_(steps).round_().add_(zero).clamp_(0, max_code)
-            codes[i] = best
-            torch.sub(best - zero, steps, out=moves[i - start]).mul_(scale)
-            pull[i + 1 : stop].addr_(hessian[i, i + 1 : stop], moves[i - start], alpha=-1)
-        pull[stop:].addmm_(hessian[start:stop, stop:].T, moves, alpha=-1)
-    restored = torch.empty_like(codes)
-    restored[order] = codes
-    return replace(quantized, codes=restored.T.contiguous())
+    sweep_columns(present.pull.T[order].contiguous(), codes, columns)
+    return replace(quantized, codes=in_order(codes, order))

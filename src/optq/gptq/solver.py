@@ -17,13 +17,13 @@ from torch.nn.functional import pad
 from optq.errors import SolveError
 from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
 
+from .columns import Columns, in_order, round_columns
 from .grid import Grid, fit_grid
 from .hessian import output_energy
 from .refinement import Attempt, refine
 
 logger = logging.getLogger(__name__)
 
-COLUMN_BLOCK = 32
 ELEMENTS_AT_ONCE = 1 << 24  # of the weight: rows are independent, and an output head has a hundred thousand of them
 DAMPING_STEPS = 3  # tenfold increases tried before giving up
 
@@ -66,7 +66,7 @@ def solve(
     scheme: LayerScheme,
     *,
     drift: Tensor | None = None,
-    column_block: int = COLUMN_BLOCK,
+    column_block: int | None = None,
     name: str = "this layer",
 ) -> Solution:
     """Round `weight` to `scheme`'s grid, minimising the change of its outputs on the calibration data.
@@ -77,7 +77,7 @@ def solve(
         hessian: mean of x·xᵀ over calibration tokens, (in, in) float32. Not modified.
         drift: mean of (x in the original model - x)·xᵀ, (in, in) float32; with it, `scheme.propagation` of what
             earlier layers' errors change in the outputs is compensated.
-        column_block: columns whose updates are applied eagerly; speed only.
+        column_block: columns whose updates are applied eagerly; speed only. None: what suits the device.
         name: for error messages.
     Raises:
         SolveError: the Hessian stays singular after three tenfold increases of damping.
@@ -89,7 +89,14 @@ def solve(
     inverted = _invert(hessian, dead, order, scheme.damping, name)
 
     def round_on(grid: Grid, target: Tensor) -> QuantizedWeight:
-        codes = _round_columns(target, inverted.factor, grid, order, group_of_column, column_block)
+        columns = Columns(
+            matrix=inverted.factor,
+            scales=grid.scales.T.contiguous(),
+            zeros=grid.zeros.T.contiguous(),
+            groups=group_of_column[order],
+            max_code=grid.max_code,
+        )
+        codes = in_order(round_columns(target.T[order].contiguous(), columns, column_block), order)
         return _on_grid(codes, grid, group_of_column, scheme)
 
     def solve_again(target: Tensor, present: Attempt) -> QuantizedWeight:
@@ -210,33 +217,3 @@ def _invert(hessian: Tensor, dead: Tensor, order: Tensor, damping: float, name: 
         f"(asked for: {damping:g}). Use more or more varied calibration data, or leave this layer in full precision "
         f"with dynamic={{'-:{name}': {{}}}}."
     )
-
-
-def _round_columns(
-    weight: Tensor, factor: Tensor, grid: Grid, order: Tensor, group_of_column: Tensor, column_block: int
-) -> Tensor:
-    """Algorithm 1 of the paper. Returns codes (out, in) uint8 in the layout of `weight`."""
-    # Transposed, so that a column is contiguous: a third of the time of strided columns on CPU.
-    pending = weight.T[order].contiguous()  # (in, out), in solving order
-    codes = torch.empty_like(pending, dtype=torch.uint8)
-    groups = group_of_column[order].long()
-    scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.contiguous()  # (groups, out)
-    in_features = pending.shape[0]
-    group_list = groups.tolist()
-    for start in range(0, in_features, column_block):
-        stop = min(start + column_block, in_features)
-        block = pending[start:stop]
-        block_factor = factor[start:stop, start:stop]
-        pivots = block_factor.diagonal().tolist() if block.device.type == "cpu" else block_factor.diagonal()
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            group = group_list[start + i]
-            scale, zero = scales[group], zeros[group]
-            code = (block[i] / scale).round_().add_(zero).clamp_(0, grid.max_code)
-            codes[start + i] = code
-            error = torch.sub(block[i], code.sub_(zero).mul_(scale), out=errors[i]).div_(pivots[i])
-            block[i + 1 :].addr_(block_factor[i, i + 1 :], error, alpha=-1)
-        pending[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    restored = torch.empty_like(codes)
-    restored[order] = codes
-    return restored.T.contiguous()

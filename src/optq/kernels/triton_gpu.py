@@ -16,10 +16,8 @@ library, which then is as fast and whose product no longer waits for the weights
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,10 +25,10 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from optq.checkpoint import PackedWeight, unpack_codes
+from optq.triton_devices import current, why_no_triton
 
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
 
-DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
 BLOCK = 128  # columns whose codes lie together
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (4, 4)}  # bits -> the bits of each plane, lowest first
 WORD_TYPES = {4: torch.int32, 2: torch.int32, 1: torch.int16}  # of a plane, by its bits
@@ -71,14 +69,7 @@ FEWEST_BLOCKS = 4  # per split
 
 
 def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    device = packed.scales.device
-    if device.type not in DEVICES:
-        return f"runs on GPUs, the layer is on {device}"
-    if find_spec("triton") is None:
-        return "needs the package triton; install it with `pip install triton`"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
-        return f"needs compute capability 7.5 or newer, this GPU has {torch.cuda.get_device_capability(device)}"
-    return why_not_laid_out(packed, dtype)
+    return why_no_triton(packed.scales.device) or why_not_laid_out(packed, dtype)
 
 
 def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -154,7 +145,7 @@ def _product(x: Tensor, prepared: Prepared) -> Tensor:
     parts = output if splits == 1 else torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
     kernels = _kernels()
     width = prepared.group_width if prepared.scales.shape[0] > 1 else blocks * BLOCK
-    with _on(x.device):
+    with current(x.device):
         kernels.product[-(-out // tiling.outputs), -(-rows // tiling.rows), splits](
             x,
             *_arguments(prepared),
@@ -202,7 +193,7 @@ def _dense_pieces(prepared: Prepared, dtype: torch.dtype) -> Iterator[tuple[slic
     for start in range(0, prepared.out_features, at_once):
         count = min(at_once, prepared.out_features - start)
         dense = torch.empty(count, columns, dtype=dtype, device=prepared.codes.device)
-        with _on(dense.device):
+        with current(dense.device):
             _kernels().dequantize[-(-count // DEQUANTIZED_OUTPUTS), blocks](
                 *_arguments(prepared),
                 dense,
@@ -270,8 +261,3 @@ def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 16  # the interpreter's, and a guess for other makers' GPUs
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    return torch.get_device_module(device).device(device) if device.type != "cpu" else nullcontext()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops over columns: the fused ones, in Triton's interpreter, choose the codes of single operations."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from optq import triton_devices
+from optq.gptq import columns as loops
+from optq.gptq import solve
+from optq.scheme import LayerScheme
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the programs themselves")
+
+OUT, IN = 13, 160  # neither whole tiles of rows nor whole blocks of columns
+CASES = [
+    LayerScheme(bits=4, group_size=64, refinement=1),
+    LayerScheme(bits=3, group_size=32, act_order="desc_act", symmetric=False, refinement=1),
+    LayerScheme(bits=2, group_size=-1, act_order="none", symmetric=False),
+    LayerScheme(bits=8, group_size=128, act_order="group_aware"),
+]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    monkeypatch.setattr(loops, "why_not_fused", lambda device: None)
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    mixed = torch.eye(IN) + 0.2 * torch.randn(IN, IN)
+    x = torch.randn(1024, IN) @ mixed
+    return torch.randn(OUT, IN) / 10, x.T @ x / 1024
+
+
+def solved(problem, scheme):
+    return solve(*problem, scheme, drift=problem[1] / 50).quantized
+
+
+@pytest.mark.parametrize("scheme", CASES, ids=lambda scheme: f"{scheme.bits} bits, {scheme.act_order}")
+def test_fused_loops_choose_the_codes_of_single_operations(problem, scheme, request):
+    expected = solved(problem, scheme)
+    request.getfixturevalue("fused")
+    found = solved(problem, scheme)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scales, expected.scales)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("at_once", [1, 33])
+def test_blocks_of_columns_change_nothing_but_speed(problem, at_once):
+    scheme = LayerScheme(group_size=32)
+    expected = solve(*problem, scheme).quantized.codes
+    assert torch.equal(solve(*problem, scheme, column_block=at_once).quantized.codes, expected)
+
+
+def test_the_trial_on_a_device_is_passed():
+    assert loops._why_wrong(torch.device("cpu")) is None
+
+
+FAULTS = {
+    "the pivot of the block's first column": ("tl.load(row_of_hessian + i)", "tl.load(row_of_hessian)"),
+    "rounding down": ("to_even(tl.div_rn(column, scale))", "to_even(tl.div_rn(column, scale) - 0.49)"),
+    "errors not fed back": ("pushes[:, None] * error", "0 * pushes[:, None] * error"),
+    "moves not fed back": ("pushes[:, None] * move", "0 * pushes[:, None] * move"),
+    "the first group's scales": ("group = tl.load(groups + start + i)", "group = tl.load(groups + start + i * 0)"),
+    "no program": ("def sweep_block(", "def another("),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_device_whose_codes_are_wrong_is_given_single_operations_and_that_is_said(
+    fault, monkeypatch, tmp_path, caplog
+):
+    text = Path(importlib.util.find_spec("optq.gptq.triton_columns").origin).read_text()
+    right, wrong = FAULTS[fault]
+    assert right in text
+    (tmp_path / "planted.py").write_text(text.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(loops, "_programs", lambda: planted)
+    monkeypatch.setattr(loops, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(loops, "FUSED_ON", ("cpu",))
+    loops.why_not_fused.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="optq"):
+        reason = loops.why_not_fused(torch.device("cpu"))
+    loops.why_not_fused.cache_clear()
+    assert reason is not None
+    assert reason in caplog.text
+    assert ("other codes" in reason) != (fault == "no program")
+
+
+def test_a_cpu_is_given_single_operations_and_a_gpu_without_triton_as_well(monkeypatch):
+    assert "GPUs" in loops.why_not_fused(torch.device("cpu"))
+    monkeypatch.setattr(triton_devices, "find_spec", lambda name: None)
+    assert "pip install triton" in loops.why_not_fused.__wrapped__(torch.device("cuda"))
