@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from optq.memory import MOST_GROWTH, peak_gib, release_free_memory, reuse_of_free_memory
+from optq.memory import MOST_GROWTH, all_finite, peak_gib, release_free_memory, reuse_of_free_memory
 
 
 def test_peak_follows_an_allocation():
@@ -27,6 +27,17 @@ def test_a_child_process_does_not_inherit_the_peak_of_its_parent():
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(child.stdout) < 1.5 < peak_gib("cpu")
     assert block.sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_one_entry_that_is_not_finite_is_found_and_a_sum_that_overflows_is_no_such_entry(dtype):
+    tensor = torch.full((8, 64), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(tensor)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        tensor[3, 5] = value
+        assert not all_finite(tensor)
+    tensor[3, 6] = float("inf")
+    assert not all_finite(tensor)
 
 
 def test_releasing_memory_is_harmless():

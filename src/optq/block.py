@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from .checkpoint import PackedWeight, unpack
 from .errors import CalibrationError, ModelError
 from .gptq import Hessian, InputDrift, Solution, solve, stacked
-from .memory import free_bytes, peak_gib, release_free_memory
+from .memory import all_finite, free_bytes, peak_gib, release_free_memory
 from .model import (
     ActivationStore,
     BlockCall,
@@ -179,7 +179,7 @@ class BlockWork:
     def check_finite(self, calls: list[BlockCall]) -> None:
         for call in calls:
             states = next((leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, Tensor)), None)
-            if states is not None and not bool(states.isfinite().all()):
+            if states is not None and not all_finite(states):
                 raise CalibrationError(
                     f"The inputs of {self.name} are not finite (NaN or infinity) on calibration micro-batch "
                     f"{call.batch}. Load the model in float32 or bfloat16, or look for a damaged layer before it."

@@ -27,7 +27,7 @@ from .checkpoint import pack
 from .errors import CalibrationError, ModelError
 from .evaluation import Comparer, Comparison
 from .layers import QuantLinear
-from .memory import peak_gib, release_free_memory, reuse_of_free_memory
+from .memory import all_finite, peak_gib, release_free_memory, reuse_of_free_memory
 from .model import ActivationStore, BlockCall, Finished, LinearView, SuspendedForwards
 from .placement import execution_device, placed, tensors_outside, working_dtype
 from .planning import Plan, Target
@@ -349,7 +349,7 @@ def _compare(
 
 def _check_weights(targets: Iterable[Target], consequence: str) -> None:
     for target in targets:
-        if not bool(target.view.weight.isfinite().all()):
+        if not all_finite(target.view.weight):
             raise ModelError(
                 f"{target.view.name} has weights that are not finite (NaN or infinity). The checkpoint is damaged, or "
                 f"its values overflow the dtype it is loaded in; {consequence}."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 if sys.platform != "win32":
     import resource
@@ -40,6 +41,14 @@ def free_bytes(device: torch.device | str) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, mostly without temporaries as large as the tensor, which `isfinite` makes.
+
+    A sum is not finite if an entry is not; a sum that merely overflows is looked into.
+    """
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def release_free_memory() -> None:

@@ -9,7 +9,7 @@ from optq.gptq import Hessian
 from optq.gptq import hessian as products
 
 
-@pytest.mark.parametrize("features", [1, 3, 4, 30, 64])
+@pytest.mark.parametrize("features", [1, 3, 30, 64, 500])
 def test_is_the_mean_outer_product_over_all_batches(features):
     inputs = torch.randn(3, 10, features)
     hessian = Hessian(features, "cpu")

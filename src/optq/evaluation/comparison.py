@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from optq.memory import all_finite
 from optq.ranks import Ranks
 
 TOKENS_AT_ONCE = 128  # of the log-probabilities, which are as wide as the vocabulary
@@ -89,7 +90,7 @@ class Comparer:
     def _add_rows(self, original: Tensor, quantized: Tensor, next_ids: Tensor | None) -> None:
         original, quantized = log_softmax(original.float(), -1), log_softmax(quantized.float(), -1)
         self._tokens += original.shape[0]
-        self._finite &= bool(quantized.isfinite().all())
+        self._finite &= all_finite(quantized)
         self._agreed += int((original.argmax(-1) == quantized.argmax(-1)).sum())
         # Where the original's probability is 0, its logarithm is -inf and the term is 0, not NaN.
         terms = original.exp() * (original - quantized)

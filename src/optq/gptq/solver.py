@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from optq.errors import SolveError
+from optq.memory import all_finite
 from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
 
 from .columns import Columns, in_order, round_columns
@@ -208,7 +209,7 @@ def _invert(hessian: Tensor, dead: Tensor, order: Tensor, damping: float, name: 
         if not failed:
             inverse = torch.cholesky_inverse(lower)
             factor, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
-            if not failed and bool(factor.isfinite().all()):
+            if not failed and all_finite(factor):
                 if step:
                     logger.warning("%s: the Hessian was singular at damping %g; solved with %g.", name, damping, tried)
                 return _Inverted(hessian=damped, inverse=inverse, factor=factor, damping=tried)
