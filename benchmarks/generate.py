@@ -60,10 +60,12 @@ def quantized(model: Any, bits: int, group_size: int) -> Any:
     return model
 
 
-def prepare(model: Any, dtype: Any) -> dict[str, Any]:
+def prepare(model: Any, dtype: Any, *, joined: bool = True) -> dict[str, Any]:
     """Derive what the kernels want, as loading does: seconds, and bytes in memory beside those on disk."""
-    from optq.layers import QuantLinear
+    from optq.layers import QuantLinear, join_siblings
 
+    if joined:
+        join_siblings(model)
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     on_disk = sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
     started = time.perf_counter()
@@ -119,7 +121,13 @@ def main() -> None:
     torch.manual_seed(SEED)
     ours = quantized(original(gpu, torch.bfloat16), arguments.bits, arguments.group_size)
     results: dict[str, Any] = {"loading": prepare(ours, torch.bfloat16)}
-    models = {"quantized": ours, "original bfloat16": original(gpu, torch.bfloat16)}
+    alone = quantized(original(gpu, torch.bfloat16), arguments.bits, arguments.group_size)
+    prepare(alone, torch.bfloat16, joined=False)
+    models = {
+        "quantized": ours,
+        "quantized, no products joined": alone,
+        "original bfloat16": original(gpu, torch.bfloat16),
+    }
     if not gpu:
         models["original float32"] = original(gpu, torch.float32)
     prompt = torch.randint(0, ours.config.vocab_size, (1, PROMPT_TOKENS), device=ours.device)

@@ -11,6 +11,8 @@ from optq.checkpoint import PackedWeight, QuantizedTensors, pack_codes
 from optq.kernels import Kernel, Prepared, choose_kernel, matmul
 from optq.scheme import trivial_groups
 
+from .siblings import Siblings, find_siblings
+
 
 class QuantLinear(nn.Module):
     """y = x Wᵀ + bias with a packed W.
@@ -47,6 +49,7 @@ class QuantLinear(nn.Module):
         self._kernel: Kernel | None = None
         self._prepared: Prepared | None = None
         self._prepared_for: tuple[torch.device, torch.dtype] | None = None
+        self.siblings: Siblings | None = None
 
     @classmethod
     def empty(
@@ -76,7 +79,7 @@ class QuantLinear(nn.Module):
         return PackedWeight(
             qweight=self._words(),
             qzeros=self.qzeros,
-            scales=self.scales,
+            scales=self._own_scales(),
             g_idx=self.g_idx,
             bits=self.bits,
             checkpoint_format=self.checkpoint_format,
@@ -97,6 +100,13 @@ class QuantLinear(nn.Module):
         nothing = torch.full((), torch.nan, dtype=dtype, device=self.scales.device)
         self.weight = nothing.expand(self.out_features, self.in_features)
         self.qweight = packed.qweight if self._prepared.codes is packed.qweight else packed.qweight.to("meta")
+        if self.siblings is not None and not self._is_offloaded():
+            self.siblings.prepared(self, self._kernel, self._prepared, self._prepared_for)
+
+    def take_prepared(self, prepared: Prepared) -> None:
+        """Read this from now on, in the place of what `prepare` made: the same in a memory that others share."""
+        self._prepared = prepared
+        self.scales = prepared.scales
 
     def _words(self) -> Tensor:
         """qweight as on disk."""
@@ -104,9 +114,16 @@ class QuantLinear(nn.Module):
             return self.qweight
         return pack_codes(self._kernel.unpack(self._prepared, 0, self.out_features), self.bits)
 
+    def _own_scales(self) -> Tensor:
+        """The scales in memory of their own: those of joined siblings are views of all of theirs."""
+        is_view = self.siblings is not None and self.scales.untyped_storage().nbytes() > self.scales.nbytes
+        return self.scales.clone(memory_format=torch.contiguous_format) if is_view else self.scales
+
     def _restore(self) -> None:
         """Be as before `prepare`."""
-        self.qweight = self._words()
+        self.qweight, self.scales = self._words(), self._own_scales()
+        if self.siblings is not None:
+            self.siblings.part()
         self._kernel = self._prepared = self._prepared_for = None
 
     def fill_trivial_groups(self, group_width: int) -> None:
@@ -118,7 +135,10 @@ class QuantLinear(nn.Module):
             self.prepare(x.dtype)
         assert self._kernel is not None
         assert self._prepared is not None
-        output = matmul(x, self._kernel, self._prepared)
+        if self.siblings is None:
+            output = matmul(x, self._kernel, self._prepared)
+        else:
+            output = self.siblings.output_of(self, x, self._kernel, self._prepared)
         if self._is_offloaded():  # else what was derived of the buffers would stay where there is no room for it
             self._kernel = self._prepared = self._prepared_for = None
         return output if self.bias is None else output + self.bias.to(output.dtype)
@@ -148,6 +168,7 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}qweight"] = self._words()
+        destination[f"{prefix}scales"] = self._own_scales()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._restore()
@@ -158,3 +179,9 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"groups={self.scales.shape[0]}, bias={self.bias is not None}, kernel={self.kernel_name}"
         )
+
+
+def join_siblings(model: nn.Module) -> None:
+    """Let the layers of a model that may read the same input be multiplied as one; before they are prepared."""
+    for layers in find_siblings(model, QuantLinear):
+        Siblings(layers)

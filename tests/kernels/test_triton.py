@@ -16,7 +16,7 @@ from test_kernels import CASES, IN, packed_weight, relative_error
 
 from optq import triton_devices
 from optq.checkpoint import PackedWeight, unpack_codes
-from optq.kernels import choose_kernel, explain, triton_gpu
+from optq.kernels import KERNELS, choose_kernel, explain, triton_gpu
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the programs themselves")
@@ -126,7 +126,7 @@ FAULTS = {
         "tl.interleave(pairs >> 16, pairs & 0xFFFF)",
     ),
     "no mask on the last block": ("known & (start + column < columns)[:, None]", "known"),
-    "the first group's scales everywhere": ("tl.minimum(group, groups - 1) * out", "0 * group"),
+    "the first group's scales everywhere": ("tl.minimum(group, groups - 1) * grid_stride", "0 * group"),
     "a block left out": ("tl.minimum((split + 1) * blocks_per_split, blocks)", "blocks - 1"),
     "zeros left out": ("- zeros.to(tl.int32)[:, None]", "- 0 * zeros.to(tl.int32)[:, None]"),
 }
@@ -190,3 +190,25 @@ def test_the_sum_is_split_until_every_processor_has_work():
     assert triton_gpu.blocks_per_split(tiles=128, blocks=64, processors=132) == 16
     assert triton_gpu.blocks_per_split(tiles=1, blocks=64, processors=132) == 4
     assert triton_gpu.blocks_per_split(tiles=1, blocks=3, processors=132) == 3
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "act_order"), [(4, 64, "static"), (3, 32, "desc_act"), (8, -1, "static")]
+)
+def test_joined_weights_are_multiplied_as_one_and_each_as_before(bits, group_size, act_order):
+    joint = KERNELS["triton"].joint
+    outs = (OUT, OUT) if act_order == "desc_act" else (OUT, 32, 2 * OUT)  # else the order differs with the weight
+    parts = [triton_gpu.prepare(packed_weight(bits, group_size, False, act_order, out=out)) for out in outs]
+    assert joint.why_not(parts) is None
+    whole, sizes = joint.of(parts), [part.out_features for part in parts]
+    x = torch.randn(3, IN).half()
+    apart = [triton_gpu.matmul(x, part) for part in parts]
+    torch.testing.assert_close(triton_gpu.matmul(x, whole), torch.cat(apart, 1), rtol=1e-2, atol=1e-2)
+    for part, view, expected in zip(parts, joint.split(whole, sizes), apart, strict=True):
+        assert view.scales.stride(0) == sum(sizes) or len(view.scales) == 1
+        assert torch.equal(triton_gpu.matmul(x, view), expected)
+        assert torch.equal(
+            triton_gpu.unpack(view, 0, view.out_features), triton_gpu.unpack(part, 0, part.out_features)
+        )
+        dense = triton_gpu.matmul_transposed(expected, view)
+        assert torch.equal(dense, triton_gpu.matmul_transposed(expected, part))

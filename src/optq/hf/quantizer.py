@@ -24,7 +24,7 @@ from optq.checkpoint import find_quantized_linears, read_headers
 from optq.driver import quantize_model
 from optq.errors import CalibrationError, CheckpointError
 from optq.evaluation import Comparison, is_good, judge
-from optq.layers import QuantLinear
+from optq.layers import QuantLinear, join_siblings
 from optq.memory import GIB
 from optq.model import LINEAR_TYPES, ROLES, ActivationStore, Experts, find_fused_experts, put_fused, put_split
 from optq.placement import execution_device, working_dtype
@@ -336,6 +336,7 @@ class OptqHfQuantizer(HfQuantizer):
 
     def _prepare_layers(self, model: Any) -> None:
         """Let every layer choose its kernel; fill in a g_idx that the checkpoint left out."""
+        join_siblings(model)
         kernels: dict[str, int] = {}
         for name, layer in _quantized_layers(model).items():
             if name in self._without_g_idx:  # left uninitialised by the loader

@@ -107,7 +107,9 @@ def _most_rows() -> int:
 def int4_product(rows: Tensor, codes: Tensor, pairs: Tensor) -> Tensor:
     """(rows, in) bfloat16 -> (rows, padded out)."""
     group_size = rows.shape[1] // pairs.shape[0]
-    output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, pairs)
+    # A view of several weights' pairs is not contiguous: an eighth of the codes' bytes, and joined weights are rarely
+    # multiplied one by one.
+    output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, group_size, pairs.contiguous())
     return output
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Prepared`: what a kernel makes of a packed weight once and reads at every call; and dense columns of it."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -24,7 +24,7 @@ class Prepared:
         extras: further tensors that the kernel wants.
         order: (in,) int64, the columns in the order in which the codes lie: groups side by side. None: as they come.
         scales: (groups, out), the dtype on disk.
-        zeros: (groups, out) uint8; int16 for 8 bits, where they reach 256.
+        zeros: (groups, out) uint8; int16 for 8 bits, where they reach 256. Its strides are those of the scales.
         group_of_column: (in,) int32.
         bits: bits per weight.
         group_width: columns per group, once in order; only the last group may be narrower. 0: groups are uneven.
@@ -54,12 +54,72 @@ def prepared_from(packed: PackedWeight, codes: Tensor, *extras: Tensor) -> Prepa
         codes=codes,
         extras=extras,
         order=columns_in_order(packed.g_idx),
-        scales=packed.scales,
+        scales=packed.scales.contiguous(),
         zeros=packed.zeros().to(torch.int16 if packed.bits == 8 else torch.uint8),
         group_of_column=packed.g_idx,
         bits=packed.bits,
         group_width=group_width(packed.g_idx),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """How weights that read the same input are laid side by side, so that one product makes the outputs of all.
+
+    Args:
+        codes, extras: the dimension of each tensor that runs over outputs.
+        multiple: of outputs that lie interleaved: the number that every weight but the last must have a multiple of.
+    """
+
+    codes: int
+    extras: tuple[int, ...] = ()
+    multiple: int = 1
+
+    def why_not(self, parts: Sequence[Prepared]) -> str | None:
+        """Why these weights cannot be joined, or None."""
+        first = parts[0]
+        if any(part.out_features % self.multiple for part in parts[:-1]):
+            return f"not all have multiples of {self.multiple} outputs"
+        for part in parts[1:]:
+            if (part.bits, part.group_width) != (first.bits, first.group_width):
+                return "they have different bits or groups"
+            if not torch.equal(part.group_of_column, first.group_of_column):
+                return "their columns belong to different groups"
+        return None
+
+    def of(self, parts: Sequence[Prepared]) -> Prepared:
+        """All weights as one."""
+        return replace(
+            parts[0],
+            codes=torch.cat([part.codes for part in parts], self.codes),
+            extras=tuple(
+                torch.cat([part.extras[at] for part in parts], self.extras[at]) for at in range(len(parts[0].extras))
+            ),
+            scales=torch.cat([part.scales for part in parts], 1),
+            zeros=torch.cat([part.zeros for part in parts], 1),
+        )
+
+    def split(self, whole: Prepared, sizes: Sequence[int]) -> list[Prepared]:
+        """The weights again, as views; `sizes` are their outputs."""
+        starts = [sum(sizes[:position]) for position in range(len(sizes))]
+        return [
+            replace(
+                whole,
+                codes=self._narrowed(whole.codes, self.codes, start, size, start == starts[-1]),
+                extras=tuple(
+                    self._narrowed(tensor, self.extras[at], start, size, start == starts[-1])
+                    for at, tensor in enumerate(whole.extras)
+                ),
+                scales=whole.scales[:, start : start + size],
+                zeros=whole.zeros[:, start : start + size],
+            )
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+
+    @staticmethod
+    def _narrowed(tensor: Tensor, dim: int, start: int, size: int, is_last: bool) -> Tensor:
+        """The last one has the padding as well."""
+        return tensor.narrow(dim, start, tensor.shape[dim] - start if is_last else size)
 
 
 def columns_in_order(group_of_column: Tensor) -> Tensor | None:

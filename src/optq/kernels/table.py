@@ -12,7 +12,7 @@ from optq.checkpoint import PackedWeight
 from optq.errors import KernelError
 
 from . import cpu, reference, triton_gpu
-from .prepared import Prepared, Unpack, matmul_transposed
+from .prepared import Joint, Prepared, Unpack, matmul_transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Kernel:
         unpack: the codes back, bit for bit: for saving, for gradients, for whoever wants dense weights.
         matmul: (x (..., in), prepared) -> (..., out), without bias, in x's dtype. Need not be differentiable.
         transposed: (gradient (..., out), prepared) -> (..., in), the gradient towards x.
+        joint: how weights of one input become one; None where one product is no faster than several.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Kernel:
     unpack: Unpack
     matmul: Callable[[Tensor, Prepared], Tensor]
     transposed: Callable[[Tensor, Prepared], Tensor]
+    joint: Joint | None = None
 
 
 KERNELS: dict[str, Kernel] = {
@@ -47,6 +49,7 @@ KERNELS: dict[str, Kernel] = {
             unpack=cpu.unpack_int4,
             matmul=cpu.matmul_int4,
             transposed=partial(matmul_transposed, unpack=cpu.unpack_int4),
+            joint=Joint(codes=0, extras=(1,), multiple=cpu.TILE),
         ),
         Kernel(
             name="cpu_int8",
@@ -55,6 +58,7 @@ KERNELS: dict[str, Kernel] = {
             unpack=cpu.unpack_int8,
             matmul=cpu.matmul_int8,
             transposed=partial(matmul_transposed, unpack=cpu.unpack_int8),
+            joint=Joint(codes=0, extras=(0,)),
         ),
         Kernel(
             name="cpu_int4_twice",
@@ -63,6 +67,7 @@ KERNELS: dict[str, Kernel] = {
             unpack=cpu.unpack_int4_twice,
             matmul=cpu.matmul_int4_twice,
             transposed=partial(matmul_transposed, unpack=cpu.unpack_int4_twice),
+            joint=Joint(codes=1, extras=(1, 1), multiple=cpu.TILE),
         ),
         Kernel(
             name="triton",
@@ -71,6 +76,7 @@ KERNELS: dict[str, Kernel] = {
             unpack=triton_gpu.unpack,
             matmul=triton_gpu.matmul,
             transposed=triton_gpu.matmul_transposed,
+            joint=Joint(codes=0, extras=(0,)),
         ),
         Kernel(
             name="reference",

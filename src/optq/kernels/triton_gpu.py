@@ -154,6 +154,7 @@ def _product(x: Tensor, prepared: Prepared) -> Tensor:
             out,
             prepared.in_features,
             prepared.scales.shape[0],
+            prepared.scales.stride(0),
             blocks,
             per_split,
             BITS=prepared.bits,
@@ -202,6 +203,7 @@ def _dense_pieces(prepared: Prepared, dtype: torch.dtype) -> Iterator[tuple[slic
                 prepared.out_features,
                 columns,
                 groups,
+                prepared.scales.stride(0),
                 blocks,
                 BITS=prepared.bits,
                 GROUP=prepared.group_width if groups > 1 else blocks * BLOCK,
@@ -211,6 +213,7 @@ def _dense_pieces(prepared: Prepared, dtype: torch.dtype) -> Iterator[tuple[slic
 
 
 def _arguments(prepared: Prepared) -> tuple[Tensor, ...]:
+    assert prepared.zeros.stride(0) == prepared.scales.stride(0)
     second = prepared.extras[0] if prepared.extras else prepared.codes
     return prepared.codes, second, prepared.scales, prepared.zeros
 

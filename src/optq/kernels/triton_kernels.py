@@ -148,12 +148,12 @@ def weights_in_ptx(
 
 
 @triton.jit
-def grid_of(scales, zeros, group, groups, out, n, inside):
+def grid_of(scales, zeros, group, groups, grid_stride, n, inside):
     """The scales, float32, and zeros, int16, of outputs n in a group.
 
     Columns that only fill up the last block may lie beyond the last group. What they get does not matter.
     """
-    at = tl.minimum(group, groups - 1) * out + n
+    at = tl.minimum(group, groups - 1) * grid_stride + n
     return tl.load(scales + at, mask=inside, other=0).to(tl.float32), tl.load(zeros + at, mask=inside, other=0).to(
         tl.int16
     )
@@ -164,13 +164,14 @@ def product(
     x,  # (rows, columns) float16 or bfloat16, row-major, columns in the kernel's order
     first,  # (out, blocks * WORDS) int32, row-major
     second,  # the same shape: int16 for 3 bits, int32 for 8; else not read
-    scales,  # (groups, out), row-major
-    zeros,  # (groups, out) uint8 or int16, row-major
+    scales,  # (groups, out), grid_stride numbers from group to group
+    zeros,  # (groups, out) uint8 or int16, likewise
     output,  # (splits, rows, out), row-major: float32 parts of the sum, or with one split the sum itself
     rows,
     out,
     columns,
     groups,
+    grid_stride,
     blocks,  # of BLOCK columns
     blocks_per_split,
     BITS: tl.constexpr,
@@ -203,7 +204,7 @@ def product(
         for step in tl.static_range(BLOCK // WIDTH):
             start = block * BLOCK + step * WIDTH
             if step * WIDTH % GROUP == 0:
-                scale, zero = grid_of(scales, zeros, start // GROUP, groups, out, n, inside)
+                scale, zero = grid_of(scales, zeros, start // GROUP, groups, grid_stride, n, inside)
             known = there[None, :]
             if not WHOLE:
                 known = known & (start + column < columns)[:, None]
@@ -258,6 +259,7 @@ def dequantize(
     out,
     columns,
     groups,
+    grid_stride,
     blocks,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -279,7 +281,7 @@ def dequantize(
     for step in tl.static_range(BLOCK // WIDTH):
         start = block * BLOCK + step * WIDTH
         if step * WIDTH % GROUP == 0:
-            scale, zero = grid_of(scales, zeros, start // GROUP, groups, out, n, inside)
+            scale, zero = grid_of(scales, zeros, start // GROUP, groups, grid_stride, n, inside)
         # In float32 whatever the result: this is bound by memory, and the weight is rounded once.
         weight = weights(low, high, zero, scale, step, BITS, True)
         at = row.to(tl.int64)[:, None] * columns + (start + column)[None, :]
