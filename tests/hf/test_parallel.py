@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Phi3
 import optq
 from conftest import tiny_llama_config
 from optq import GPTQConfig
-from optq.hf.parallel import ParallelLinear, groups_of_columns
+from optq.errors import ConfigError
+from optq.hf.parallel import ParallelLinear, groups_of_columns, make_ready
 from optq.layers import QuantLinear
+from optq.model import Experts, find_fused_experts
 from optq.scheme import trivial_groups
 from optq.serving import why_not_in_parts
 
@@ -225,12 +227,12 @@ def test_two_processes_compute_what_one_does(folder, answers, name):
 
 
 def test_in_16_bit_they_differ_by_its_rounding(answers):
-    assert all(answer["bfloat16"]["logits"] < 0.05 for answer in answers)
+    assert all(answer["bfloat16"]["logits"] < 0.02 for answer in answers)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_comparison_sees_a_fault(answers, fault):
-    assert all(answer[fault]["logits"] > 1e-2 for answer in answers)
+    assert all(answer[fault]["logits"] > 0.1 for answer in answers)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -335,6 +337,40 @@ def test_a_part_has_the_groups_that_its_columns_need(groups, start, stop, needed
     found = groups_of_columns(groups.int(), start, stop)
     assert [part.tolist() for part in found] == [needed, own]
     assert torch.equal(found[0][found[1].long()], groups[start:stop].long())
+
+
+@pytest.fixture
+def mixture():
+    """A model on the meta device, and its experts, split."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MODELS["mixtral"]())
+    return model, {name: Experts(fused) for name, fused in find_fused_experts(model).items()}
+
+
+def test_experts_take_over_the_rules_of_the_fused_ones(mixture):
+    model, experts = mixture
+    before = dict(model.tp_plan)
+    make_ready(model, experts)
+    rules = {rule: way for rule, way in model.tp_plan.items() if ".experts" in rule}
+    assert {rule.rpartition("experts")[2]: way for rule, way in rules.items()} == {
+        "": "optq_summed",
+        ".*.gate_proj": "colwise",
+        ".*.up_proj": "colwise",
+        ".*.down_proj": "optq_summand",
+    }
+    others = {rule: way for rule, way in before.items() if ".experts" not in rule}
+    assert others == {rule: way for rule, way in model.tp_plan.items() if rule not in rules}
+    model.tp_plan.clear()
+    make_ready(model, experts)  # what no plan splits stays whole
+    assert not model.tp_plan
+
+
+def test_experts_with_a_norm_at_their_end_are_refused(mixture):
+    model, experts = mixture
+    for module in experts.values():
+        module.fused.has_post_expert_norm = True
+    with pytest.raises(ConfigError, match="experts with a norm at their end are not split"):
+        make_ready(model, experts)
 
 
 def test_a_layer_that_was_not_split_is_as_any_other(folder):

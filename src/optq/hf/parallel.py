@@ -265,8 +265,10 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
     if not split:
         return None
     state: dict[str, Tensor] = model.state_dict()
-    for tied in model.all_tied_weights_keys:  # gathered, it would be a copy that transformers does not recognise
-        state.pop(tied, None)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, source in model.all_tied_weights_keys.items():
+        if name in parameters and parameters[name] is parameters.get(source):
+            del state[name]  # gathered, it would be a copy, which transformers does not recognise as tied
     for name, layer in split.items():
         keys = {last: f"{name}.{last}" for last in ("qweight", "qzeros", "scales", "g_idx", "bias")}
         own = {last: state[key] for last, key in keys.items() if key in state}
@@ -275,15 +277,15 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
 
 
 class _Style:
-    """A style of transformers that has learnt about packed linears; all else is as in the original."""
+    """A style of transformers, but for what it does to modules of ours."""
 
-    def __init__(self, name: str, original: Any) -> None:
-        self._name, self._original = name, original
+    def __init__(self, original: Any, name: str = "") -> None:
+        self._original, self._name = original, name
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._original, attribute)
 
-    def install_forward(self, module: nn.Module, mesh: Any, **kwargs: Any) -> Any:
+    def install_forward(self, module: Any, mesh: Any, **kwargs: Any) -> Any:
         if not isinstance(module, ParallelLinear | Experts) or self._name in WHOLE:
             return self._original.install_forward(module, mesh, **kwargs)
         if isinstance(module, Experts):
@@ -300,16 +302,12 @@ class _Style:
         return module
 
 
-class _Summand:
-    """Of an expert's last linear that is not packed; its parameters are split as in the style rowwise."""
-
-    def __init__(self, rowwise: Any) -> None:
-        self._rowwise = rowwise
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._rowwise, attribute)
+class _Summand(_Style):
+    """Of an expert's last linear; one that is not packed has its parameters split as in the style rowwise."""
 
     def install_forward(self, module: Any, mesh: Any, **kwargs: Any) -> Any:
+        if isinstance(module, ParallelLinear):
+            return super().install_forward(module, mesh, **kwargs)
         is_first = mesh.get_local_rank() == 0
 
         def forward(x: Tensor) -> Tensor:
@@ -320,41 +318,35 @@ class _Summand:
         return module
 
 
-class _SummedExperts:
+class _Summed(_Style):
     """Of split experts, each of which returns a summand."""
 
-    def __init__(self, original: Any) -> None:
-        self._original = original
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._original, attribute)
-
-    def install_forward(self, module: nn.Module, mesh: Any, **kwargs: Any) -> nn.Module:
-        group, whole = mesh.get_group(), module.forward
+    def install_forward(self, module: Any, mesh: Any, **kwargs: Any) -> Any:
+        group, summands = mesh.get_group(), module.forward
 
         def forward(hidden_states: Tensor, *routing: Tensor) -> Tensor:
             weighted = (copied(x, group) if x.is_floating_point() else x for x in routing)
-            return summed(whole(hidden_states, *weighted), group)
+            return summed(summands(hidden_states, *weighted), group)
 
         module.forward = forward
         return module
 
 
 def _teach_styles() -> None:
-    """Idempotent. The table is transformers' own, as it is asked for under this name in all versions."""
-    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+    """Put what has learnt about packed linears into transformers' table. Idempotent."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-    styles = ALL_PARALLEL_STYLES
-    if SUMMED in styles:
+    if SUMMED in ALL_PARALLEL_STYLES:
         return
-    originals = dict(styles)
-    for name, style in {**originals, SUMMAND: _Summand(originals["rowwise"])}.items():
-        styles[name] = _Style(name, style)
-    styles[SUMMED] = _SummedExperts(originals["all_reduce"])
+    originals = dict(ALL_PARALLEL_STYLES)
+    ours = {name: _Style(style, name) for name, style in originals.items()}
+    ours[SUMMAND], ours[SUMMED] = _Summand(originals["rowwise"], SUMMAND), _Summed(originals["all_reduce"], SUMMED)
+    for name, style in ours.items():
+        ALL_PARALLEL_STYLES[name] = style
 
 
 def _plan_experts(model: Any, experts: Mapping[str, Experts]) -> None:
-    """Give the linears of split experts the styles that the plan has for the fused ones."""
+    """Split the experts that the plan would have split in fused form, each in the way of a dense MLP."""
     distribution = _distribution(model)
     if experts and (
         getattr(distribution, "enable_expert_parallel", False) or (getattr(distribution, "ep_size", None) or 1) > 1

@@ -25,7 +25,7 @@ from optq.driver import quantize_model
 from optq.errors import CalibrationError, CheckpointError
 from optq.evaluation import Comparison, is_good, judge
 from optq.layers import QuantLinear
-from optq.memory import GIB
+from optq.memory import GIB, release_free_memory
 from optq.model import LINEAR_TYPES, ROLES, ActivationStore, Experts, find_fused_experts, put_fused, put_split
 from optq.placement import execution_device, working_dtype
 from optq.planning import Plan
@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 ONE_EXPERT = re.compile(r"(?P<experts>.+)\.\d+\.(?P<linear>\w+)\.(?P<kind>\w+)$")
 """The name of a tensor of one expert's linear."""
+
+PREPARED_AT_ONCE = 16
+"""Layers, until the heap pages that their words and the kernels' packing have left free are handed back."""
 
 
 class OptqHfQuantizer(HfQuantizer):
@@ -354,10 +357,13 @@ class OptqHfQuantizer(HfQuantizer):
     def _prepare_layers(self, model: Any) -> None:
         """Let every layer choose its kernel."""
         kernels: dict[str, int] = {}
-        for layer in _quantized_layers(model).values():
+        for number, layer in enumerate(_quantized_layers(model).values()):
+            if number % PREPARED_AT_ONCE == 0:
+                release_free_memory()
             if layer.scales.device.type != "meta":  # offloaded layers choose when they are called
                 layer.prepare(model.dtype)
                 kernels[layer.kernel_name or ""] = kernels.get(layer.kernel_name or "", 0) + 1
+        release_free_memory()
         logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))
 
 
