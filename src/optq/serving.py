@@ -6,13 +6,14 @@ cpu.py, read in every version of the table, and runs of 0.32 on a CPU; SGLang's 
 marlin_utils.py, read in 0.5.20 and 0.5.23; GPTQModel 7.6 and runs of it. docs/interop.md says which were tried.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 from .errors import ConfigError
-from .scheme import LayerScheme
+from .scheme import PACKED_WORD_BITS, LayerScheme
 
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """What servers make of linears that read the same input, and of which: so these need one scheme."""
@@ -33,6 +34,7 @@ class Linear:
         split: how tensor parallelism splits it, as in a model's base_model_tp_plan: "colwise…", "rowwise…", or None.
         checkpoint_format: "gptq" or "gptq_v2".
         by_gptqmodel: whether GPTQModel wrote it.
+        head_width: outputs per attention head, of a linear that makes queries, keys or values; 0 of others.
         fused_outputs: of the linear that a server makes of this one and others, see `FUSED_NAMES`; 0 if it does not.
     """
 
@@ -44,6 +46,7 @@ class Linear:
     checkpoint_format: str = "gptq"
     by_gptqmodel: bool = False
     fused_outputs: int = 0
+    head_width: int = 0
 
     @property
     def kind(self) -> str:
@@ -54,10 +57,14 @@ class Linear:
         return ".experts.*." in self.kind
 
     @property
+    def leads_out(self) -> bool:
+        """Of an expert's linear: whether it is the last one."""
+        return self.name.endswith((".down_proj", ".w2"))
+
+    @property
     def widths(self) -> tuple[int, int]:
         """Of an expert's linear: how wide the layer is, and how wide the expert is inside."""
-        inwards = self.name.endswith((".down_proj", ".w2"))
-        return (self.out_features, self.in_features) if inwards else (self.in_features, self.out_features)
+        return (self.out_features, self.in_features) if self.leads_out else (self.in_features, self.out_features)
 
     def why_not_divided(self, parts: int, outputs: int, inputs: int) -> str | None:
         """Why parts for so many GPUs have other shapes than multiples of these numbers, or None."""
@@ -217,7 +224,24 @@ def _why_not_gptqmodel(linear: Linear, parts: int) -> str | None:
 
 
 def _why_not_optq(linear: Linear, parts: int) -> str | None:
-    return "quantized linears are not split by tensor parallelism yet" if parts > 1 else None
+    way = linear.split
+    if linear.of_an_expert:
+        way = "rowwise" if linear.leads_out else "colwise"
+    if way == "colwise":
+        return why_not_in_parts(linear.out_features, "outputs", parts, linear.scheme.bits, linear.head_width)
+    if way == "rowwise":
+        return why_not_in_parts(linear.in_features, "inputs", parts, linear.scheme.bits)
+    return None  # whole in every process, or so if it has to be
+
+
+def why_not_in_parts(size: int, what: str, parts: int, bits: int, head_width: int = 0) -> str | None:
+    """Why optq does not give so many processes a part each of a linear's outputs or inputs, or None."""
+    codes = PACKED_WORD_BITS // math.gcd(PACKED_WORD_BITS, bits)  # the fewest that fill words: 32 of 3 bits fill three
+    if size % (parts * codes):
+        return f"{size} {what}{_in(parts)} are no multiples of {codes}, which fill whole words"
+    if head_width and size // parts % head_width:
+        return f"{size // head_width} heads of {head_width} {what} make no {parts} equal parts"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

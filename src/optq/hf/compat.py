@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every use of transformers that is internal to it or differs between its versions 5.17 and 5.23."""
+"""Every use of transformers that is internal to it or differs between versions 5.17 and 5.23, but for `parallel`."""
 
 import logging
 import re

@@ -24,7 +24,7 @@ from optq.serving import READERS, Linear, kind_of, refusals, split_of
 
 from .config import GPTQConfig
 from .labels import groups_contradict, zeros_contradict
-from .source import model_config_of, parallel_plan_of, stated_quantization, weight_files
+from .source import head_width_of, model_config_of, parallel_plan_of, stated_quantization, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,7 @@ def inspect(
             in_features=tensors.in_features,
             scheme=config.scheme_for(name) or LayerScheme(bits=tensors.bits),
             split=split_of(name, plan),
+            head_width=head_width_of(name, described),
             checkpoint_format=config.format,
             by_gptqmodel=config.by_gptqmodel,
         )

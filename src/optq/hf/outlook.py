@@ -23,7 +23,7 @@ from optq.serving import Linear, refusals, split_of
 from .api import model_without_weights
 from .config import GPTQConfig
 from .preparation import prepare, prepare_data, vocabulary_of
-from .source import parallel_plan_of
+from .source import head_width_of, parallel_plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +190,7 @@ def as_linears(model: Any, targets: Sequence[Target], checkpoint_format: str) ->
             in_features=target.view.shape[1],
             scheme=target.scheme,
             split=split_of(target.view.name, plan),
+            head_width=head_width_of(target.view.name, model.config),
             checkpoint_format=checkpoint_format,
         )
         for target in targets

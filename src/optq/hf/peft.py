@@ -22,6 +22,8 @@ from optq.errors import AdapterError
 from optq.layers import QuantLinear
 from optq.model import FUSED, Expert, Experts
 
+from .parallel import ParallelLinear
+
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """The values of init_lora_weights that do not look at the weight."""
 
@@ -97,6 +99,11 @@ class LoraModel(lora.LoraModel):
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
         if not isinstance(target, QuantLinear):
             return lora.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        if isinstance(target, ParallelLinear) and target.part is not None:
+            raise AdapterError(
+                f"{target.name} is split over {target.part.size} processes, and adapters are not split. Load the "
+                "model without a tensor-parallel plan."
+            )
         if not hasattr(lora.LoraLayer, "lora_variants"):
             raise AdapterError(
                 f"LoRA on layers that optq quantized needs PEFT 0.20 or newer, but {peft.__version__} is installed: "

@@ -25,7 +25,7 @@ from optq.driver import quantize_model
 from optq.errors import CalibrationError, CheckpointError
 from optq.evaluation import Comparison, is_good, judge
 from optq.layers import QuantLinear, join_siblings
-from optq.memory import GIB
+from optq.memory import GIB, release_free_memory
 from optq.model import LINEAR_TYPES, ROLES, ActivationStore, Experts, find_fused_experts, put_fused, put_split
 from optq.placement import execution_device, working_dtype
 from optq.planning import Plan
@@ -34,11 +34,12 @@ from optq.ranks import ALONE, join
 from optq.scheme import LayerScheme
 from optq.serving import kind_of
 
-from . import compat
+from . import compat, parallel
 from .config import GPTQConfig
 from .journal import Journal, check_same, described
 from .labels import check_label, zeros_contradict
 from .legacy import UNPICKLE
+from .parallel import ParallelLinear
 from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
 from .writing import why_not_loaded_again, write_own_text
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 ONE_EXPERT = re.compile(r"(?P<experts>.+)\.\d+\.(?P<linear>\w+)\.(?P<kind>\w+)$")
 """The name of a tensor of one expert's linear."""
+
+PREPARED_AT_ONCE = 16
+"""Layers, until the heap pages that their words and the kernels' packing have left free are handed back."""
 
 
 class OptqHfQuantizer(HfQuantizer):
@@ -100,6 +104,7 @@ class OptqHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._insert_empty_layers(model, checkpoint_files or [])
             return
+        parallel.refuse_to_quantize(model)
         config = self.quantization_config
         self._files = checkpoint_files or []
         prepared = prepare(model, config)
@@ -125,6 +130,7 @@ class OptqHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            self._complete_layers(model)
             self._doubt_labels(model)
             self._prepare_layers(model)
             return
@@ -217,9 +223,9 @@ class OptqHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """What is still to be saved: with a journal, all but the blocks."""
+        """What is still to be saved: with a journal, all but the blocks; of a split model, its whole linears."""
         if self.journal is None:
-            return None, {}
+            return parallel.whole_state(model), {}
         state = model.state_dict()
         return {name: tensor for name, tensor in state.items() if name not in self.journal.written}, {}
 
@@ -292,12 +298,15 @@ class OptqHfQuantizer(HfQuantizer):
                 f"linear layer of {type(model).__name__}. The checkpoint was made for another architecture."
             )
         dtype = model.dtype
+        layer_type = ParallelLinear if parallel.wants_parallel(model) else QuantLinear
         for name, tensors in found.items():
             scheme = config.scheme_for(name)
             check_label(tensors, scheme)
             if "g_idx" not in tensors.headers:
                 self._without_g_idx.add(name)
-            model.set_submodule(name, QuantLinear.empty(tensors, config.format, config.backend, dtype))
+            model.set_submodule(name, layer_type.empty(tensors, config.format, config.backend, dtype))
+        if layer_type is ParallelLinear:
+            parallel.make_ready(model, self._experts)
 
     def _split_experts(self, model: Any, headers: Iterable[str]) -> None:
         """Split the experts that the checkpoint has one by one, if any of them is packed.
@@ -334,19 +343,28 @@ class OptqHfQuantizer(HfQuantizer):
                 for contradiction in zeros_contradict(name, scheme, self.quantization_config.format, layer.qzeros):
                     logger.warning(contradiction)
 
-    def _prepare_layers(self, model: Any) -> None:
-        """Let every layer choose its kernel; fill in a g_idx that the checkpoint left out."""
-        join_siblings(model)
-        kernels: dict[str, int] = {}
+    def _complete_layers(self, model: Any) -> None:
+        """Fill in a g_idx that the checkpoint left out; then drop what belongs to other processes."""
         for name, layer in _quantized_layers(model).items():
             if name in self._without_g_idx:  # left uninitialised by the loader
                 scheme = self.quantization_config.scheme_for(name) or LayerScheme(
                     group_size=self.quantization_config.group_size
                 )
                 layer.fill_trivial_groups(scheme.group_width(layer.in_features))
+            if isinstance(layer, ParallelLinear):
+                layer.take_part()
+
+    def _prepare_layers(self, model: Any) -> None:
+        """Let every layer choose its kernel."""
+        join_siblings(model)
+        kernels: dict[str, int] = {}
+        for number, layer in enumerate(_quantized_layers(model).values()):
+            if number % PREPARED_AT_ONCE == 0:
+                release_free_memory()
             if layer.scales.device.type != "meta":  # offloaded layers choose when they are called
                 layer.prepare(model.dtype)
                 kernels[layer.kernel_name or ""] = kernels.get(layer.kernel_name or "", 0) + 1
+        release_free_memory()
         logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))
 
 

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from optq.errors import CheckpointError, ModelError
+from optq.serving import FUSED_NAMES
 
 from .config import GPTQConfig
 from .legacy import WHERE
@@ -65,6 +66,15 @@ def quantization_entry(model_config: Any) -> dict[str, Any] | None:
 def parallel_plan_of(model_config: Any) -> Mapping[str, str]:
     """How tensor parallelism splits the model's linears, by patterns of their names."""
     return getattr(model_config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+
+
+def head_width_of(name: str, model_config: Any) -> int:
+    """Outputs per attention head of the linear of this name, 0 if it makes no queries, keys or values."""
+    if name.rpartition(".")[2] not in FUSED_NAMES["qkv_proj"]:
+        return 0
+    config = model_config.get_text_config(decoder=True)
+    width, heads = (getattr(config, key, None) for key in ("hidden_size", "num_attention_heads"))
+    return getattr(config, "head_dim", None) or (width // heads if width and heads else 0)
 
 
 def model_class_of(model_config: Any) -> Any:

@@ -112,7 +112,7 @@ class Experts(nn.Module):
         layout = find_layout(fused)
         assert layout is not None
         self.layout = layout
-        self._names = dict(zip(ROLES, names, strict=True))
+        self.names = dict(zip(ROLES, names, strict=True))
         self._fused = (fused,)  # in a tuple, so that its parameters are not counted as ours
         self.every_token = False  # show all tokens to all experts; what a token is not routed to has no effect
         self._modules |= fused._modules  # not by add_module, which `__getattr__` makes believe that they are there
@@ -122,7 +122,7 @@ class Experts(nn.Module):
             for role, weight in zip(layout.roles, weights, strict=True):
                 out_features, in_features = weight.shape
                 linear = nn.Linear(in_features, out_features, bias=layout.biased, device="meta", dtype=weight.dtype)
-                expert.add_module(self._names[role], linear)
+                expert.add_module(self.names[role], linear)
             self.add_module(str(index), expert)
         self.before_first, self.before_last = Entrance(), Entrance()
         self.train(fused.training)
@@ -145,7 +145,7 @@ class Experts(nn.Module):
         return "gate_up_proj" if self.layout.gated else "up_proj"
 
     def linear(self, index: int, role: str) -> nn.Module:
-        return self.get_submodule(f"{index}.{self._names[role]}")
+        return self.get_submodule(f"{index}.{self.names[role]}")
 
     def entrances(self) -> Iterator[tuple[nn.Module, Entrance, int]]:
         """Every linear with the entrance that its input passes, and its place there."""
