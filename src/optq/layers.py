@@ -103,6 +103,14 @@ class QuantLinear(nn.Module):
         if self.siblings is not None and not self._is_offloaded():
             self.siblings.prepared(self, self._kernel, self._prepared, self._prepared_for)
 
+    def products(self) -> list[tuple[str, Prepared, torch.dtype]]:
+        """What this layer multiplies by, alone or for its siblings: kernel, weight, dtype of the activations."""
+        if self._kernel is None or self._prepared is None or self._prepared_for is None:
+            return []
+        joint = None if self.siblings is None else self.siblings.joint_of(self)
+        weights = [self._prepared] if joint is None else [self._prepared, joint]
+        return [(self._kernel.name, weight, self._prepared_for[1]) for weight in weights]
+
     def take_prepared(self, prepared: Prepared) -> None:
         """Read this from now on, in the place of what `prepare` made: the same in a memory that others share."""
         self._prepared = prepared

@@ -80,6 +80,10 @@ class Siblings:
     def are_joined(self) -> bool:
         return self._joint is not None
 
+    def joint_of(self, layer: Member) -> Prepared | None:
+        """What the first layer multiplies by, for all; None for the others, and where they are not joined."""
+        return self._joint if layer is self._layers[0] else None
+
     def prepared(self, layer: Member, kernel: Kernel, prepared: Prepared, place: Any) -> None:
         """A linear has been prepared; once all are, for the same place (device and dtype), they are joined."""
         if self._joint is not None:

@@ -86,7 +86,7 @@ def test_many_rows_are_multiplied_densely(monkeypatch):
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_splitting_the_sum_changes_rounding_only(splits, monkeypatch):
-    monkeypatch.setattr(triton_gpu, "blocks_per_split", lambda tiles, blocks, processors: -(-blocks // splits))
+    monkeypatch.setattr(triton_gpu, "blocks_per_split", lambda tiles, blocks, programs: -(-blocks // splits))
     assert error(packed_weight(4, 64, True, out=OUT), torch.float16, 3) <= 2
 
 
@@ -186,10 +186,10 @@ def test_refuses_in_words(monkeypatch):
 
 
 def test_the_sum_is_split_until_every_processor_has_work():
-    assert triton_gpu.blocks_per_split(tiles=10_000, blocks=64, processors=132) == 64
-    assert triton_gpu.blocks_per_split(tiles=128, blocks=64, processors=132) == 16
-    assert triton_gpu.blocks_per_split(tiles=1, blocks=64, processors=132) == 4
-    assert triton_gpu.blocks_per_split(tiles=1, blocks=3, processors=132) == 3
+    assert triton_gpu.blocks_per_split(tiles=10_000, blocks=64, programs=528) == 64
+    assert triton_gpu.blocks_per_split(tiles=128, blocks=64, programs=528) == 16
+    assert triton_gpu.blocks_per_split(tiles=1, blocks=64, programs=528) == 4
+    assert triton_gpu.blocks_per_split(tiles=1, blocks=3, programs=528) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ puts an empty `QuantLinear` wherever the checkpoint has packed words, and *after
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -24,6 +25,7 @@ from optq.checkpoint import find_quantized_linears, read_headers
 from optq.driver import quantize_model
 from optq.errors import CalibrationError, CheckpointError
 from optq.evaluation import Comparison, is_good, judge
+from optq.kernels import tune
 from optq.layers import QuantLinear, join_siblings
 from optq.memory import GIB, release_free_memory
 from optq.model import LINEAR_TYPES, ROLES, ActivationStore, Experts, find_fused_experts, put_fused, put_split
@@ -365,6 +367,8 @@ class OptqHfQuantizer(HfQuantizer):
                 layer.prepare(model.dtype)
                 kernels[layer.kernel_name or ""] = kernels.get(layer.kernel_name or "", 0) + 1
         release_free_memory()
+        if os.environ.get("OPTQ_AUTOTUNE") == "1":
+            tune(model)
         logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))
 
 

@@ -13,3 +13,4 @@ from .table import KERNELS as KERNELS
 from .table import Kernel as Kernel
 from .table import choose_kernel as choose_kernel
 from .table import explain as explain
+from .tuning import tune as tune

@@ -15,6 +15,7 @@ program, always in the same order; above `MOST_ROWS` the weight is dequantized i
 library, which then is as fast and whose product no longer waits for the weights.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +47,7 @@ class Tiling:
         rows, outputs: of the result per program.
         warps, stages: Triton's own: of 32 threads, and loads in flight.
         scale_sums: scale sums instead of weights where groups are at least this wide; 0: never.
+        programs_per_processor: aimed at by splitting the sum: enough loads in flight to keep memory busy.
     """
 
     most_rows: int
@@ -54,6 +56,43 @@ class Tiling:
     warps: int
     stages: int
     scale_sums: int
+    programs_per_processor: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What decides which tilings are fast, on one GPU."""
+
+    bits: int
+    group_width: int
+    columns: int
+    outputs: int
+    dtype: torch.dtype
+
+    @property
+    def words(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.bits} bits, groups of {self.group_width}, {self.columns} x {self.outputs}, {dtype}"
+
+    @classmethod
+    def of(cls, words: str) -> "Problem":
+        """The inverse of `words`. Raises ValueError if they are none."""
+        found = re.fullmatch(r"(\d+) bits, groups of (\d+), (\d+) x (\d+), (float16|bfloat16)", words)
+        if found is None:
+            raise ValueError(f"{words!r} does not name a problem")
+        bits, group_width, columns, outputs = map(int, found.groups()[:4])
+        dtype = getattr(torch, found[5])
+        return cls(bits=bits, group_width=group_width, columns=columns, outputs=outputs, dtype=dtype)
+
+
+def problem_of(prepared: Prepared, dtype: torch.dtype) -> Problem:
+    return Problem(
+        bits=prepared.bits,
+        group_width=prepared.group_width,
+        columns=prepared.in_features,
+        outputs=prepared.out_features,
+        dtype=dtype,
+    )
 
 
 TILINGS = (
@@ -64,7 +103,6 @@ TILINGS = (
     Tiling(most_rows=64, rows=64, outputs=64, warps=4, stages=4, scale_sums=0),
     Tiling(most_rows=MOST_ROWS, rows=64, outputs=128, warps=8, stages=3, scale_sums=0),
 )
-PROGRAMS_PER_PROCESSOR = 4  # aimed at by splitting the sum: enough loads in flight to keep memory busy
 FEWEST_BLOCKS = 4  # per split
 
 
@@ -116,10 +154,10 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
     if prepared.order is not None:
         rows = rows.index_select(1, prepared.order)
     if rows.shape[0] > MOST_ROWS or x.dtype == torch.float32:
-        product = _product_of_dense(rows, prepared)
+        output = _product_of_dense(rows, prepared)
     else:
-        product = _product(rows.contiguous(), prepared)
-    return product.view(*x.shape[:-1], prepared.out_features)
+        output = product(rows.contiguous(), prepared, _tiling(rows, prepared))
+    return output.view(*x.shape[:-1], prepared.out_features)
 
 
 def matmul_transposed(gradient: Tensor, prepared: Prepared) -> Tensor:
@@ -132,15 +170,33 @@ def matmul_transposed(gradient: Tensor, prepared: Prepared) -> Tensor:
     return total.view(*gradient.shape[:-1], prepared.in_features)
 
 
-def _product(x: Tensor, prepared: Prepared) -> Tensor:
+def _tiling(x: Tensor, prepared: Prepared) -> Tiling:
+    tuned = _tuned(x.device)
+    tilings = tuned.get(problem_of(prepared, x.dtype), TILINGS) if tuned else TILINGS
+    return next(tiling for tiling in tilings if x.shape[0] <= tiling.most_rows)
+
+
+@cache
+def _tuned(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
+    from .tuning import remembered  # which needs this module
+
+    return remembered(device) if device.type == "cuda" else {}
+
+
+def forget_tilings() -> None:
+    """Read anew what `tuning` has found."""
+    _tuned.cache_clear()
+
+
+def product(x: Tensor, prepared: Prepared, tiling: Tiling) -> Tensor:
+    """(rows, in) contiguous, columns in the kernel's order, float16 or bfloat16 -> (rows, out)."""
     rows, out = x.shape[0], prepared.out_features
     output = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     if not rows:
         return output
-    tiling = next(tiling for tiling in TILINGS if rows <= tiling.most_rows)
     tiles = -(-rows // tiling.rows) * -(-out // tiling.outputs)
     blocks = -(-prepared.in_features // BLOCK)
-    per_split = blocks_per_split(tiles, blocks, _processors(x.device))
+    per_split = blocks_per_split(tiles, blocks, tiling.programs_per_processor * _processors(x.device))
     splits = -(-blocks // per_split)
     parts = output if splits == 1 else torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
     kernels = _kernels()
@@ -173,9 +229,9 @@ def _product(x: Tensor, prepared: Prepared) -> Tensor:
     return output
 
 
-def blocks_per_split(tiles: int, blocks: int, processors: int) -> int:
-    """How many blocks of columns each program sums, so that a few programs come to each processor."""
-    splits = max(1, min(PROGRAMS_PER_PROCESSOR * processors // tiles, blocks // FEWEST_BLOCKS))
+def blocks_per_split(tiles: int, blocks: int, programs: int) -> int:
+    """How many blocks of columns each program sums, so that there are about so many programs."""
+    splits = max(1, min(programs // tiles, blocks // FEWEST_BLOCKS))
     return -(-blocks // splits)
 
 

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the tilings of the Triton product on this GPU, and remembers the fastest of each shape.
+
+Nothing is tuned unless it is asked for: by `tune(model)`, or by OPTQ_AUTOTUNE=1 in the environment, while a model is
+loaded. What was found is kept in a file for later processes: below OPTQ_CACHE, by default `optq` in the user's cache.
+"""
+
+import itertools
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import triton_gpu
+from .prepared import Prepared
+from .triton_gpu import TILINGS, Problem, Tiling, problem_of
+
+logger = logging.getLogger(__name__)
+
+REPLAYS = 20
+GAIN = 0.97  # a tiling takes the place of the one that is there if it takes less than this part of its time
+LAYERS = 16  # of one shape that take turns, so that weights come from memory and not from the cache
+MOST_DIFFERENT = 0.02  # between a tiling's result and the default's, of the largest output
+
+
+def candidates(default: Tiling) -> list[Tiling]:
+    """Tilings to try for as many rows as `default` is for; the default comes first."""
+    choices = itertools.product(
+        sorted({16, min(default.most_rows, 64), min(default.most_rows, 128)}),
+        (32, 64, 128),
+        (4, 8),
+        (3, 5),
+        (2, 4, 8) if default.most_rows <= 64 else (1, 4),
+    )
+    found = [default]
+    for rows, outputs, warps, stages, programs in choices:
+        if rows * outputs >= 128 * warps:  # of the tensor cores' products, 16 x 8, one for each warp
+            found.append(
+                replace(
+                    default, rows=rows, outputs=outputs, warps=warps, stages=stages, programs_per_processor=programs
+                )
+            )
+    return found
+
+
+def tune(model: torch.nn.Module) -> dict[str, dict[str, float]]:
+    """Find the fastest tilings for a loaded model's layers that run the kernel `triton`; takes a minute or so.
+
+    Returns:
+        By shape and rows, the time with the tiling that was found as a part of that with the one before.
+    """
+    by_problem: dict[Problem, list[Prepared]] = {}
+    for module in model.modules():
+        products: Iterable[tuple[str, Prepared, torch.dtype]] = getattr(module, "products", tuple)()
+        for kernel, prepared, dtype in products:
+            if kernel == "triton" and dtype != torch.float32:
+                by_problem.setdefault(problem_of(prepared, dtype), []).append(prepared)
+    if not by_problem:
+        logger.warning("There is nothing to tune: no layer runs the kernel triton with 16-bit activations.")
+    gains: dict[str, dict[str, float]] = {}
+    for problem, layers in by_problem.items():
+        device = layers[0].codes.device
+        known = remembered(device)
+        best, gains[problem.words] = _fastest(problem, layers[:LAYERS], known.get(problem, TILINGS))
+        _remember(device, problem, best)
+        triton_gpu.forget_tilings()
+    return gains
+
+
+def _fastest(
+    problem: Problem, layers: list[Prepared], present: tuple[Tiling, ...]
+) -> tuple[tuple[Tiling, ...], dict[str, float]]:
+    chosen, gains = [], {}
+    for tiling in present:
+        x = torch.randn(min(tiling.most_rows, 256), problem.columns, device=layers[0].codes.device).to(problem.dtype)
+        expected = triton_gpu.product(x, layers[0], tiling)
+        start = least = _seconds(x, layers, tiling)
+        best = tiling
+        for candidate in candidates(tiling)[1:]:
+            try:
+                taken = _seconds(x, layers, candidate)
+            except RuntimeError as error:  # more registers or shared memory than there are
+                logger.debug("%s: %s cannot run: %s", problem.words, candidate, error)
+                continue
+            if taken < GAIN * least and _agrees(triton_gpu.product(x, layers[0], candidate), expected):
+                best, least = candidate, taken
+        chosen.append(best)
+        gains[f"up to {tiling.most_rows} rows"] = round(least / start, 3)
+    logger.info("%s: %s", problem.words, gains)
+    return tuple(chosen), gains
+
+
+def _agrees(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= MOST_DIFFERENT * expected.abs().max())
+
+
+def _seconds(x: Tensor, layers: list[Prepared], tiling: Tiling) -> float:
+    """Of one product, in a replayed graph: what starting it from Python takes is not its tiling's."""
+
+    def run() -> None:
+        for prepared in layers:
+            triton_gpu.product(x, prepared, tiling)
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(REPLAYS):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1000 / REPLAYS / len(layers)
+
+
+def remembered(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
+    """The tilings that were found for such a GPU with this Triton."""
+    found: dict[Problem, tuple[Tiling, ...]] = {}
+    for words, tilings in _read().get(_kind_of(device), {}).items():
+        try:
+            found[Problem.of(words)] = tuple(Tiling(**tiling) for tiling in tilings)
+        except (TypeError, ValueError) as error:
+            logger.warning("%s: %r is not understood and left out (%s).", _file(), words, error)
+    return found
+
+
+def _remember(device: torch.device, problem: Problem, tilings: tuple[Tiling, ...]) -> None:
+    content = _read()
+    content.setdefault(_kind_of(device), {})[problem.words] = [asdict(tiling) for tiling in tilings]
+    file = _file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as temporary:
+        json.dump(content, temporary, indent=1)
+    os.replace(temporary.name, file)  # all of it or nothing, whoever else writes
+
+
+def _read() -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(_file().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read, so no tuned tilings are used (%s). Delete it.", _file(), error)
+        return {}
+    return content
+
+
+def _file() -> Path:
+    folder = os.environ.get("OPTQ_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder, "optq", "tilings.json")
+
+
+def _kind_of(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, triton {version('triton')}"

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning without a GPU: times are invented, everything else is real; programs run in Triton's interpreter."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from test_kernels import IN, packed_weight
+from transformers import AutoModelForCausalLM
+
+from optq.kernels import triton_gpu, tune, tuning
+from optq.kernels.triton_gpu import TILINGS, Problem, problem_of
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="times are invented here")
+
+OUT = 96
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, kernel="triton"):
+        super().__init__()
+        self.weight = triton_gpu.prepare(packed_weight(4, 64, True, out=OUT))
+        self.kernel = kernel
+
+    def products(self):
+        return [(self.kernel, self.weight, torch.float16)]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(triton_gpu, "_tuned", lambda device: tuning.remembered(device))
+    monkeypatch.setattr(triton_gpu, "forget_tilings", lambda: None)
+    return tmp_path / "optq" / "tilings.json"
+
+
+@pytest.fixture
+def only_few_rows(monkeypatch):
+    """The interpreter is slow."""
+    monkeypatch.setattr(tuning, "TILINGS", (replace(TILINGS[0], most_rows=3),))
+
+
+FASTEST = {"rows": 16, "outputs": 32, "warps": 4, "stages": 3, "programs_per_processor": 8}
+
+
+def is_fastest(tiling):
+    return all(getattr(tiling, name) == value for name, value in FASTEST.items())
+
+
+def seconds(x, layers, tiling):
+    if tiling.warps == 8:
+        raise RuntimeError("out of resource: shared memory")
+    return 1.0 if is_fastest(tiling) else 2.0
+
+
+@pytest.mark.usefixtures("only_few_rows")
+def test_the_fastest_tiling_is_remembered_and_used(cache, monkeypatch):
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    layer, x = Layer(), torch.randn(3, IN).half()
+    expected = triton_gpu.matmul(x, layer.weight)
+    words = problem_of(layer.weight, torch.float16).words
+    assert tune(torch.nn.Sequential(layer, Layer("reference"))) == {words: {"up to 3 rows": 0.5}}
+    assert cache.exists()
+    assert list(cache.parent.iterdir()) == [cache]
+    used = []
+    product = triton_gpu.product
+    monkeypatch.setattr(triton_gpu, "product", lambda *given: used.append(given[-1]) or product(*given))
+    torch.testing.assert_close(triton_gpu.matmul(x, layer.weight), expected, rtol=1e-2, atol=1e-2)
+    assert [is_fastest(tiling) for tiling in used] == [True]
+    assert tune(layer) == {words: {"up to 3 rows": 1.0}}  # of what is remembered
+
+
+@pytest.mark.usefixtures("only_few_rows", "cache")
+def test_a_tiling_with_another_result_or_hardly_any_gain_is_not_taken(monkeypatch):
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    product = triton_gpu.product
+    monkeypatch.setattr(
+        triton_gpu, "product", lambda x, weight, tiling: product(x, weight, tiling) * (1 + is_fastest(tiling))
+    )
+    assert list(tune(Layer()).values()) == [{"up to 3 rows": 1.0}]
+    monkeypatch.setattr(triton_gpu, "product", product)
+    monkeypatch.setattr(tuning, "_seconds", lambda x, layers, tiling: 0.98 if is_fastest(tiling) else 1.0)
+    assert list(tune(Layer()).values()) == [{"up to 3 rows": 1.0}]
+
+
+def test_a_model_without_the_kernel_is_told_so(cache, caplog):
+    with caplog.at_level(logging.WARNING, logger="optq"):
+        assert tune(Layer("reference")) == {}
+    assert "nothing to tune" in caplog.text
+    assert not cache.exists()
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_that_is_damaged_or_of_another_version_is_left_out_and_that_is_said(cache, caplog):
+    here = torch.device("cpu")
+    cache.parent.mkdir()
+    cache.write_text("{")
+    with caplog.at_level(logging.WARNING, logger="optq"):
+        assert tuning.remembered(here) == {}
+    assert "cannot be read" in caplog.text
+    problem = Problem(bits=3, group_width=32, columns=64, outputs=96, dtype=torch.bfloat16)
+    cache.unlink()
+    tuning._remember(here, problem, TILINGS)
+    assert tuning.remembered(here) == {problem: TILINGS}
+    cache.write_text(cache.read_text().replace('"warps"', '"wraps"'))
+    assert tuning.remembered(here) == {}
+    assert "is not understood" in caplog.text
+    with pytest.raises(ValueError, match="does not name"):
+        Problem.of("4 bits and more")
+
+
+@pytest.mark.parametrize("default", TILINGS, ids=lambda tiling: f"{tiling.most_rows} rows")
+def test_every_candidate_computes_the_same(default):
+    layer, x = Layer(), torch.randn(20, IN).half()
+    expected = triton_gpu.product(x, layer.weight, default)
+    shapes = {(tiling.rows, tiling.outputs): tiling for tiling in tuning.candidates(default)}
+    assert len(shapes) >= 3
+    for tiling in shapes.values():
+        found = triton_gpu.product(x, layer.weight, tiling)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("asked", [None, "1"])
+def test_loading_tunes_where_it_is_asked_to(saved, asked, cache, monkeypatch, caplog):
+    if asked:
+        monkeypatch.setenv("OPTQ_AUTOTUNE", asked)
+    with caplog.at_level(logging.WARNING, logger="optq"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    assert ("nothing to tune" in caplog.text) == bool(asked)
+    assert not cache.exists()
