@@ -104,10 +104,10 @@ def in_this_process(case: dict[str, Any], source: str, output: str) -> dict[str,
     }
     if not output:
         return found
-    spent = watched()
+    spent, left = watched(), seconds_left()
     optq.quantize(source, config, output_dir=output, dtype=torch.float32)
     log = [json.loads(line) for line in Path(output, "quantization_log.jsonl").read_text().splitlines()]
-    return {**found, **what_it_took(log, spent)}
+    return {**found, **what_it_took(log, spent, left)}
 
 
 def watched() -> dict[str, float]:
@@ -150,20 +150,33 @@ def watched() -> dict[str, float]:
     return spent
 
 
-def what_it_took(log: list[dict[str, Any]], spent: dict[str, float]) -> dict[str, Any]:
+def seconds_left() -> list[float]:
+    """After each block, from now on."""
+    from optq.progress import RunLog
+
+    found: list[float] = []
+    emit = RunLog.emit
+
+    def emitted(log: RunLog, kind: str, **facts: Any) -> None:
+        emit(log, kind, **facts)
+        if kind == "block":
+            found.append(log.seconds_left)
+
+    RunLog.emit = emitted  # type: ignore[method-assign]
+    return found
+
+
+def what_it_took(log: list[dict[str, Any]], spent: dict[str, float], left: list[float]) -> dict[str, Any]:
     blocks = [event for event in log if event["event"] == "block"]
     (finished,) = (event for event in log if event["event"] == "finished")
     apart = spent.get("search of the best bits", 0.0)
     spent = {**spent, "forwards": finished["seconds"] - sum(spent.values()) + apart}
     after = sum(event["seconds"] for event in blocks[3:])
-    found = {
+    return {
         "real": {part: round(seconds, 1) for part, seconds in spent.items()},
         "block_seconds": [event["seconds"] for event in blocks],
-        "seconds_after_third_block": round(after, 1),
+        "left_after_third_block": {"estimated": round(left[2], 1), "real": round(after, 1)},
     }
-    if "seconds_left" in blocks[2]:
-        found["estimated_after_third_block"] = blocks[2]["seconds_left"]
-    return found
 
 
 if __name__ == "__main__":
