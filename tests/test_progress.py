@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import VOCABULARY
 from optq import GPTQConfig
+from optq.driver import COMPARISON
 from optq.progress import Load, RunLog
 
 
@@ -78,15 +79,15 @@ def test_a_run_says_what_its_blocks_have_to_do(tiny_llama, token_rows, monkeypat
 
     fitted, probed, head = 15 * 48, 2 * 48, VOCABULARY * 64
     weights, inputs = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96, 64**2 + 96**2
-    norms = 2 * 64
+    norms, compared = 2 * 64, VOCABULARY * COMPARISON
     solving = (2 * 64 + 2 * 32 + 2 * 96) * 64**2 + 64 * 96**2
     one, last = loads(effort="fast").values()
     assert one == Load(solving=solving, running=fitted * (weights + norms + inputs) + probed * (weights + norms))
-    assert last == Load(solving=solving, running=one.running + probed * head)
+    assert last == Load(solving=solving, running=one.running + probed * (head + compared))
     *blocks, of_head = loads(lm_head=True).values()
     running = 2 * fitted * (weights + norms + inputs) + probed * (weights + norms)
     assert blocks == [Load(solving=solving, running=running)] * 2
-    assert of_head == Load(solving=head * 64, running=2 * fitted * 64**2 + probed * head)
+    assert of_head == Load(solving=head * 64, running=2 * fitted * 64**2 + probed * (head + compared))
 
 
 def test_events_are_in_the_file_as_they_happen(tmp_path):

@@ -35,6 +35,8 @@ from .progress import Load, RunLog, rounded
 from .ranks import ALONE, Ranks
 from .walk import BlockSink, BlockSource, at_work, in_memory, suspended
 
+COMPARISON = 512  # multiplications in a block that take as long as comparing one logit; measured on a CPU
+
 
 def quantize_model(
     model: nn.Module,
@@ -161,8 +163,9 @@ def _loads(model: nn.Module, plan: Plan, streams: "_Streams") -> dict[str, Load]
         inputs = sum(columns**2 for columns in {columns for _, columns in shapes})  # of each stage a Hessian
         running = streams.fitted_tokens * (inputs + (weights if name != plan.head else 0))
         running += streams.probed_tokens * weights
-        if name == next(reversed(plan.blocks)) and name != plan.head:  # the comparison follows
-            running += streams.probed_tokens * sum(parameter.numel() for parameter in head.parameters()) if head else 0
+        if head is not None and name == next(reversed(plan.blocks)):  # the comparison follows
+            of_logit = COMPARISON + (head.weight.shape[1] if name != plan.head else 0)
+            running += streams.probed_tokens * head.weight.shape[0] * of_logit
         loads[name] = Load(solving=sum(rows * columns**2 for rows, columns in shapes), running=running)
     return loads
 
