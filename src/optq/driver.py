@@ -155,7 +155,7 @@ def quantize_model(
 
 def _loads(model: nn.Module, plan: Plan, streams: "_Streams") -> dict[str, Load]:
     """What every block has to do, for the time that is left; of work that all blocks do alike, only the like of it."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
     loads = {}
     for name, block in plan.blocks.items():
         shapes = [target.view.shape for target in plan.targets[name]]
@@ -164,8 +164,8 @@ def _loads(model: nn.Module, plan: Plan, streams: "_Streams") -> dict[str, Load]
         running = streams.fitted_tokens * (inputs + (weights if name != plan.head else 0))
         running += streams.probed_tokens * weights
         if head is not None and name == next(reversed(plan.blocks)):  # the comparison follows
-            of_logit = COMPARISON + (head.weight.shape[1] if name != plan.head else 0)
-            running += streams.probed_tokens * head.weight.shape[0] * of_logit
+            of_logit = COMPARISON + (head.shape[1] if name != plan.head else 0)
+            running += streams.probed_tokens * head.shape[0] * of_logit
         loads[name] = Load(solving=sum(rows * columns**2 for rows, columns in shapes), running=running)
     return loads
 
