@@ -337,9 +337,12 @@ def _continue(
     Args:
         outputs: of the original block, by the number of the call, where they are known already.
     """
+
+    def needs(call: BlockCall) -> Any:
+        return call.args, call.kwargs, outputs.get(call.batch)
+
     following = []
-    while waiting:
-        call = waiting.pop(0)
+    for call in work.store.in_turn((waiting.pop(0) for _ in range(len(waiting))), needs):
         posted = _past(forwards, streams, call, work, outputs.pop(call.batch, None))
         if isinstance(posted, BlockCall):
             following.append(posted)
