@@ -2,11 +2,11 @@
 """What `optq.plan` says of the time, and the progress after the third block, beside what runs really take.
 
 Each case plans and then quantizes in a process of its own. Of SmolLM2-135M-Instruct only the first blocks are there,
-as the time is linear in them; of the other model the weights are random. Calibration is on random tokens: which ones
-makes no difference to the time.
+as the time is linear in them; the other model has random weights. Calibration is on random tokens: which ones makes no
+difference to the time.
 
-All seconds, also those that the estimates are made from, are the process's CPU time: on one core, with one thread, what
-it takes where nothing else is going on. So the figures hold on machines that are shared.
+All seconds, also those that the estimates are made from, are the process's CPU time: on one core, with one thread,
+what it takes where nothing else is going on. So the figures hold on machines that are shared.
 
     taskset -c 0 env OMP_NUM_THREADS=1 python benchmarks/duration.py [--only "SmolLM2*"]
 

@@ -201,9 +201,9 @@ def duration() -> str:
     settings, environment = content["settings"], content["environment"]
     parts = list(dict.fromkeys(part for row in content["results"].values() for part in row["real"]))
     text = (
-        f"Estimated / real CPU seconds on one core ({environment['device']}), of the first {settings['blocks_of_smollm2']} "
-        "blocks of SmolLM2-135M, or of a model with random weights; forwards include all that is no other part. Last, "
-        "what the progress said after the third block, and what it took from there."
+        f"Estimated / real CPU seconds on one core ({environment['device']}), of the first "
+        f"{settings['blocks_of_smollm2']} blocks of SmolLM2-135M, or of a model with random weights; forwards include "
+        "all that is no other part. Last, what the progress said after the third block, and what it took from there."
     )
     lines = [
         textwrap.fill(text, WIDTH),
