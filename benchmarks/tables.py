@@ -195,6 +195,34 @@ def memory() -> str:
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
 
 
+def duration() -> str:
+    """What was predicted, and what it took."""
+    content = read("duration")
+    settings, environment = content["settings"], content["environment"]
+    parts = list(dict.fromkeys(part for row in content["results"].values() for part in row["real"]))
+    text = (
+        f"Estimated / real CPU seconds on one core ({environment['device']}), of the first "
+        f"{settings['blocks_of_smollm2']} blocks of SmolLM2-135M, or of a model with random weights; forwards include "
+        "all that is no other part. Last, what the progress said after the third block, and what it took from there."
+    )
+    lines = [
+        textwrap.fill(text, WIDTH),
+        "",
+        f"| | {' | '.join(parts)} | all | ratio | left after the third block |",
+        f"|---|{'---|' * len(parts)}---|---|---|",
+    ]
+    for name, row in content["results"].items():
+        predicted = {part.removesuffix(", at most"): seconds for part, seconds in row["predicted"].items()}
+        totals = [sum(found.values()) for found in (predicted, row["real"])]
+        cells = [f"{predicted[part]:.1f} / {row['real'][part]:.1f}" if part in predicted else "" for part in parts]
+        left = row["left_after_third_block"]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {totals[0]:.0f} / {totals[1]:.0f} | {totals[0] / totals[1]:.2f} | "
+            f"{left['estimated']:.0f} / {left['real']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def processes() -> str:
     """Two processes against one with two threads."""
     content = read("processes")
@@ -342,6 +370,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "generate": generate,
     "memory": memory,
+    "duration": duration,
     "processes": processes,
     "onnx": onnx,
     "coverage": coverage,

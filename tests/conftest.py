@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from optq import GPTQConfig
 from optq.hf.journal import Journal
+from optq.model import ActivationStore
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -159,3 +160,33 @@ def correlated_problem() -> Callable[[int, int], tuple[torch.Tensor, torch.Tenso
         return weight, inputs.T @ inputs / inputs.shape[0]
 
     return make
+
+
+class SideStream:
+    """What copies ahead, without a device: it says what it was asked for, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, float]] = []
+
+    def begin(self, pinned: torch.Tensor) -> tuple[torch.Tensor, int]:
+        self.events.append(("begin", float(pinned.flatten()[0])))
+        return pinned.clone(), len(self.events)
+
+    def finish(self, copy: torch.Tensor, complete: int) -> torch.Tensor:
+        assert self.events[complete - 1] == ("begin", float(copy.flatten()[0]))
+        self.events.append(("finish", float(copy.flatten()[0])))
+        return copy
+
+
+@pytest.fixture
+def side_stream(monkeypatch: pytest.MonkeyPatch) -> SideStream:
+    """Makes stores on a CPU keep what finds no room in memory, and copy it ahead, as on an accelerator."""
+    side, init = SideStream(), ActivationStore.__init__
+
+    def with_side(store: ActivationStore, *arguments: Any, **settings: Any) -> None:
+        init(store, *arguments, **settings)
+        store._side = side  # type: ignore[assignment]
+
+    monkeypatch.setattr(ActivationStore, "__init__", with_side)
+    monkeypatch.setattr(ActivationStore, "_is_memory", False)
+    return side

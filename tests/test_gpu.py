@@ -9,6 +9,7 @@ from optq import GPTQConfig, QuantLinear
 from optq.checkpoint import PackedWeight, pack, unpack_codes
 from optq.gptq import columns, round_to_nearest, solve
 from optq.kernels import choose_kernel, triton_gpu, tune
+from optq.model.activations import _SideStream
 from optq.scheme import LayerScheme
 
 pytestmark = [
@@ -20,6 +21,20 @@ pytestmark = [
 def quantize(folder, rows, **arguments):
     config = GPTQConfig(bits=4, group_size=32, dataset=rows)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **arguments)
+
+
+def test_what_waits_in_pinned_memory_changes_nothing(tiny_llama, token_rows, monkeypatch):
+    copied, finish = [], _SideStream.finish
+    monkeypatch.setattr(_SideStream, "finish", lambda side, *one: (copied.append(one), finish(side, *one))[1])
+    found = []
+    for settings in ({}, {"activation_memory": {0: 0}}):
+        assert not copied
+        config = GPTQConfig(bits=4, group_size=32, dataset=token_rows, batch_size=2, **settings)
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+        found.append(model.state_dict())
+    assert copied
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name])
 
 
 def devices(model):

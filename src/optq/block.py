@@ -134,6 +134,7 @@ class BlockWork:
     def _make_room(self) -> str | None:
         """Free some memory, in a way that changes no result; how, or None."""
         remedy = None
+        self.store.forget_ahead()
         if self._paused is not None and len(self._paused):
             self._paused.abandon()
             self.store.pausing = False
@@ -297,7 +298,13 @@ class BlockWork:
         # The original model may route a token to another expert, so that experts' inputs cannot be compared.
         compared = [stage for stage in stages if twins and stage.family is None]
         drifts = {stage: InputDrift(stage.in_features, self.device) for stage in compared}
-        for call in calls:
+
+        def needs(call: BlockCall) -> Any:
+            """None where a forward waits inside the block, and has it."""
+            running = [other for other in (call, twins.get(call.batch)) if other and other.batch not in (paused or ())]
+            return [(other.args, other.kwargs) for other in running]
+
+        for call in self.store.in_turn(calls, needs):
             twin = twins[call.batch] if twins and (compared or outputs is not None) else None
             seen = self.with_room(
                 partial(self._watch, stages, compared, call, twin, paused, to_the_end=outputs is not None)

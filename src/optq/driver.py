@@ -31,9 +31,11 @@ from .memory import all_finite, peak_gib, release_free_memory, reuse_of_free_mem
 from .model import ActivationStore, BlockCall, Finished, LinearView, SuspendedForwards
 from .placement import execution_device, placed, tensors_outside, working_dtype
 from .planning import Plan, Target
-from .progress import RunLog, rounded
+from .progress import Load, RunLog, rounded
 from .ranks import ALONE, Ranks
 from .walk import BlockSink, BlockSource, at_work, in_memory, suspended
+
+COMPARISON = 512  # multiplications in a block that take as long as comparing one logit; measured on a CPU
 
 
 def quantize_model(
@@ -94,12 +96,12 @@ def quantize_model(
         weaknesses=list(calibration.weak_for(plan.widest)),
         device=str(device),
     )
-    log.expect(len(blocks))
     started = time.monotonic()
     calibration = _share_of(calibration, ranks)
     release_free_memory()  # encoding the calibration texts leaves a lot behind
     repeats = _repeats(model, plan, calibration.batches[-1], device, source)
     streams = _Streams(calibration, follow_all=plan.propagates or polish_passes > 0 or repeats, repeats=repeats)
+    log.expect(_loads(model, plan, streams))
     comparison = None
     with (
         reuse_of_free_memory() as bound_free_memory,
@@ -151,6 +153,23 @@ def quantize_model(
     return comparison
 
 
+def _loads(model: nn.Module, plan: Plan, streams: "_Streams") -> dict[str, Load]:
+    """What every block has to do, for the time that is left; of work that all blocks do alike, only the like of it."""
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    loads = {}
+    for name, block in plan.blocks.items():
+        shapes = [target.view.shape for target in plan.targets[name]]
+        weights = sum(parameter.numel() for parameter in block.parameters())
+        inputs = sum(columns**2 for columns in {columns for _, columns in shapes})  # of each stage a Hessian
+        running = streams.fitted_tokens * (inputs + (weights if name != plan.head else 0))
+        running += streams.probed_tokens * weights
+        if head is not None and name == next(reversed(plan.blocks)):  # the comparison follows
+            of_logit = COMPARISON + (head.shape[1] if name != plan.head else 0)
+            running += streams.probed_tokens * head.shape[0] * of_logit
+        loads[name] = Load(solving=sum(rows * columns**2 for rows, columns in shapes), running=running)
+    return loads
+
+
 def _share_of(calibration: Calibration, ranks: Ranks) -> Calibration:
     """What this process runs; every one needs a micro-batch to find the stages of a block with."""
     if len(calibration.batches) < ranks.size:
@@ -182,6 +201,17 @@ class _Streams:
         """One entry per forward."""
         inputs = [batch.as_model_inputs(device) for batch in self.batches]
         return inputs + [inputs[number] for number in self._number_of.values()]
+
+    @property
+    def fitted_tokens(self) -> int:
+        """That run through every block, in all forwards."""
+        followed = [number for number in self._number_of.values() if number < self._fitted]
+        return sum(self.batches[number].input_ids.numel() for number in (*range(self._fitted), *followed))
+
+    @property
+    def probed_tokens(self) -> int:
+        """The same of the probes."""
+        return 2 * sum(batch.input_ids.numel() for batch in self.batches[self._fitted :])
 
     def is_original(self, call: BlockCall) -> bool:
         return call.batch in self._number_of
@@ -307,9 +337,12 @@ def _continue(
     Args:
         outputs: of the original block, by the number of the call, where they are known already.
     """
+
+    def needs(call: BlockCall) -> Any:
+        return call.args, call.kwargs, outputs.get(call.batch)
+
     following = []
-    while waiting:
-        call = waiting.pop(0)
+    for call in work.store.in_turn((waiting.pop(0) for _ in range(len(waiting))), needs):
         posted = _past(forwards, streams, call, work, outputs.pop(call.batch, None))
         if isinstance(posted, BlockCall):
             following.append(posted)

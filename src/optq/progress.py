@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,14 @@ from tqdm.auto import tqdm
 
 LOG_NAME = "quantization_log.jsonl"
 """The file of a run's events in its output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a block has to do, in multiplications: the two kinds of it take times of their own each."""
+
+    solving: float
+    running: float
 
 
 class RunLog:
@@ -28,7 +37,7 @@ class RunLog:
         self._file = file
         self._show_bar = bar
         self._bar: tqdm[Any] | None = None
-        self._expected = 0  # blocks
+        self._loads: dict[str, Load] = {}  # by block, in order
         self._started = time.monotonic()
 
     def __enter__(self) -> "RunLog":
@@ -50,11 +59,11 @@ class RunLog:
             with self._file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(event) + "\n")
 
-    def expect(self, blocks: int) -> None:
-        """Start the bar over so many blocks."""
-        self._expected = blocks
+    def expect(self, loads: dict[str, Load]) -> None:
+        """Start the bar over blocks, by name, in their order."""
+        self._loads = loads
         self._bar = tqdm(
-            total=blocks,
+            total=len(loads),
             desc="Quantizing",
             unit="block",
             disable=None if self._show_bar else True,
@@ -62,17 +71,35 @@ class RunLog:
         )
 
     @property
+    def _left(self) -> list[Load]:
+        """Of the blocks to come. One without linears has no event of its own."""
+        done = {event["block"] for event in self.events if event["event"] in ("block", "restored")}
+        latest = max((number for number, name in enumerate(self._loads, 1) if name in done), default=0)
+        return list(self._loads.values())[latest:]
+
+    @property
     def blocks_left(self) -> int:
-        return self._expected - sum(event["event"] in ("block", "restored") for event in self.events)
+        return len(self._left)
 
     @property
     def seconds_left(self) -> float:
-        """If every block to come takes the median of those that were done: the first may be slower than the others.
+        """If either kind of work goes on at its median speed so far: the first block may be slower than others.
 
         Raises StatisticsError before the first.
         """
-        seconds: list[float] = [event["seconds"] for event in self.events if event["event"] == "block"]
-        return self.blocks_left * statistics.median(seconds)
+        solving, running = [], []
+        for event in self.events:
+            if event["event"] != "block":
+                continue
+            linears = (
+                other for other in self.events if other["event"] == "linear" and other["block"] == event["block"]
+            )
+            solved = min(sum(linear["seconds"] for linear in linears), event["seconds"])  # processes may solve at once
+            load = self._loads[event["block"]]
+            solving.append(solved / load.solving)
+            running.append((event["seconds"] - solved) / load.running)
+        per_solving, per_running = statistics.median(solving), statistics.median(running)
+        return math.fsum(per_solving * load.solving + per_running * load.running for load in self._left)
 
     def advance(self, blocks: float, **shown: str) -> None:
         """Move the bar by a fraction of a block and show what was just done."""

@@ -2,6 +2,7 @@
 """Runs with little memory end with the same checkpoint; those without enough say so."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -45,6 +46,19 @@ def test_activations_on_the_disk_change_nothing(tiny_llama, token_rows, tmp_path
     assert not list((tmp_path / "limited").glob("activations*"))
 
 
+def test_copying_ahead_changes_nothing(tiny_llama, token_rows, tmp_path, monkeypatch, side_stream):
+    settings = {"batch_size": 2}
+    expected = weights(optq.quantize(tiny_llama, config(token_rows, **settings), output_dir=tmp_path / "whole"))
+    assert not side_stream.events
+    monkeypatch.setattr(GPTQConfig, "activation_limits", lambda *_: (0, math.inf))
+    assert (
+        weights(optq.quantize(tiny_llama, config(token_rows, **settings), output_dir=tmp_path / "ahead")) == expected
+    )
+    begun, used = (sum(kind == name for kind, _ in side_stream.events) for name in ("begin", "finish"))
+    assert begun == used  # nothing for nothing
+    assert used >= 2 * 7 * 4 * 2  # micro-batches but the first, of both streams, at every stage of both blocks
+
+
 class Memory:
     """Blocks that run out of memory as a small device would.
 
@@ -62,7 +76,7 @@ class Memory:
 
             def small(*args, **kwargs):
                 states = next(iter((*args, *kwargs.values())))
-                held = sum(work.store._here.values())
+                held = work.store.here
                 if states.shape[0] > samples or len(work._paused or ()) > waiting or held > stored:
                     raise torch.OutOfMemoryError("Tried to allocate 1.00 GiB.")
                 return forward(*args, **kwargs)

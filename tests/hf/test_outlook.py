@@ -57,6 +57,28 @@ def test_what_does_not_fit_comes_with_advice(without_weights, token_rows, monkey
     assert "does not fit; try" in str(found)
 
 
+def test_the_time_is_estimated_where_it_fits(without_weights, token_rows, monkeypatch):
+    config = GPTQConfig(bits=4, group_size=32, dataset=token_rows)
+    found = optq.plan(without_weights, config)
+    assert all(seconds > 0 for seconds in found.seconds.values())
+    assert str(found).count("time: about ") == 1
+    assert {"forwards", "Hessians", "solving"} < found.seconds.keys()
+    assert not found.uncounted
+    unknown = optq.plan(without_weights, GPTQConfig(bits=4, group_size=32, model_seqlen=32))
+    assert "besides: what the model writes" in str(unknown)
+    monkeypatch.setattr(outlook, "free_bytes", lambda device: 1000)
+    found = optq.plan(without_weights, config)
+    assert not found.seconds
+    assert "time:" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(3.2, "about 3 s"), (119, "about 119 s"), (250, "about 4 min"), (90_000, "about 25 h")]
+)
+def test_times_are_rounded(seconds, words):
+    assert outlook._rounded(seconds) == words
+
+
 def test_what_vllm_will_refuse_is_said(without_weights, token_rows):
     def reasons(parts=1, **settings):
         config = GPTQConfig(**{"bits": 4, "group_size": 32, "dataset": token_rows, **settings})

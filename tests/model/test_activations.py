@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import gc
+import weakref
 
 import psutil
 import pytest
@@ -84,3 +85,80 @@ def test_spilling_sends_all_away(states, tmp_path):
     later = torch.ones(4)
     store.take(later)
     assert store.away["disk"] == 5 * SIZE + later.nbytes
+
+
+def numbered(count):
+    return [torch.full((2, 3), float(number)) for number in range(count)]
+
+
+def test_what_comes_next_is_copied_while_the_present_item_is_worked_on(side_stream):
+    store = ActivationStore(CPU, on_device=0)
+    states = store.take(numbered(4))
+    for number, item in enumerate(store.in_turn(states, lambda item: [item])):
+        side_stream.events.append(("work", float(number)))
+        assert torch.equal(store.fetched(item), torch.full((2, 3), float(number)))
+        assert torch.equal(store.fetched(item), item)  # once more: from where it waits
+    assert side_stream.events == [
+        *[("begin", 1.0), ("work", 0.0)],
+        *[("begin", 2.0), ("work", 1.0), ("finish", 1.0)],
+        *[("begin", 3.0), ("work", 2.0), ("finish", 2.0)],
+        *[("work", 3.0), ("finish", 3.0)],
+    ]
+
+
+def test_a_copy_that_is_not_used_in_its_turn_is_dropped(side_stream):
+    store = ActivationStore(CPU, on_device=0)
+    states = store.take(numbered(3))
+    for number, item in enumerate(store.in_turn(states, lambda item: [item])):
+        if number == 2:
+            for each in (item, states[1]):  # the latter was due before
+                assert torch.equal(store.fetched(each), each)
+    assert [event for event in side_stream.events if event[0] == "finish"] == [("finish", 2.0)]
+
+
+def test_nothing_is_held_after_memory_ran_out_or_the_turn_was_left(side_stream):
+    store = ActivationStore(CPU, on_device=0)
+    states = store.take(numbered(4))
+    turn = store.in_turn(states, lambda item: [item])
+    next(turn)
+    assert store._coming
+    store.forget_ahead()
+    assert not store._coming
+    next(turn)
+    assert torch.equal(store.fetched(states[1]), states[1])
+    turn.close()
+    assert not store._ahead
+    assert not store._coming
+    assert ("finish", 1.0) not in side_stream.events
+
+
+def test_only_what_waits_in_memory_is_copied_ahead(side_stream, tmp_path):
+    store = ActivationStore(CPU, on_device=24, in_memory=24, folder=tmp_path)
+    states = store.take(numbered(3))  # one on the device, one in memory, one on the disk
+    assert (store.here, store.away) == (24, {"memory": 24, "disk": 24})
+    assert [torch.equal(store.fetched(item), item) for item in store.in_turn(states, lambda item: [item])] == [
+        True
+    ] * 3
+    assert side_stream.events == [("begin", 1.0), ("finish", 1.0)]
+
+
+def test_items_are_taken_one_ahead():
+    taken = []
+    turn = ActivationStore().in_turn((taken.append(number) or number for number in range(3)), lambda item: [])
+    assert (next(turn), taken) == (0, [0, 1])
+    assert list(turn) == [1, 2]
+
+
+def test_sums_are_those_of_what_is_alive(states, tmp_path):
+    store = ActivationStore(CPU, on_device=3 * SIZE, folder=tmp_path)
+    kept = store.take(states)
+    store.take(kept)  # nothing counts twice
+    assert (store.here, store.away["disk"]) == (3 * SIZE, 2 * SIZE)
+    del kept, states[4], states[0]
+    assert (store.here, store.away["disk"]) == (2 * SIZE, SIZE)
+    assert store.spill()
+    assert (store.here, store.away["disk"]) == (0, 3 * SIZE)
+    gone = weakref.ref(store)
+    del store
+    gc.collect()
+    assert gone() is None  # whatever waits

@@ -5,7 +5,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from optq.calibration import Calibration
+from optq.duration import Duration, estimate
 from optq.memory import GIB, free_bytes
 from optq.model import put_split
 from optq.placement import execution_device, working_dtype
@@ -40,6 +41,9 @@ class Outlook:
         memory_gib: on `device`, by part; at the same time in memory.
         elsewhere_gib: activations that wait in the machine's memory, or on the disk of the output folder.
         free_gib: what is free there now.
+        seconds: an estimate of the time, by part, for one process on a machine that does nothing else; empty where it
+            does not fit.
+        uncounted: what the run will do besides.
         not_served: what vLLM will not read: which linears, and why.
     """
 
@@ -56,6 +60,8 @@ class Outlook:
     memory_gib: dict[str, float]
     elsewhere_gib: float
     free_gib: float
+    seconds: dict[str, float]
+    uncounted: tuple[str, ...]
     not_served: tuple[str, ...]
 
     @property
@@ -89,6 +95,9 @@ class Outlook:
             *(f"  {gib:8.2f} GiB {part}" for part, gib in self.memory_gib.items()),
             *([f"  {self.elsewhere_gib:8.2f} GiB activations that wait elsewhere"] if self.elsewhere_gib else []),
             *(f"  does not fit; try {advice}" for advice in self.advice),
+            *([f"time: {_rounded(sum(self.seconds.values()))}"] if self.seconds else []),
+            *(f"  {seconds:8.0f} s   {part}" for part, seconds in self.seconds.items()),
+            *(f"  besides: {part}" for part in self.uncounted),
             "vLLM reads it" if not self.not_served else "vLLM does not read:",
             *(f"  {reason}" for reason in self.not_served),
         ]
@@ -103,6 +112,9 @@ def plan(
     **kwargs: Any,
 ) -> Outlook:
     """Say what `optq.quantize` with the same arguments will take and give. Reads the config and the data, no weights.
+
+    The time is estimated from what this machine does in a few seconds, which this takes, with memory for one block and
+    for what lies outside of the blocks.
 
     Args:
         tensor_parallel: over how many GPUs vLLM will split the model.
@@ -130,7 +142,7 @@ def plan(
     activations, (on_device, _) = memory["activations"], config.activation_limits(device)
     memory["activations"] = min(activations, int(on_device))
     group_indices = sum(4 * target.view.shape[1] for target in targets)
-    return Outlook(
+    outlook = Outlook(
         model=os.fspath(model_id_or_dir),
         device=str(device),
         blocks=len(planned.blocks) - (planned.head is not None),
@@ -144,8 +156,37 @@ def plan(
         memory_gib={part: size / GIB for part, size in memory.items()},
         elsewhere_gib=max(0, activations - on_device) / GIB,
         free_gib=free_bytes(device) / GIB,
+        seconds={},
+        uncounted=(),
         not_served=refusals("vllm", as_linears(model, targets, config.format), tensor_parallel, planned.skipped),
     )
+    if not outlook.fits:
+        return outlook
+    duration = _duration(model, planned, calibration, config)
+    return replace(outlook, seconds=duration.seconds, uncounted=duration.uncounted)
+
+
+def _duration(model: Any, planned: Plan, calibration: Calibration, config: GPTQConfig) -> Duration:
+    found = estimate(
+        model,
+        planned,
+        calibration,
+        sequential=config.true_sequential,
+        polish_passes=config.polish_passes,
+        candidates=(lambda view: config.candidates_for(view.name, *view.shape)) if config.has_budget else None,
+        device=config.device,
+    )
+    if not config.own_text:
+        return found
+    return replace(found, uncounted=(*found.uncounted, "what the model writes to be calibrated on"))
+
+
+def _rounded(seconds: float) -> str:
+    """In words."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {seconds:.0f} s"
 
 
 def _stand_in(vocabulary: int, samples: int, length: int) -> list[list[int]]:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long `solve` will take: what it has to do for a matrix is counted, and the kinds of work are timed.
+
+Small calls of `solve` alone would not tell: what they do in the caches, large ones do in memory. Columns count as
+single operations round them; on GPUs, where a block of them is one launch, the scaling to a whole solve makes up for
+that.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
+
+import torch
+
+from optq.scheme import LayerScheme, trivial_groups
+
+from . import solver
+from .columns import ROUND_BLOCK, SWEEP_BLOCK
+from .grid import fit_grid
+
+CPU_SIZE, ACCELERATOR_SIZE = 1024, 4096  # inputs of the matrices that kinds of work are timed with
+SMALL, LARGE = (16, 256), (512, 1024)  # of the weights that are solved
+REPEATS, ENOUGH = 5, 0.3  # seconds after which nothing is repeated
+ROW_OPERATIONS = 8  # on the values of one column, to round it
+STRIP_OPERATIONS = 1.5  # on each group's part of δᵀHδ while scales are re-fitted: half is made, multiplied, summed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvingWork:
+    """Numbers of operations of each kind; or the seconds that one of each takes.
+
+    Args:
+        products: multiplications in products with a whole Hessian.
+        updates: entries of a matrix as large as the weight that a product with a few columns changes, where it is the
+            memory that takes the time.
+        elements: entries of a block of columns that are changed, in the caches.
+        cubes: multiplications in factors and inverses of a Hessian.
+        fits: weights for which a grid is searched.
+        steps: columns that are rounded, whatever their length.
+    """
+
+    products: float
+    updates: float
+    elements: float
+    cubes: float
+    fits: float
+    steps: float
+
+    def times(self, seconds_of_each: "SolvingWork") -> float:
+        """Seconds."""
+        return math.fsum(count * each for count, each in zip(astuple(self), astuple(seconds_of_each), strict=True))
+
+
+def work_of(rows: int, columns: int, scheme: LayerScheme, *, drift: bool) -> SolvingWork:
+    """What `solve` does for a (rows, columns) weight; `drift`: whether it is given one."""
+    weights, rounds = rows * columns, scheme.refinement
+    solves, chunks = 1 + rounds, -(-weights // solver.ELEMENTS_AT_ONCE)
+    # An attempt each: the first solution, the nearest one, every step of a round. Three energies. In a round, strips
+    # that are half a product together. Two for the target.
+    products = (2 + 3 * rounds) + 3 + rounds / 2 + 2 * (drift and scheme.propagation > 0)
+    # Half of the columns are still to come, on average.
+    updates = solves * columns / ROUND_BLOCK / 2 + rounds * columns / SWEEP_BLOCK / 2
+    updates += rounds * STRIP_OPERATIONS * scheme.group_count(columns)
+    elements = solves * (ROUND_BLOCK / 2 + ROW_OPERATIONS)
+    elements += rounds * (SWEEP_BLOCK / 2 + ROW_OPERATIONS)
+    return SolvingWork(
+        products=products * weights * columns,
+        updates=updates * weights,
+        elements=elements * weights,
+        cubes=2 / 3 * columns**3,  # two Cholesky factors, a sixth each, and an inverse, a third
+        fits=weights,
+        steps=chunks * columns * (solves + rounds),
+    )
+
+
+def measured(scheme: LayerScheme, device: torch.device) -> SolvingWork:
+    """The seconds that one operation of each kind takes on this machine. Takes a second or two.
+
+    The kinds are timed one by one; then all are scaled to what `solve` takes for a small layer.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    normal = partial(torch.randn, generator=generator, device=device)
+    seconds = partial(seconds_of, device=device)
+    size, few = CPU_SIZE if device.type == "cpu" else ACCELERATOR_SIZE, ROUND_BLOCK
+    weight, large, narrow, flat = (
+        normal(LARGE[0], size),
+        normal(2 * size, size),
+        normal(2 * size, few),
+        normal(few, size),
+    )
+    hessian = large.T @ large / (2 * size)
+    energy, groups = hessian.diagonal(), trivial_groups(size, scheme.group_width(size), device)
+    invert = partial(solver._invert, hessian, energy == 0, energy.argsort(), scheme.damping, "")
+    row, block = normal(size), normal(few // 2, size)
+    kinds = SolvingWork(
+        products=seconds(lambda: weight @ hessian) / (weight.numel() * size),
+        updates=seconds(lambda: large.addmm_(narrow, flat, alpha=1e-3)) / large.numel(),
+        elements=seconds(lambda: block.addr_(narrow[: few // 2, 0], row, alpha=1e-3)) / block.numel(),
+        cubes=seconds(invert) / work_of(1, size, scheme, drift=False).cubes,
+        fits=seconds(lambda: fit_grid(weight, groups, scheme, energy)) / weight.numel(),
+        steps=0.0,
+    )
+
+    def solving(rows: int, columns: int) -> tuple[SolvingWork, float]:
+        states = normal(2 * columns, columns)
+        drift = normal(columns, columns) / columns
+        call = partial(solver.solve, normal(rows, columns), states.T @ states / len(states), scheme, drift=drift)
+        return work_of(rows, columns, scheme, drift=True), seconds(call)
+
+    work, took = solving(*SMALL)
+    kinds = replace(kinds, steps=max(0.0, took - work.times(kinds)) / work.steps)
+    work, took = solving(*LARGE)
+    scale = took / work.times(kinds)
+    return SolvingWork(**{kind: scale * each for kind, each in asdict(kinds).items()})
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """The least of some calls: what the call takes when nothing else is going on. One before does not count."""
+    once_seconds(call, device)
+    found: list[float] = []
+    while not found or (len(found) < REPEATS and sum(found) < ENOUGH):
+        found.append(once_seconds(call, device))
+    return min(found)
+
+
+def once_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, to its end on the device."""
+    _settle(device)
+    started = time.perf_counter()
+    call()
+    _settle(device)
+    return time.perf_counter() - started
+
+
+def _settle(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
