@@ -25,6 +25,7 @@ gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/kernels.py --bits 2 3 8 --models 8B
 	PYTHONPATH=src $(PYTHON) benchmarks/generate.py
 	PYTHONPATH=src $(PYTHON) benchmarks/solver.py
+	PYTHONPATH=src $(PYTHON) benchmarks/large.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

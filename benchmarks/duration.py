@@ -115,8 +115,12 @@ def in_this_process(case: dict[str, Any], source: str, output: str) -> dict[str,
     return {**found, **what_it_took(log, spent, left)}
 
 
-def watched() -> dict[str, float]:
-    """Seconds by part, from now on. What one part does inside another counts for the outer one only."""
+def watched(before_and_after: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Seconds by part, from now on. What one part does inside another counts for the outer one only.
+
+    Args:
+        before_and_after: waits for what still runs elsewhere.
+    """
     import optq.allocation
     import optq.block
     import optq.driver
@@ -133,12 +137,14 @@ def watched() -> dict[str, float]:
 
         @wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            before_and_after()
             started = time.monotonic()
             inside.append(part)
             try:
                 return call(*args, **kwargs)
             finally:
                 inside.pop()
+                before_and_after()
                 if not inside:
                     spent[part] = spent.get(part, 0.0) + time.monotonic() - started
 
