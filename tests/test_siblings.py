@@ -186,6 +186,17 @@ def test_what_is_copied_cast_or_loaded_again_is_right(joined, alone, x, tmp_path
     assert alternating == [torch.float32, torch.bfloat16, torch.float32]
 
 
+def test_a_replica_multiplies_alone_and_leaves_the_original_as_it_is(joined, alone, x, products):
+    replica = joined.q_proj._replicate_for_data_parallel()
+    with torch.no_grad():
+        assert torch.equal(replica(x), alone.q_proj(x))
+        replica.prepare(torch.bfloat16)
+        assert joined.q_proj.siblings.are_joined
+        products.clear()
+        assert same(joined(x), alone(x))
+    assert products == [sum(OUTS), *OUTS]
+
+
 def test_weights_that_do_not_fit_together_are_left_alone(x):
     uneven = prepared(Attention(SCHEMES["cpu_int4"], (96, 64, 64)), joined=True)  # 96 outputs are no whole tiles
     assert not uneven.q_proj.siblings.are_joined

@@ -69,6 +69,7 @@ class Siblings:
 
     def __init__(self, layers: Sequence[Member]) -> None:
         self._layers = tuple(layers)
+        self._positions = {layer: position for position, layer in enumerate(layers)}
         self._ready: dict[int, tuple[Kernel, Prepared, Any]] = {}
         self._joint: Prepared | None = None
         self._held: _Held | None = None
@@ -86,9 +87,11 @@ class Siblings:
 
     def prepared(self, layer: Member, kernel: Kernel, prepared: Prepared, place: Any) -> None:
         """A linear has been prepared; once all are, for the same place (device and dtype), they are joined."""
+        if layer not in self._positions:
+            return
         if self._joint is not None:
             self.part()
-        self._ready[self._layers.index(layer)] = (kernel, prepared, place)
+        self._ready[self._positions[layer]] = (kernel, prepared, place)
         if len(self._ready) < len(self._layers) or self._missed > MOST_MISSES:
             return
         ready = [self._ready[position] for position in range(len(self._layers))]
@@ -111,10 +114,10 @@ class Siblings:
 
     def output_of(self, layer: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
         """x times the layer's weight, with whoever else reads x if that pays."""
-        if self._joint is None or not _may_wait(x):
+        position = self._positions.get(layer)  # None: of a replica, such as nn.DataParallel makes
+        if self._joint is None or position is None or not _may_wait(x):
             return matmul(x, kernel, prepared)
         held = self._held
-        position = self._layers.index(layer)
         if held is not None and held.is_of(x) and (output := held.outputs.pop(position, None)) is not None:
             if not held.outputs:
                 self._held = None
