@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optq.gptq import solve
 from optq.model import BlockCall, find_linears
-from optq.polish import Example, polish
+from optq.polish import Example, _gradients, _loss_of, polish
 from optq.scheme import LayerScheme
 
 WIDTH = 64
@@ -95,3 +95,27 @@ def test_padding_does_not_count(setting):
         with torch.no_grad():
             results.append(polish(views, originals, start, run_of(block), changed[:10], changed[10:], passes=2))
     assert results[0].loss == results[1].loss
+
+
+def test_pieces_of_examples_give_the_gradients_and_losses_of_whole_ones(setting):
+    block, views, _, examples = setting
+
+    def pieces(example):
+        return [
+            Example(
+                call=BlockCall(batch=0, block=0, args=(example.call.args[0][at : at + 1],), kwargs={}),
+                target=example.target[at : at + 1],
+                mask=example.mask[at : at + 1],
+            )
+            for at in range(2)
+        ]
+
+    weights = [view.parameter for view in views]
+    whole, parts = (
+        _gradients(run_of(block), examples[0], how, weights) for how in (lambda example: [example], pieces)
+    )
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-2, atol=1e-2 * float(one.abs().max()))
+    with torch.no_grad():
+        losses = [_loss_of(run_of(block), examples[0], how) for how in (lambda example: [example], pieces)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

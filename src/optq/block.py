@@ -501,6 +501,8 @@ class BlockWork:
             examples[len(calls) :],
             passes,
             self.ranks,
+            attempt=self.with_room,
+            pieces=self._pieces,
         )
         self.log.emit(
             "polished",
@@ -511,6 +513,26 @@ class BlockWork:
             seconds=round(time.monotonic() - started, 2),
         )
         return [replace(done, quantized=quantized) for done, quantized in zip(solved, polished.quantized, strict=True)]
+
+    def _pieces(self, example: Example) -> list[Example]:
+        """What is run of it at once; after memory has run out, a part."""
+        if self.store.parts == 1:
+            return [example]
+        args, kwargs = self.store.fetched((example.call.args, example.call.kwargs))
+        samples = hidden_states((args, kwargs)).shape[0]
+        self._most_samples = max(self._most_samples, samples)
+        found = []
+        for rows in torch.arange(samples).chunk(self.store.parts):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            part_args, part_kwargs = tree_map(partial(_samples_of, part, samples), (args, kwargs))
+            found.append(
+                Example(
+                    call=replace(example.call, args=part_args, kwargs=part_kwargs),
+                    target=example.target[part],
+                    mask=None if example.mask is None else example.mask[part],
+                )
+            )
+        return found
 
     def report(self, solved: list[Solved], seconds: float) -> None:
         """One line for a finished block."""

@@ -10,7 +10,8 @@ codes by the chain rule, with rounding passed straight through (Bengio et al., a
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from .kernels import has_bfloat16_instructions
 from .model import BlockCall, LinearView, hidden_states, relative_error
 from .ranks import ALONE, Ranks
 from .scheme import QuantizedWeight, per_column, run_width
+
+T = TypeVar("T")
 
 # Adam's first steps. Measured on two blocks of SmolLM2 at 4, 3 and 2 bits: with twice the CODE_RATE, the first pass at
 # 4 bits does more harm than the following ones can mend; with half of it, three passes do not reach as far.
@@ -43,6 +46,11 @@ class Example:
     target: Tensor
     mask: Tensor | None
 
+    @property
+    def tokens(self) -> int:
+        """That count."""
+        return self.target[..., 0].numel() if self.mask is None else int(self.mask.sum())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Polished:
@@ -54,6 +62,14 @@ class Polished:
     passes: int
 
 
+def _at_once(call: Callable[[], T]) -> T:
+    return call()
+
+
+def _whole(example: Example) -> list[Example]:
+    return [example]
+
+
 def polish(
     views: list[LinearView],
     originals: list[Tensor],
@@ -63,6 +79,9 @@ def polish(
     held_out: list[Example],
     passes: int,
     ranks: Ranks = ALONE,
+    *,
+    attempt: Callable[[Callable[[], Any]], Any] = _at_once,
+    pieces: Callable[[Example], list[Example]] = _whole,
 ) -> Polished:
     """Tune `start`; the views' weights end as the result decodes.
 
@@ -75,10 +94,18 @@ def polish(
             second pass in a row without improvement is the last.
         passes: at most.
         ranks: who have other examples; a step then follows the mean of their gradients.
+        attempt: calls what it is given, again if memory runs out and some can be made.
+        pieces: of an example, which are run one after the other; asked anew at every attempt.
     """
     tuned = [_Tuned(*one) for one in zip(views, originals, start, strict=True)]
     weights = [tuned_view.weight for tuned_view in tuned]
-    loss_before = best_loss = _mean_loss(run, held_out, ranks)
+
+    def mean_loss() -> float:
+        losses = [attempt(partial(_loss_of, run, one, pieces)) for one in held_out]
+        total, count = ranks.sums(sum(losses), len(losses))
+        return total / count
+
+    loss_before = best_loss = mean_loss()
     best, done, failures = start, 0, 0
     steps_per_pass = max(ranks.gathered(len(examples)))
     steps = passes * steps_per_pass
@@ -96,8 +123,7 @@ def polish(
     for _ in range(passes):
         for step in range(steps_per_pass):
             example = examples[step % len(examples)]  # one who has fewer begins again
-            with torch.enable_grad(), _requiring_gradients(weights), _rough_products(weights[0].device):
-                gradients = torch.autograd.grad(_loss(run, example), weights, allow_unused=True)
+            gradients = attempt(partial(_gradients, run, example, pieces, weights))
             if ranks.size > 1:
                 gradients = tuple(_mean_over(ranks, *one) for one in zip(gradients, weights, strict=True))
             reached = [(one, gradient) for one, gradient in zip(tuned, gradients, strict=True) if gradient is not None]
@@ -109,7 +135,7 @@ def polish(
             for one, _ in reached:
                 one.write()
         done += 1
-        loss = _mean_loss(run, held_out, ranks)
+        loss = mean_loss()
         if loss < best_loss:
             best_loss, best, failures = loss, [one.quantized() for one in tuned], 0
         elif (failures := failures + 1) == 2:
@@ -190,10 +216,33 @@ def _mean_over(ranks: Ranks, gradient: Tensor | None, weight: Tensor) -> Tensor:
     return ranks.add_up(torch.zeros_like(weight) if gradient is None else gradient.contiguous()).div_(ranks.size)
 
 
+def _gradients(
+    run: Callable[[BlockCall], Any],
+    example: Example,
+    pieces: Callable[[Example], list[Example]],
+    weights: list[nn.Parameter],
+) -> list[Tensor | None]:
+    """Of the loss towards each weight; None where it does not reach."""
+    total: list[Tensor | None] = [None] * len(weights)
+    parts = pieces(example)
+    for part in parts:
+        share = part.tokens / example.tokens if len(parts) > 1 else 1.0
+        with torch.enable_grad(), _requiring_gradients(weights), _rough_products(weights[0].device):
+            found = torch.autograd.grad(_loss(run, part) * share, weights, allow_unused=True)
+        total = [_sum_of(*both) for both in zip(total, found, strict=True)]
+    return total
+
+
+def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one.add_(other)
+
+
+def _loss_of(run: Callable[[BlockCall], Any], example: Example, pieces: Callable[[Example], list[Example]]) -> float:
+    parts = pieces(example)
+    if len(parts) == 1:
+        return float(_loss(run, parts[0]))
+    return sum(float(_loss(run, part)) * part.tokens for part in parts) / example.tokens
+
+
 def _loss(run: Callable[[BlockCall], Any], example: Example) -> Tensor:
     return relative_error(hidden_states(run(example.call)), example.target, example.mask)
-
-
-def _mean_loss(run: Callable[[BlockCall], Any], examples: list[Example], ranks: Ranks) -> float:
-    total, count = ranks.sums(sum(float(_loss(run, example)) for example in examples), len(examples))
-    return total / count

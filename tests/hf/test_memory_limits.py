@@ -103,6 +103,25 @@ def test_micro_batches_are_halved(tiny_llama, token_rows, tmp_path, monkeypatch)
     assert sum(same) >= len(same) - 2  # a code or two may flip: sums of float32 in another order
 
 
+def test_polishing_goes_on_in_parts_towards_the_same_loss(tiny_llama, token_rows, tmp_path, monkeypatch):
+    """And its gradients are those of whole micro-batches, padding included."""
+    ragged = [{"input_ids": row["input_ids"][: 48 - 2 * number]} for number, row in enumerate(token_rows)]
+    settings = {"batch_size": 4, "effort": "max", "bits": 3}
+    whole = optq.quantize(tiny_llama, config(ragged, **settings), output_dir=tmp_path / "whole")
+    Memory(monkeypatch, samples=2)
+    found = optq.quantize(tiny_llama, config(ragged, **settings), output_dir=tmp_path / "out")
+    assert "micro-batches run in 2 parts" in remedies(found)
+    before, after = (
+        [
+            json.loads(line)["held_out_loss"]
+            for line in (folder / "quantization_log.jsonl").read_text().splitlines()
+            if '"polished"' in line
+        ]
+        for folder in (whole, found)
+    )
+    assert after == pytest.approx(before, rel=0.15)  # a few codes differ, and what follows from them
+
+
 @pytest.mark.parametrize("effort", ["fast", "default"])
 def test_forwards_that_find_no_room_inside_a_block_are_run_anew(tiny_llama, token_rows, tmp_path, monkeypatch, effort):
     settings = {"batch_size": 2, "effort": effort}
