@@ -200,5 +200,6 @@ def _why_wrong(device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
-        return f"the fused loops do not run ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+        said = (str(error).strip() or "without a message").splitlines()[0][:200]
+        return f"the fused loops do not run ({type(error).__name__}: {said})"
     return None
