@@ -158,7 +158,7 @@ def test_compiles_for_gpus_that_are_not_there():
         assert facts["shared_bytes"] <= 96 * 1024, facts
         if facts["target"].startswith("sm_"):
             assert facts["spills"] == 0 and facts["stack"] == 0, facts
-        if facts["target"].startswith("sm_") and facts["program"] == "product":
+        if facts["target"].startswith("sm_") and facts["program"].endswith("product"):
             assert facts["tensor_core"] > 0, facts
             assert facts["wide_loads"] > 0, facts
 
