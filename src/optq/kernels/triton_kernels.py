@@ -184,7 +184,7 @@ def sum_over_columns(
     PTX: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of the product, (OUTPUTS, ROWS) float32, summed over some blocks of columns. Constants as of `product`."""
+    """A tile of the product, (OUTPUTS, ROWS) float32, summed over some blocks of columns. Constants as of product."""
     WORDS: tl.constexpr = BLOCK * 2 // 32 if BITS == 2 or BITS == 3 else BLOCK * 4 // 32
     WIDTH: tl.constexpr = 2 * WORDS  # columns per step
     column = tl.arange(0, WIDTH)
