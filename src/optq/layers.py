@@ -142,7 +142,7 @@ class QuantLinear(nn.Module):
         """Be as before `prepare`."""
         self.qweight, self.scales = self._words(), self._own_scales()
         if self.siblings is not None:
-            self.siblings.part()
+            self.siblings.part(self)
         self._kernel = self._prepared = self._prepared_for = None
 
     def fill_trivial_groups(self, group_width: int) -> None:

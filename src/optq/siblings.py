@@ -110,7 +110,7 @@ class Joined:
     def prepared(self, member: Member, kernel: Kernel, prepared: Prepared, place: Any) -> None:
         """A member has been prepared; once all are, for the same place (device and dtype), they are joined."""
         if self.joint is not None:
-            self.part()
+            self.part(member)
         if not self.wants(kernel):
             return
         self._ready[self._members.index(member)] = (kernel, prepared, place)
@@ -137,12 +137,12 @@ class Joined:
         for member, part in zip(self._members, self.kernel.joint.split(prepared, sizes), strict=True):
             member.take_prepared(part)
 
-    def part(self) -> None:
+    def part(self, member: Member) -> None:
         """A member is about to be changed: until all are prepared again, each is by itself."""
-        self._ready.clear()
+        self._ready.pop(self._members.index(member), None)
         self.kernel = self.joint = self.place = None
         if self.siblings is not None:
-            self.siblings.part()
+            self.siblings.part(self)
 
     def output_of(self, member: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
         """x times the member's weight."""
@@ -168,8 +168,8 @@ class Siblings(Joined):
     def wants(self, kernel: Kernel) -> bool:
         return self._missed <= MOST_MISSES
 
-    def part(self) -> None:
-        super().part()
+    def part(self, member: Member) -> None:
+        super().part(member)
         self._held = None
 
     def output_of(self, member: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
@@ -188,7 +188,7 @@ class Siblings(Joined):
         if held is not None:
             self._missed += 1
             if self._missed >= MOST_MISSES:
-                self.part()
+                self.part(member)
                 self._missed = MOST_MISSES + 1  # for good
                 return matmul(x, kernel, prepared)
         sizes = [member.out_features for member in self._members]
