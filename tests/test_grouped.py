@@ -11,7 +11,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from optq import triton_devices
 from optq.checkpoint import pack
 from optq.gptq import round_to_nearest, solve
 from optq.grouped import GroupedExperts
@@ -21,20 +20,11 @@ from optq.layers import QuantLinear, join_experts
 from optq.model import Experts
 from optq.scheme import LayerScheme
 
-pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the programs run in Triton's interpreter here")
+pytestmark = pytest.mark.usefixtures("interpreted_triton")
 
 COUNT, WIDTH, INNER = 5, 64, 32
 KINDS = {"gate and up": Qwen3MoeExperts, "biases, interleaved": GptOssExperts, "no gate": NemotronHExperts}
 SCHEME = LayerScheme(bits=4, group_size=32)
-
-
-@pytest.fixture(autouse=True)
-def _triton_runs_here(monkeypatch):
-    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
-    torch.use_deterministic_algorithms(True)  # then memory that nobody has written to is NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def mixture(kind=Qwen3MoeExperts, scheme=SCHEME, *, joined=True, layer_type=QuantLinear, backend="triton"):
@@ -75,19 +65,6 @@ def inputs(tokens=7, choices=2):
     x = torch.randn(tokens, WIDTH, generator=generator).half()
     scores = torch.rand(tokens, COUNT, generator=generator).topk(choices)
     return x, scores.indices, scores.values.half()
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """The programs that are launched."""
-    made, launched = [], triton_gpu._launched
-
-    def counted(program, *arguments, **constants):
-        made.append(program.fn.__name__)
-        return launched(program, *arguments, **constants)
-
-    monkeypatch.setattr(triton_gpu, "_launched", counted)
-    return made
 
 
 AT_ONCE = ["grouped_product"] * 2
@@ -184,7 +161,7 @@ def own_forward(experts):
 @pytest.mark.parametrize("change", [hook, global_hook, entrance_hook, adapter, own_forward])
 def test_what_happens_in_an_experts_linear_is_not_passed_over(change, launches):
     experts = mixture()
-    x, _, weights = inputs(4)
+    x = inputs(4)[0]
     chosen = torch.tensor([[1, 2]] * 4)  # what becomes of the second expert's output is seen
     only_it = torch.tensor([[1.0, 0.0]] * 4).half()
     with torch.no_grad():
@@ -216,12 +193,11 @@ def test_gradients_every_token_and_many_rows_take_the_experts_one_by_one(launche
         experts.every_token = True
         experts(x, chosen, weights)
         experts.every_token = False
+        assert experts.grouped.why_not(14, x) is None
         monkeypatch.setattr(triton_gpu, "MOST_ROWS", 1)
+        assert "rows per expert" in experts.grouped.why_not(14, x)
         experts(x, chosen, weights)
         assert "grouped_product" not in launches
-        monkeypatch.undo()
-    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
-    assert experts.grouped.why_not(14, x) is None
     assert "gradients" in experts.grouped.why_not(14, x, asked)
 
 

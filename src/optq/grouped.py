@@ -76,6 +76,10 @@ class GroupedExperts:
         self._last = Counterparts([getattr(expert, last) for expert in experts])
         self._watched: tuple[list[Mapping[Any, Any]], ...] | None = None
 
+    @property
+    def are_joined(self) -> bool:
+        return self._first.are_joined and self._last.are_joined
+
     def why_not(self, rows: int, *tensors: Tensor) -> str | None:
         """Why so many rows must be multiplied expert by expert, or None.
 
@@ -122,7 +126,7 @@ class GroupedExperts:
         return "the experts differ in bits, groups or order of columns"
 
     def _why_called(self) -> str | None:
-        """Why an expert's linears must be called as modules, or None. Takes microseconds for a hundred experts."""
+        """Why an expert's linears must be called as modules, or None. Takes some 50 microseconds for 128 experts."""
         if self._watched is None:
             modules = (*self._layers, *self._passed)
             hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules]

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,13 @@ def test_the_gradient_is_that_of_the_dense_layer(act_order):
     gradient = torch.randn(2, 3, OUT)
     found = triton_gpu.matmul_transposed(gradient, triton_gpu.prepare(packed))
     torch.testing.assert_close(found, gradient @ packed.columns(0, OUT).T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_groups_scales_may_be_strided_as_a_file_has_them():
+    packed = packed_weight(4, -1, False, out=OUT)
+    scales = torch.empty(1, OUT).copy_(packed.scales)
+    assert scales.stride(0) != packed.zeros().stride(0)
+    assert error(replace(packed, scales=scales), torch.float16, 3) <= 2
 
 
 FAULTS = {

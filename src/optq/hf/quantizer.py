@@ -242,9 +242,9 @@ class OptqHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Every kernel is one operator to a graph, so `generate` may compile the model for a static cache.
 
-        Not with experts: which of them run depends on the data.
+        With experts only if they are multiplied at once: else which of them run depends on the data.
         """
-        return not self._experts
+        return all(experts.grouped is not None and experts.grouped.are_joined for experts in self._experts.values())
 
     def _budget(self, model: Any) -> float:
         """How many bits the planned linears may take."""
@@ -360,7 +360,7 @@ class OptqHfQuantizer(HfQuantizer):
         """Let every layer choose its kernel."""
         join_siblings(model)
         for experts in self._experts.values():
-            experts.grouped = join_experts(*experts.linears())
+            experts.grouped = join_experts(*experts.linears()) if experts.layout.routed else None
         kernels: dict[str, int] = {}
         for number, layer in enumerate(_quantized_layers(model).values()):
             if number % PREPARED_AT_ONCE == 0:

@@ -316,7 +316,8 @@ def _dense_pieces(prepared: Prepared, dtype: torch.dtype) -> Iterator[tuple[slic
 
 
 def _arguments(prepared: Prepared) -> tuple[Tensor, ...]:
-    assert prepared.zeros.stride(0) == prepared.scales.stride(0)
+    # Of a single group the stride is not used, and not the same in tensors that were read and that were computed.
+    assert prepared.scales.shape[0] == 1 or prepared.zeros.stride(0) == prepared.scales.stride(0)
     second = prepared.extras[0] if prepared.extras else prepared.codes
     return prepared.codes, second, prepared.scales, prepared.zeros
 

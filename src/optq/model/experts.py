@@ -105,6 +105,9 @@ class GroupedProducts(Protocol):
     where those beyond the last stand for none: what is returned for their rows means nothing.
     """
 
+    @property
+    def are_joined(self) -> bool: ...
+
     def why_not(self, rows: int, *tensors: Tensor) -> str | None: ...
 
     def first(self, x: Tensor, starts: Tensor, experts: Tensor) -> list[Tensor]: ...
