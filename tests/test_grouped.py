@@ -27,7 +27,9 @@ KINDS = {"gate and up": Qwen3MoeExperts, "biases, interleaved": GptOssExperts, "
 SCHEME = LayerScheme(bits=4, group_size=32)
 
 
-def mixture(kind=Qwen3MoeExperts, scheme=SCHEME, *, joined=True, layer_type=QuantLinear, backend="triton"):
+def mixture(
+    kind=Qwen3MoeExperts, scheme=SCHEME, *, joined=True, layer_type=QuantLinear, backend="triton", device="cpu"
+):
     """Experts of packed linears, in float16."""
     sizes = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), COUNT)
     sizes |= dict.fromkeys(("hidden_size", "moe_latent_size"), WIDTH)
@@ -49,6 +51,7 @@ def mixture(kind=Qwen3MoeExperts, scheme=SCHEME, *, joined=True, layer_type=Quan
                 quantized = round_to_nearest(linear.weight.detach(), scheme)
             bias = None if linear.bias is None else linear.bias.detach().clone()
             experts.set_submodule(f"{index}.{role}", layer_type(pack(quantized), bias, backend))
+    experts.to(device)
     if joined:
         experts.grouped = join_experts(*experts.linears())
     for layer in layers_of(experts):
