@@ -23,6 +23,7 @@ gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
 	PYTHONPATH=src $(PYTHON) benchmarks/kernels.py --bits 4
 	PYTHONPATH=src $(PYTHON) benchmarks/kernels.py --bits 2 3 8 --models 8B
+	PYTHONPATH=src $(PYTHON) benchmarks/experts.py
 	PYTHONPATH=src $(PYTHON) benchmarks/generate.py
 	PYTHONPATH=src $(PYTHON) benchmarks/solver.py
 	PYTHONPATH=src $(PYTHON) benchmarks/large.py

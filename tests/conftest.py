@@ -21,8 +21,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from optq import GPTQConfig
+from optq import GPTQConfig, triton_devices
 from optq.hf.journal import Journal
+from optq.kernels import triton_gpu
 from optq.model import ActivationStore
 
 
@@ -190,3 +191,31 @@ def side_stream(monkeypatch: pytest.MonkeyPatch) -> SideStream:
     monkeypatch.setattr(ActivationStore, "__init__", with_side)
     monkeypatch.setattr(ActivationStore, "_is_memory", False)
     return side
+
+
+@pytest.fixture
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the row `triton` run on CPUs, in Triton's interpreter. Memory that nobody has written to is NaN then."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip(
+            "Triton's interpreter is for machines without a GPU; tests/test_gpu.py runs the programs themselves"
+        )
+    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the Triton products that are launched."""
+    made: list[str] = []
+    launched = triton_gpu._launched
+
+    def noted(program: Any, *arguments: Any, **constants: Any) -> torch.Tensor:
+        made.append(program.fn.__name__)
+        return launched(program, *arguments, **constants)
+
+    monkeypatch.setattr(triton_gpu, "_launched", noted)
+    return made

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only an accelerator can show: blocks visit it, the result lives where `device_map` says, kernels are exact."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from optq import GPTQConfig, QuantLinear
 from optq.checkpoint import PackedWeight, pack, unpack_codes
@@ -11,6 +14,7 @@ from optq.gptq import columns, round_to_nearest, solve
 from optq.kernels import choose_kernel, triton_gpu, tune
 from optq.model.activations import _SideStream
 from optq.scheme import LayerScheme
+from test_grouped import KINDS, inputs, mixture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -135,6 +139,66 @@ def test_a_captured_graph_replays_the_kernel(rows):
     x.normal_()
     graph.replay()
     assert torch.equal(output, kernel.matmul(x, prepared))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("group_size", "symmetric"), [(32, False), (128, True), (-1, False)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_all_experts_at_once_err_at_most_twice_as_much_as_torch(bits, group_size, symmetric, dtype):
+    one = on_gpu(packed_weight(bits, group_size, symmetric))
+    orders = [torch.randperm(one.out_features, device="cuda") for _ in range(20)]
+    packed = [replace(one, qweight=one.qweight[:, order].contiguous()) for order in orders]
+    kernel = choose_kernel(one, dtype)
+    whole = kernel.joint.of([kernel.prepare(each) for each in packed])
+    for counts in ([1] * 8 + [0] * 12, [0, 70, 1, 0] * 5, [0] * 19 + [300], [65] * 20, [129] * 20):
+        starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device="cuda")
+        x = torch.randn(sum(counts) + 3, one.in_features, device="cuda", dtype=dtype)
+        found = kernel.grouped.matmul(x, starts, whole)
+        dense = [each.columns(0, each.out_features) for each in packed]
+        own = x[:-3].split(counts)
+        exact = torch.cat([part.double() @ weight.double() for part, weight in zip(own, dense, strict=True)])
+        torchs_own = torch.cat([part @ weight.to(dtype) for part, weight in zip(own, dense, strict=True)])
+        assert relative_error(found[:-3], exact) <= 2 * relative_error(torchs_own, exact), counts
+        assert torch.equal(kernel.grouped.matmul(x, starts, whole)[:-3], found[:-3]), "two runs differ"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_experts_wait_for_nothing_and_a_captured_graph_follows_the_routing(name):
+    alone, joined = (mixture(KINDS[name], joined=joined, device="cuda") for joined in (False, True))
+    arguments = [tensor.cuda() for tensor in inputs(8)]
+    with torch.no_grad():
+        joined(*arguments)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            joined(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = joined(*arguments)
+        for chosen in ([[0, 1]] * 8, [[4, 2]] * 4 + [[2, 3]] * 4):
+            arguments[0].normal_()
+            arguments[1].copy_(torch.tensor(chosen))
+            graph.replay()
+            assert torch.equal(output, joined(*arguments))
+            torch.testing.assert_close(output, alone(*arguments), rtol=4e-3, atol=4e-3)
+
+
+def test_generate_compiles_a_mixture_of_experts(token_rows, probe_ids, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    original = AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(vocab_size=128, num_experts=8, num_experts_per_tok=2, pad_token_id=0, **sizes, **heads)
+    )
+    original.save_pretrained(tmp_path / "original")
+    quantize(tmp_path / "original", token_rows).save_pretrained(tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16, device_map="cuda")
+    assert model.hf_quantizer.is_compileable
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(probe_ids[:1].cuda(), **arguments)
+    found = model.generate(probe_ids[:1].cuda(), **arguments, cache_implementation="static")
+    assert torch.equal(found, expected)
 
 
 def test_generate_compiles_for_a_static_cache(tiny_llama, token_rows, probe_ids, tmp_path):

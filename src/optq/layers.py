@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`QuantLinear`: a linear layer whose weight stays packed, and whose product is made by a kernel of the table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from optq.checkpoint import PackedWeight, QuantizedTensors, pack_codes
 from optq.kernels import Kernel, Prepared, choose_kernel, matmul
 from optq.scheme import trivial_groups
 
-from .siblings import Siblings, find_siblings
+from .grouped import GroupedExperts
+from .siblings import Joined, Siblings, find_siblings
 
 
 class QuantLinear(nn.Module):
@@ -49,7 +50,7 @@ class QuantLinear(nn.Module):
         self._kernel: Kernel | None = None
         self._prepared: Prepared | None = None
         self._prepared_for: tuple[torch.device, torch.dtype] | None = None
-        self.siblings: Siblings | None = None
+        self.siblings: Joined | None = None
 
     @classmethod
     def empty(
@@ -89,6 +90,16 @@ class QuantLinear(nn.Module):
     def kernel_name(self) -> str | None:
         """The kernel that was chosen, or None before `prepare`."""
         return self._kernel.name if self._kernel else None
+
+    @property
+    def prepared_for(self) -> tuple[torch.device, torch.dtype] | None:
+        """The device and the dtype of activations that the kernel was chosen for."""
+        return self._prepared_for
+
+    @property
+    def only_multiplies(self) -> bool:
+        """Whether calling it is no more than the product and the bias."""
+        return True
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Choose the kernel for this device and activations of `dtype`, and derive what it wants."""
@@ -131,7 +142,7 @@ class QuantLinear(nn.Module):
         """Be as before `prepare`."""
         self.qweight, self.scales = self._words(), self._own_scales()
         if self.siblings is not None:
-            self.siblings.part()
+            self.siblings.part(self)
         self._kernel = self._prepared = self._prepared_for = None
 
     def fill_trivial_groups(self, group_width: int) -> None:
@@ -193,3 +204,16 @@ def join_siblings(model: nn.Module) -> None:
     """Let the layers of a model that may read the same input be multiplied as one; before they are prepared."""
     for layers in find_siblings(model, QuantLinear):
         Siblings(layers)
+
+
+def join_experts(
+    experts: Sequence[nn.Module], firsts: Sequence[str], last: str, passed: Sequence[nn.Module]
+) -> GroupedExperts | None:
+    """Let the layers of a mixture's experts be multiplied as one, or two; before they are prepared.
+
+    None if not all of them are packed, or some do more than multiply. For the arguments see `GroupedExperts`.
+    """
+    layers = [getattr(expert, name) for expert in experts for name in (*firsts, last)]
+    if not all(isinstance(layer, QuantLinear) and layer.only_multiplies for layer in layers):
+        return None
+    return GroupedExperts(experts, firsts, last, passed)

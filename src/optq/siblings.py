@@ -34,10 +34,13 @@ MOST_MISSES = 3  # products in a row whose further outputs nobody wanted
 
 
 class Member(Protocol):
-    """What `Siblings` want of a linear."""
+    """What `Joined` wants of a linear, and is itself."""
 
     out_features: int
-    siblings: "Siblings | None"
+    siblings: "Joined | None"
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
     def take_prepared(self, prepared: Prepared) -> None: ...
 
@@ -60,62 +63,124 @@ class _Held:
         return self.x() is x and self.version == x._version
 
 
-class Siblings:
-    """Linears with the same input, and their weights as one.
+class Joined:
+    """Weights in one memory, of which each has a view.
 
     Args:
-        layers: in the order in which they are called; `siblings` of each becomes this.
+        members: linears, or others of this class; `siblings` of each becomes this.
     """
 
-    def __init__(self, layers: Sequence[Member]) -> None:
-        self._layers = tuple(layers)
-        self._positions = {layer: position for position, layer in enumerate(layers)}
+    def __init__(self, members: Sequence[Any]) -> None:
+        self._members: tuple[Member, ...] = tuple(members)
+        self._positions = {member: position for position, member in enumerate(self._members)}
         self._ready: dict[int, tuple[Kernel, Prepared, Any]] = {}
-        self._joint: Prepared | None = None
-        self._held: _Held | None = None
-        self._missed = 0
-        for layer in layers:
-            layer.siblings = self
+        self.kernel: Kernel | None = None
+        self.joint: Prepared | None = None
+        self.place: Any = None
+        self.out_features = sum(member.out_features for member in members)
+        self.siblings: Joined | None = None
+        for member in members:
+            member.siblings = self
 
     @property
     def are_joined(self) -> bool:
-        return self._joint is not None
+        return self.joint is not None
 
-    def joint_of(self, layer: Member) -> Prepared | None:
-        """What the first layer multiplies by, for all; None for the others, and where they are not joined."""
-        return self._joint if layer is self._layers[0] else None
+    @property
+    def bias(self) -> Tensor | None:
+        """That of all outputs, or None."""
+        biases = [member.bias for member in self._members]
+        known = next((bias for bias in biases if bias is not None), None)
+        if known is None:
+            return None
+        return torch.cat(
+            [
+                known.new_zeros(member.out_features) if bias is None else bias
+                for member, bias in zip(self._members, biases, strict=True)
+            ]
+        )
 
-    def prepared(self, layer: Member, kernel: Kernel, prepared: Prepared, place: Any) -> None:
-        """A linear has been prepared; once all are, for the same place (device and dtype), they are joined."""
-        if layer not in self._positions:
+    def joint_of(self, member: Member) -> Prepared | None:
+        """What a member multiplies by for others as well, if it does."""
+        return None
+
+    def wants(self, kernel: Kernel) -> bool:
+        """Whether to be joined is of use with this kernel."""
+        raise NotImplementedError
+
+    def prepared(self, member: Member, kernel: Kernel, prepared: Prepared, place: Any) -> None:
+        """A member has been prepared; once all are, for the same place (device and dtype), they are joined."""
+        if member not in self._positions:  # a replica, such as nn.DataParallel makes
             return
-        if self._joint is not None:
-            self.part()
-        self._ready[self._positions[layer]] = (kernel, prepared, place)
-        if len(self._ready) < len(self._layers) or self._missed > MOST_MISSES:
+        if self.joint is not None:
+            self.part(member)
+        if not self.wants(kernel):
             return
-        ready = [self._ready[position] for position in range(len(self._layers))]
+        self._ready[self._positions[member]] = (kernel, prepared, place)
+        if len(self._ready) < len(self._members):
+            return
+        ready = [self._ready[position] for position in range(len(self._members))]
         if len({(kernel.name, place) for kernel, _, place in ready}) > 1:
             return
         self._ready.clear()
         parts = [prepared for _, prepared, _ in ready]
         if kernel.joint is None or kernel.joint.why_not(parts) is not None:
             return
-        self._joint = kernel.joint.of(parts)
-        for layer, part in zip(
-            self._layers, kernel.joint.split(self._joint, [layer.out_features for layer in self._layers]), strict=True
-        ):
-            layer.take_prepared(part)
+        self.kernel, self.place = kernel, place
+        self.take_prepared(kernel.joint.of(parts))
+        if self.siblings is not None and self.joint is not None:
+            self.siblings.prepared(self, kernel, self.joint, place)
 
-    def part(self) -> None:
-        """A linear is about to be changed: until all are prepared again, each multiplies alone."""
-        self._ready.clear()
-        self._joint = self._held = None
+    def take_prepared(self, prepared: Prepared) -> None:
+        """Lie there from now on."""
+        assert self.kernel is not None
+        assert self.kernel.joint is not None
+        self.joint = prepared
+        sizes = [member.out_features for member in self._members]
+        for member, part in zip(self._members, self.kernel.joint.split(prepared, sizes), strict=True):
+            member.take_prepared(part)
 
-    def output_of(self, layer: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
-        """x times the layer's weight, with whoever else reads x if that pays."""
-        position = self._positions.get(layer)  # None: of a replica, such as nn.DataParallel makes
-        if self._joint is None or position is None or not _may_wait(x):
+    def part(self, member: Member) -> None:
+        """A member is about to be changed: until all are prepared again, each is by itself."""
+        if member not in self._positions:
+            return
+        self._ready.pop(self._positions[member], None)
+        self.kernel = self.joint = self.place = None
+        if self.siblings is not None:
+            self.siblings.part(self)
+
+    def output_of(self, member: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
+        """x times the member's weight."""
+        return matmul(x, kernel, prepared)
+
+
+class Siblings(Joined):
+    """Linears with the same input, and their weights as one.
+
+    Args:
+        members: in the order in which they are called.
+    """
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        super().__init__(members)
+        self._held: _Held | None = None
+        self._missed = 0
+
+    def joint_of(self, member: Member) -> Prepared | None:
+        """The first multiplies for all."""
+        return self.joint if member is self._members[0] else None
+
+    def wants(self, kernel: Kernel) -> bool:
+        return self._missed <= MOST_MISSES
+
+    def part(self, member: Member) -> None:
+        super().part(member)
+        self._held = None
+
+    def output_of(self, member: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
+        """x times the member's weight, with whoever else reads x if that pays."""
+        position = self._positions.get(member)
+        if self.joint is None or position is None or not _may_wait(x):
             return matmul(x, kernel, prepared)
         held = self._held
         if held is not None and held.is_of(x) and (output := held.outputs.pop(position, None)) is not None:
@@ -128,12 +193,12 @@ class Siblings:
         if held is not None:
             self._missed += 1
             if self._missed >= MOST_MISSES:
-                self.part()
+                self.part(member)
                 self._missed = MOST_MISSES + 1  # for good
                 return matmul(x, kernel, prepared)
-        sizes = [layer.out_features for layer in self._layers]
+        sizes = [member.out_features for member in self._members]
         outputs: dict[int, Tensor] = {
-            at: part.contiguous() for at, part in enumerate(kernel.matmul(x, self._joint).split(sizes, -1))
+            at: part.contiguous() for at, part in enumerate(kernel.matmul(x, self.joint).split(sizes, -1))
         }
         first = outputs.pop(0)
         self._held = _Held(x=weakref.ref(x), version=x._version, outputs=outputs)

@@ -282,3 +282,44 @@ def test_generation_goes_on_as_without_a_cache(checkpoint):
     cached = model.generate(prompt, max_new_tokens=6, do_sample=False)
     assert cached.shape == (1, 26)
     assert torch.equal(cached, model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+@pytest.mark.usefixtures("interpreted_triton")
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_all_experts_at_once_compute_and_save_the_same(checkpoint, launches, tmp_path):
+    folder, _ = checkpoint
+    settings = {"quantization_config": GPTQConfig(bits=4, backend="triton"), "dtype": torch.float16}
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    mixtures = [module for module in model.modules() if isinstance(module, Experts)]
+    routed = all(mixture.layout.routed for mixture in mixtures)
+    assert all((mixture.grouped is not None and mixture.grouped.are_joined) == routed for mixture in mixtures)
+    assert model.hf_quantizer.is_compileable == routed
+    ids = torch.arange(3, 7).view(1, 4)
+    with torch.no_grad():
+        found = model(ids).logits
+        assert launches.count("grouped_product") == 2 * len(mixtures) * routed
+        for mixture in mixtures:
+            mixture.grouped = None
+        launches.clear()
+        torch.testing.assert_close(found, model(ids).logits, rtol=2e-2, atol=2e-2)
+        assert "grouped_product" not in launches
+    model.save_pretrained(tmp_path)
+    before, after = tensors(folder), tensors(tmp_path)
+    assert before.keys() == after.keys()
+    parts = ("qweight", "qzeros", "scales", "g_idx")  # what is not packed is float16 now
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(parts))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted_triton")
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_model_is_one_graph_when_all_experts_run_at_once(qwen, rows, tmp_path):
+    settings = config(rows)
+    AutoModelForCausalLM.from_pretrained(qwen, quantization_config=settings).save_pretrained(tmp_path)
+    settings = {"quantization_config": GPTQConfig(bits=4, backend="triton"), "dtype": torch.float16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+    ids = torch.arange(3, 7).view(1, 4)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        found = torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected)

@@ -35,6 +35,7 @@ from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, TILINGS, WORD_T
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 WORDS = {bits: f"*i{8 * WORD_TYPES[planes[-1]].itemsize}" for bits, planes in PLANES.items()}
+EXPERTS = 128
 LOOPS = ("round_block", "sweep_block")
 ALIGNED = (
     "x",
@@ -58,14 +59,16 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], targ
     return triton.compile(source, target=target, options=options)
 
 
-def product(bits: int, dtype: str, group: int, tiling: Any, target: Any, splits: bool = True) -> Any:
+def product(bits: int, dtype: str, group: int, tiling: Any, target: Any, experts: int = 0) -> Any:
+    """Of one weight, or of those of some experts."""
     types = {
         "x": f"*{TYPES[dtype]}",
         "first": "*i32",
         "second": WORDS[bits],
         "scales": "*fp16",
         "zeros": "*i16" if bits == 8 else "*u8",
-        "output": "*fp32" if splits else f"*{TYPES[dtype]}",
+        "output": f"*{TYPES[dtype]}" if experts else "*fp32",
+        "starts": "*i32",
     }
     constants = {
         "BITS": bits,
@@ -78,7 +81,10 @@ def product(bits: int, dtype: str, group: int, tiling: Any, target: Any, splits:
         "UPCAST": False,
     }
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    return compiled(triton_kernels.product, types, constants, target, **options)
+    if experts:
+        constants["EXPERTS"] = experts
+    program = triton_kernels.grouped_product if experts else triton_kernels.product
+    return compiled(program, types, constants, target, **options)
 
 
 def dequantize(bits: int, dtype: str, group: int, target: Any) -> Any:
@@ -130,13 +136,18 @@ def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
         "gfx942": GPUTarget("hip", "gfx942", 64)
     }
     for name, target in targets.items():
-        every = itertools.product(PLANES, ("float16", "bfloat16"), (32, 128), TILINGS)
+        every = list(itertools.product(PLANES, ("float16", "bfloat16"), (32, 128), TILINGS))
         for at, (bits, dtype, group, tiling) in enumerate(every):
             # One in three of the cases meets every value of each choice, and every pair of most.
             if quick and (at % 3 or (name == "gfx942" and bits != 4)):
                 continue
             what = {"target": name, "program": "product", "bits": bits, "dtype": dtype, "group": group}
             yield what | {"rows": tiling.rows}, product(bits, dtype, group, tiling, target)
+        for at, (bits, dtype, group, tiling) in enumerate(every):
+            if quick and (at % 3 != 1 or bits in (2, 8) or (name == "gfx942" and bits != 4)):
+                continue
+            what = {"target": name, "program": "grouped_product", "bits": bits, "dtype": dtype, "group": group}
+            yield what | {"rows": tiling.rows}, product(bits, dtype, group, tiling, target, EXPERTS)
         for bits, dtype in zip(PLANES, itertools.cycle(TYPES), strict=False):
             what = {"target": name, "program": "dequantize", "bits": bits, "dtype": dtype, "group": 128}
             yield what, dequantize(bits, dtype, 128, target)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,13 @@ def test_the_gradient_is_that_of_the_dense_layer(act_order):
     torch.testing.assert_close(found, gradient @ packed.columns(0, OUT).T, rtol=1e-5, atol=1e-5)
 
 
+def test_a_single_groups_scales_may_be_strided_as_a_file_has_them():
+    packed = packed_weight(4, -1, False, out=OUT)
+    scales = torch.empty(1, OUT).copy_(packed.scales)
+    assert scales.stride(0) != packed.zeros().stride(0)
+    assert error(replace(packed, scales=scales), torch.float16, 3) <= 2
+
+
 FAULTS = {
     "a wrong shift": ("(first >> (4 * step))", "(first >> (4 * step + 1))"),
     "a mask too narrow": (
@@ -158,7 +166,7 @@ def test_compiles_for_gpus_that_are_not_there():
         assert facts["shared_bytes"] <= 96 * 1024, facts
         if facts["target"].startswith("sm_"):
             assert facts["spills"] == 0 and facts["stack"] == 0, facts
-        if facts["target"].startswith("sm_") and facts["program"] == "product":
+        if facts["target"].startswith("sm_") and facts["program"].endswith("product"):
             assert facts["tensor_core"] > 0, facts
             assert facts["wide_loads"] > 0, facts
 

@@ -102,6 +102,10 @@ class ParallelLinear(QuantLinear):
     head_width = 0
     part: Part | None = None
 
+    @property
+    def only_multiplies(self) -> bool:
+        return self.part is None
+
     def split(self, mesh: Any, way: Way) -> None:
         """Announce to the loader which slices of the tensors are to be read. All are on the meta device.
 

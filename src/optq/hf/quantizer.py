@@ -26,7 +26,7 @@ from optq.driver import quantize_model
 from optq.errors import CalibrationError, CheckpointError
 from optq.evaluation import Comparison, is_good, judge
 from optq.kernels import tune
-from optq.layers import QuantLinear, join_siblings
+from optq.layers import QuantLinear, join_experts, join_siblings
 from optq.memory import GIB, release_free_memory
 from optq.model import LINEAR_TYPES, ROLES, ActivationStore, Experts, find_fused_experts, put_fused, put_split
 from optq.placement import execution_device, working_dtype
@@ -242,9 +242,9 @@ class OptqHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Every kernel is one operator to a graph, so `generate` may compile the model for a static cache.
 
-        Not with experts: which of them run depends on the data.
+        With experts only if they are multiplied at once: else which of them run depends on the data.
         """
-        return not self._experts
+        return all(experts.grouped is not None and experts.grouped.are_joined for experts in self._experts.values())
 
     def _budget(self, model: Any) -> float:
         """How many bits the planned linears may take."""
@@ -359,6 +359,8 @@ class OptqHfQuantizer(HfQuantizer):
     def _prepare_layers(self, model: Any) -> None:
         """Let every layer choose its kernel."""
         join_siblings(model)
+        for experts in self._experts.values():
+            experts.grouped = join_experts(*experts.linears()) if experts.layout.routed else None
         kernels: dict[str, int] = {}
         for number, layer in enumerate(_quantized_layers(model).values()):
             if number % PREPARED_AT_ONCE == 0:

@@ -5,6 +5,7 @@ A kernel is a row, not a class. `why_not` answers in words, and the same words f
 explanations. To add a kernel, add a row; rows are tried from fastest to slowest.
 """
 
+from .op import grouped as grouped
 from .op import matmul as matmul
 from .prepared import Prepared as Prepared
 from .prepared import has_bfloat16_instructions as has_bfloat16_instructions

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One operator of torch behind every kernel: `torch.ops.optq.matmul`, so that graphs hold a call, not Python.
 
+Beside it, `torch.ops.optq.grouped` is that of all experts of a mixture.
+
 torch.compile and torch.export see the operator and its fake implementation. Outside of graphs the kernel is called
 directly: the dispatcher takes some 15 microseconds per call, which is half of what a small layer takes on a CPU.
 """
@@ -20,6 +22,7 @@ _ARGUMENTS = (
 )
 _LIBRARY = torch.library.Library("optq", "DEF")
 _LIBRARY.define(f"matmul(Tensor x, {_ARGUMENTS}) -> Tensor")
+_LIBRARY.define(f"grouped(Tensor x, Tensor starts, {_ARGUMENTS}) -> Tensor")
 _LIBRARY.define(f"matmul_transposed(Tensor gradient, {_ARGUMENTS}) -> Tensor")
 
 
@@ -30,6 +33,23 @@ def matmul(x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _Matmul.apply(x, kernel, prepared))
     return kernel.matmul(x, prepared)
+
+
+def grouped(x: Tensor, starts: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
+    """Rows of several experts, each times the weight of its own; not differentiable.
+
+    Args:
+        x: (rows, in), those of the first expert, then of the second, and so on.
+        starts: (experts + 1,) int32, on x's device: each expert's first row; and where the last one's end. What is
+            returned for rows beyond that means nothing.
+        prepared: the weights of all experts, joined in their order; each has as many outputs.
+    Returns:
+        (rows, out of one expert) in x's dtype.
+    """
+    assert kernel.grouped is not None
+    if torch.compiler.is_compiling():
+        return cast(Tensor, torch.ops.optq.grouped(x, starts, *_flat(prepared), kernel.name))
+    return kernel.grouped.matmul(x, starts, prepared)
 
 
 class _Matmul(torch.autograd.Function):
@@ -79,6 +99,12 @@ def _run(x: Tensor, *arguments: Any) -> Tensor:
     return kernel.matmul(x, prepared)
 
 
+def _run_grouped(x: Tensor, starts: Tensor, *arguments: Any) -> Tensor:
+    prepared, kernel = _prepared(arguments)
+    assert kernel.grouped is not None
+    return kernel.grouped.matmul(x, starts, prepared)
+
+
 def _run_transposed(gradient: Tensor, *arguments: Any) -> Tensor:
     prepared, kernel = _prepared(arguments)
     return kernel.transposed(gradient, prepared)
@@ -86,6 +112,10 @@ def _run_transposed(gradient: Tensor, *arguments: Any) -> Tensor:
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], _prepared(arguments)[0].out_features)
+
+
+def _fake_grouped(x: Tensor, starts: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape[0], _prepared(arguments)[0].out_features // (starts.shape[0] - 1))
 
 
 def _fake_transposed(gradient: Tensor, *arguments: Any) -> Tensor:
@@ -106,7 +136,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 _LIBRARY.impl("matmul", _run, "CompositeExplicitAutograd")
+_LIBRARY.impl("grouped", _run_grouped, "CompositeExplicitAutograd")
 _LIBRARY.impl("matmul_transposed", _run_transposed, "CompositeExplicitAutograd")
 torch.library.register_fake("optq::matmul", _fake, lib=_LIBRARY)
+torch.library.register_fake("optq::grouped", _fake_grouped, lib=_LIBRARY)
 torch.library.register_fake("optq::matmul_transposed", _fake_transposed, lib=_LIBRARY)
 torch.library.register_autograd("optq::matmul", _backward, setup_context=_keep, lib=_LIBRARY)

@@ -16,6 +16,19 @@ from .prepared import Joint, Prepared, Unpack, matmul_transposed
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grouped:
+    """How a kernel multiplies rows by the weights of several experts at once.
+
+    Args:
+        why_not: (rows, experts, dtype of the activations) -> the reason to multiply expert by expert, or None.
+        matmul: (x, starts, prepared) -> (rows, out of one expert), as of `op.grouped`.
+    """
+
+    why_not: Callable[[int, int, torch.dtype], str | None]
+    matmul: Callable[[Tensor, Tensor, Prepared], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One row of the table.
 
@@ -28,6 +41,7 @@ class Kernel:
         matmul: (x (..., in), prepared) -> (..., out), without bias, in x's dtype. Need not be differentiable.
         transposed: (gradient (..., out), prepared) -> (..., in), the gradient towards x.
         joint: how weights of one input become one; None where one product is no faster than several.
+        grouped: of a mixture of experts, all in one product; None where each multiplies alone.
     """
 
     name: str
@@ -37,6 +51,7 @@ class Kernel:
     matmul: Callable[[Tensor, Prepared], Tensor]
     transposed: Callable[[Tensor, Prepared], Tensor]
     joint: Joint | None = None
+    grouped: Grouped | None = None
 
 
 KERNELS: dict[str, Kernel] = {
@@ -77,6 +92,7 @@ KERNELS: dict[str, Kernel] = {
             matmul=triton_gpu.matmul,
             transposed=triton_gpu.matmul_transposed,
             joint=Joint(codes=0, extras=(0,)),
+            grouped=Grouped(why_not=triton_gpu.why_not_grouped, matmul=triton_gpu.grouped),
         ),
         Kernel(
             name="reference",

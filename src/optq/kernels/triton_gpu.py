@@ -17,7 +17,7 @@ library, which then is as fast and whose product no longer waits for the weights
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -156,7 +156,8 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
     if rows.shape[0] > MOST_ROWS or x.dtype == torch.float32:
         output = _product_of_dense(rows, prepared)
     else:
-        output = product(rows.contiguous(), prepared, _tiling(rows, prepared))
+        tiling = _tiling(rows.shape[0], problem_of(prepared, x.dtype), x.device)
+        output = product(rows.contiguous(), prepared, tiling)
     return output.view(*x.shape[:-1], prepared.out_features)
 
 
@@ -170,10 +171,10 @@ def matmul_transposed(gradient: Tensor, prepared: Prepared) -> Tensor:
     return total.view(*gradient.shape[:-1], prepared.in_features)
 
 
-def _tiling(x: Tensor, prepared: Prepared) -> Tiling:
-    tuned = _tuned(x.device)
-    tilings = tuned.get(problem_of(prepared, x.dtype), TILINGS) if tuned else TILINGS
-    return next(tiling for tiling in tilings if x.shape[0] <= tiling.most_rows)
+def _tiling(rows: int, problem: Problem, device: torch.device) -> Tiling:
+    tuned = _tuned(device)
+    tilings = tuned.get(problem, TILINGS) if tuned else TILINGS
+    return next(tiling for tiling in tilings if rows <= tiling.most_rows)
 
 
 @cache
@@ -190,19 +191,61 @@ def forget_tilings() -> None:
 
 def product(x: Tensor, prepared: Prepared, tiling: Tiling) -> Tensor:
     """(rows, in) contiguous, columns in the kernel's order, float16 or bfloat16 -> (rows, out)."""
-    rows, out = x.shape[0], prepared.out_features
+    return _launched(_kernels().product, x, prepared, prepared.out_features, tiling, -(-x.shape[0] // tiling.rows))
+
+
+def why_not_grouped(rows: int, experts: int, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float32:
+        return "activations are float32, which are multiplied densely"
+    if rows > MOST_ROWS * experts:
+        return f"more than {MOST_ROWS} rows per expert, which are multiplied densely"
+    return None
+
+
+def grouped(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
+    """One launch for the rows of all experts; nothing here depends on the values of `starts`."""
+    if prepared.order is not None:
+        x = x.index_select(1, prepared.order)
+    experts = starts.shape[0] - 1
+    out = prepared.out_features // experts
+    problem = replace(problem_of(prepared, x.dtype), outputs=out)
+    tiling = _tiling(min(-(-x.shape[0] // experts), MOST_ROWS), problem, x.device)
+    return _launched(
+        _kernels().grouped_product,
+        x.contiguous(),
+        prepared,
+        out,
+        tiling,
+        most_tiles(x.shape[0], experts, tiling.rows),
+        starts,
+        experts,
+        EXPERTS=1 << (experts - 1).bit_length(),
+    )
+
+
+def most_tiles(rows: int, experts: int, size: int) -> int:
+    """Into how many tiles of `size` rows, each of one expert, rows can fall, however they are shared out."""
+    busy = min(rows, experts)
+    return busy + (rows - busy) // size
+
+
+def _launched(
+    program: Any, x: Tensor, prepared: Prepared, out: int, tiling: Tiling, row_tiles: int, *more: Any, **constants: int
+) -> Tensor:
+    """(rows, out) by `product` or `grouped_product`, and the parts of its sum added up."""
+    rows = x.shape[0]
     output = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     if not rows:
         return output
-    tiles = -(-rows // tiling.rows) * -(-out // tiling.outputs)
+    output_tiles = -(-out // tiling.outputs)
     blocks = -(-prepared.in_features // BLOCK)
-    per_split = blocks_per_split(tiles, blocks, tiling.programs_per_processor * _processors(x.device))
+    programs = tiling.programs_per_processor * _processors(x.device)
+    per_split = blocks_per_split(row_tiles * output_tiles, blocks, programs)
     splits = -(-blocks // per_split)
     parts = output if splits == 1 else torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
-    kernels = _kernels()
     width = prepared.group_width if prepared.scales.shape[0] > 1 else blocks * BLOCK
     with current(x.device):
-        kernels.product[-(-out // tiling.outputs), -(-rows // tiling.rows), splits](
+        program[output_tiles, row_tiles, splits](
             x,
             *_arguments(prepared),
             parts,
@@ -213,6 +256,7 @@ def product(x: Tensor, prepared: Prepared, tiling: Tiling) -> Tensor:
             prepared.scales.stride(0),
             blocks,
             per_split,
+            *more,
             BITS=prepared.bits,
             GROUP=width,
             OUTPUTS=tiling.outputs,
@@ -221,11 +265,14 @@ def product(x: Tensor, prepared: Prepared, tiling: Tiling) -> Tensor:
             WHOLE=prepared.in_features % BLOCK == 0,
             PTX=_takes_ptx(x.device),
             UPCAST=x.device.type == "cpu" and x.dtype == torch.bfloat16,
+            **constants,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )
         if splits > 1:
-            kernels.sum_of_parts[(-(-output.numel() // SUMMED),)](parts, output, splits, output.numel(), SIZE=SUMMED)
+            _kernels().sum_of_parts[(-(-output.numel() // SUMMED),)](
+                parts, output, splits, output.numel(), SIZE=SUMMED
+            )
     return output
 
 
@@ -269,7 +316,8 @@ def _dense_pieces(prepared: Prepared, dtype: torch.dtype) -> Iterator[tuple[slic
 
 
 def _arguments(prepared: Prepared) -> tuple[Tensor, ...]:
-    assert prepared.zeros.stride(0) == prepared.scales.stride(0)
+    # Of a single group the stride is not used, and not the same in tensors that were read and that were computed.
+    assert prepared.scales.shape[0] == 1 or prepared.zeros.stride(0) == prepared.scales.stride(0)
     second = prepared.extras[0] if prepared.extras else prepared.codes
     return prepared.codes, second, prepared.scales, prepared.zeros
 

@@ -160,46 +160,40 @@ def grid_of(scales, zeros, group, groups, grid_stride, n, inside):
 
 
 @triton.jit
-def product(
-    x,  # (rows, columns) float16 or bfloat16, row-major, columns in the kernel's order
-    first,  # (out, blocks * WORDS) int32, row-major
-    second,  # the same shape: int16 for 3 bits, int32 for 8; else not read
-    scales,  # (groups, out), grid_stride numbers from group to group
-    zeros,  # (groups, out) uint8 or int16, likewise
-    output,  # (splits, rows, out), row-major: float32 parts of the sum, or with one split the sum itself
-    rows,
-    out,
+def sum_over_columns(
+    inputs,  # (WIDTH, ROWS) pointers to the first step's columns of x
+    first,  # (OUTPUTS, WORDS) pointers to the first block's words
+    second,  # likewise, of 3 and 8 bits
+    scales,  # those of the first group, for outputs n
+    zeros,
+    n,  # (OUTPUTS,)
+    inside,  # (OUTPUTS,) which outputs there are
+    there,  # (ROWS,) which rows there are
+    first_block,
+    last_block,
     columns,
     groups,
     grid_stride,
-    blocks,  # of BLOCK columns
-    blocks_per_split,
+    dtype: tl.constexpr,
     BITS: tl.constexpr,
-    GROUP: tl.constexpr,  # columns per group: a divisor or a multiple of BLOCK, and a multiple of a step's columns
-    OUTPUTS: tl.constexpr,  # per program
-    ROWS: tl.constexpr,  # per program
-    SCALE_SUMS: tl.constexpr,  # scale each group's sum and not its weights: less work for few rows, and more exact
-    WHOLE: tl.constexpr,  # columns is a multiple of BLOCK
+    GROUP: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALE_SUMS: tl.constexpr,
+    WHOLE: tl.constexpr,
     PTX: tl.constexpr,
-    UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 products are wrong
+    UPCAST: tl.constexpr,
 ):
-    """x times the transposed weight: a program makes (ROWS, OUTPUTS) of one split's part of the sum over columns."""
+    """A tile of the product, (OUTPUTS, ROWS) float32, summed over some blocks of columns. Constants as of product."""
     WORDS: tl.constexpr = BLOCK * 2 // 32 if BITS == 2 or BITS == 3 else BLOCK * 4 // 32
     WIDTH: tl.constexpr = 2 * WORDS  # columns per step
-    dtype = x.dtype.element_ty
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    split = tl.program_id(2)
     column = tl.arange(0, WIDTH)
-    inside, there = n < out, m < rows
-    words = n.to(tl.int64)[:, None] * (blocks * WORDS) + tl.arange(0, WORDS)[None, :]
-    inputs = x + m.to(tl.int64)[None, :] * columns + column[:, None]
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    for block in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
-        low = tl.load(first + words + block * WORDS, mask=inside[:, None], other=0)
+    for block in range(first_block, last_block):
+        low = tl.load(first + block * WORDS, mask=inside[:, None], other=0)
         high = low
         if BITS == 3 or BITS == 8:
-            high = tl.load(second + words + block * WORDS, mask=inside[:, None], other=0)
+            high = tl.load(second + block * WORDS, mask=inside[:, None], other=0)
         part = tl.zeros([OUTPUTS, ROWS], tl.float32)
         for step in tl.static_range(BLOCK // WIDTH):
             start = block * BLOCK + step * WIDTH
@@ -225,6 +219,144 @@ def product(
                     part = tl.zeros([OUTPUTS, ROWS], tl.float32)
             else:
                 total = tl.dot(weight, values, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def product(
+    x,  # (rows, columns) float16 or bfloat16, row-major, columns in the kernel's order
+    first,  # (out, blocks * WORDS) int32, row-major
+    second,  # the same shape: int16 for 3 bits, int32 for 8; else not read
+    scales,  # (groups, out), grid_stride numbers from group to group
+    zeros,  # (groups, out) uint8 or int16, likewise
+    output,  # (splits, rows, out), row-major: float32 parts of the sum, or with one split the sum itself
+    rows,
+    out,
+    columns,
+    groups,
+    grid_stride,
+    blocks,  # of BLOCK columns
+    blocks_per_split,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # columns per group: a divisor or a multiple of BLOCK, and a multiple of a step's columns
+    OUTPUTS: tl.constexpr,  # per program
+    ROWS: tl.constexpr,  # per program
+    SCALE_SUMS: tl.constexpr,  # scale each group's sum and not its weights: less work for few rows, and more exact
+    WHOLE: tl.constexpr,  # columns is a multiple of BLOCK
+    PTX: tl.constexpr,
+    UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 products are wrong
+):
+    """x times the transposed weight: a program makes (ROWS, OUTPUTS) of one split's part of the sum over columns."""
+    WORDS: tl.constexpr = BLOCK * 2 // 32 if BITS == 2 or BITS == 3 else BLOCK * 4 // 32
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(2)
+    inside, there = n < out, m < rows
+    words = n.to(tl.int64)[:, None] * (blocks * WORDS) + tl.arange(0, WORDS)[None, :]
+    total = sum_over_columns(
+        x + m.to(tl.int64)[None, :] * columns + tl.arange(0, 2 * WORDS)[:, None],
+        first + words,
+        second + words,
+        scales,
+        zeros,
+        n,
+        inside,
+        there,
+        split * blocks_per_split,
+        tl.minimum((split + 1) * blocks_per_split, blocks),
+        columns,
+        groups,
+        grid_stride,
+        x.dtype.element_ty,
+        BITS,
+        GROUP,
+        OUTPUTS,
+        ROWS,
+        SCALE_SUMS,
+        WHOLE,
+        PTX,
+        UPCAST,
+    )
+    at = (split.to(tl.int64) * rows + m[None, :]) * out + n[:, None]
+    tl.store(output + at, total.to(output.dtype.element_ty), mask=inside[:, None] & there[None, :])
+
+
+@triton.jit
+def expert_of_tile(starts, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Whose rows a tile holds, and how many tiles lie before that expert's; at least `experts` for tiles beyond."""
+    each = tl.arange(0, EXPERTS)
+    known = each < experts
+    rows = tl.load(starts + 1 + each, mask=known, other=0) - tl.load(starts + each, mask=known, other=0)
+    tiles = (rows + ROWS - 1) // ROWS
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    return expert, tl.sum(tl.where(each < expert, tiles, 0), 0)
+
+
+@triton.jit
+def grouped_product(
+    x,  # (rows, columns), as for `product`: rows of the first expert, then of the second, …
+    first,  # (experts * out, blocks * WORDS): the outputs of the first expert, then of the second, …
+    second,
+    scales,  # (groups, experts * out), grid_stride numbers from group to group
+    zeros,
+    output,  # (splits, rows, out); rows beyond the last expert's are left as they are
+    rows,
+    out,  # of one expert
+    columns,
+    groups,
+    grid_stride,
+    blocks,
+    blocks_per_split,
+    starts,  # (experts + 1,) int32: each expert's first row; where the last one's end
+    experts,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALE_SUMS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PTX: tl.constexpr,
+    UPCAST: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of two, at least `experts`
+):
+    """`product` with a weight per expert: a tile of rows lies inside one expert's, and is multiplied by its weight.
+
+    How many tiles there are depends on the data; the programs of those that there are not return at once.
+    """
+    WORDS: tl.constexpr = BLOCK * 2 // 32 if BITS == 2 or BITS == 3 else BLOCK * 4 // 32
+    tile = tl.program_id(1)
+    expert, tiles_before = expert_of_tile(starts, tile, experts, ROWS, EXPERTS)
+    if expert >= experts:
+        return
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tl.load(starts + expert) + (tile - tiles_before) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(2)
+    inside, there = n < out, m < tl.load(starts + expert + 1)
+    words = (expert * out + n).to(tl.int64)[:, None] * (blocks * WORDS) + tl.arange(0, WORDS)[None, :]
+    total = sum_over_columns(
+        x + m.to(tl.int64)[None, :] * columns + tl.arange(0, 2 * WORDS)[:, None],
+        first + words,
+        second + words,
+        scales + expert * out,
+        zeros + expert * out,
+        n,
+        inside,
+        there,
+        split * blocks_per_split,
+        tl.minimum((split + 1) * blocks_per_split, blocks),
+        columns,
+        groups,
+        grid_stride,
+        x.dtype.element_ty,
+        BITS,
+        GROUP,
+        OUTPUTS,
+        ROWS,
+        SCALE_SUMS,
+        WHOLE,
+        PTX,
+        UPCAST,
+    )
     at = (split.to(tl.int64) * rows + m[None, :]) * out + n[:, None]
     tl.store(output + at, total.to(output.dtype.element_ty), mask=inside[:, None] & there[None, :])
 

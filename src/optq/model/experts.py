@@ -8,7 +8,7 @@ and saved under the names that checkpoints with one tensor per expert have for t
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,23 @@ class Entrance(nn.Module):
         return inputs
 
 
+class GroupedProducts(Protocol):
+    """All experts' linears multiplied at once, for rows that are sorted by expert.
+
+    `starts` are each expert's first row and where the last one's end, (experts + 1,) int32; `experts` each row's,
+    where those beyond the last stand for none: what is returned for their rows means nothing.
+    """
+
+    @property
+    def are_joined(self) -> bool: ...
+
+    def why_not(self, rows: int, *tensors: Tensor) -> str | None: ...
+
+    def first(self, x: Tensor, starts: Tensor, experts: Tensor) -> list[Tensor]: ...
+
+    def last(self, x: Tensor, starts: Tensor, experts: Tensor) -> Tensor: ...
+
+
 class Experts(nn.Module):
     """The experts of a layer as separate linears, in the place of transformers' fused module.
 
@@ -115,6 +132,7 @@ class Experts(nn.Module):
         self.names = dict(zip(ROLES, names, strict=True))
         self._fused = (fused,)  # in a tuple, so that its parameters are not counted as ours
         self.every_token = False  # show all tokens to all experts; what a token is not routed to has no effect
+        self.grouped: GroupedProducts | None = None  # instead of calling the linears, where that is the same
         self._modules |= fused._modules  # not by add_module, which `__getattr__` makes believe that they are there
         weights = layout.split(fused.get_parameter(self._up)[0], fused.get_parameter("down_proj")[0])
         for index in range(layout.count):
@@ -153,6 +171,12 @@ class Experts(nn.Module):
             for role in self.layout.roles:
                 entrance = self.before_last if role == "down_proj" else self.before_first
                 yield self.linear(index, role), entrance, index
+
+    def linears(self) -> tuple[list[nn.Module], tuple[str, ...], str, tuple[nn.Module, ...]]:
+        """The experts; the names of the linears that read tokens, as they are called; of the last; the entrances."""
+        firsts = tuple(self.names[role] for role in reversed(self.layout.roles[:-1]))
+        experts = [self.get_submodule(str(index)) for index in range(self.layout.count)]
+        return experts, firsts, self.names["down_proj"], (self.before_first, self.before_last)
 
     def take_weights(self) -> None:
         """Move the fused weights into the linears.
@@ -222,6 +246,12 @@ class Experts(nn.Module):
             result[seen] = torch.cat(self._outputs(hidden_states[seen].split(counts)))
             return result
         chosen, weights = routing
+        if (
+            self.grouped is not None
+            and not self.every_token
+            and self.grouped.why_not(chosen.numel(), hidden_states, weights) is None
+        ):
+            return self._at_once(self.grouped, hidden_states, chosen, weights)
         choices = chosen.shape[-1]
         order = chosen.reshape(-1).argsort(stable=True)  # (token, choice) pairs, those of the first expert first
         counts = chosen.reshape(-1).bincount(minlength=self.layout.count)[: self.layout.count].tolist()
@@ -232,7 +262,22 @@ class Experts(nn.Module):
             outputs = [output[tokens] for output, tokens in zip(every, token_of.split(counts), strict=True)]
         else:
             outputs = self._outputs(hidden_states[token_of].split(counts))
-        routed = torch.cat(outputs)
+        return self._summed(torch.cat(outputs), taken, hidden_states, chosen, weights)
+
+    def _at_once(self, grouped: GroupedProducts, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The same without a look at the routing from the host, which would wait for the device."""
+        count = self.layout.count
+        experts, order = chosen.reshape(-1).sort(stable=True)
+        starts = torch.searchsorted(
+            experts, torch.arange(count + 1, dtype=experts.dtype, device=experts.device), out_int32=True
+        )
+        firsts = grouped.first(hidden_states[order // chosen.shape[-1]], starts, experts)
+        routed = grouped.last(self._gated(*firsts), starts, experts)
+        routed = routed.masked_fill((experts >= count)[:, None], 0)  # choices beyond the last expert stand for none
+        return self._summed(routed, order, hidden_states, chosen, weights)
+
+    def _summed(self, routed: Tensor, taken: Tensor, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Weighted and summed by token; `taken` are the (token, choice) pairs that `routed` belongs to."""
         if getattr(self.fused, "has_post_expert_norm", False):
             routed = self.get_submodule("post_expert_norm")(routed)
         result = hidden_states.new_zeros(chosen.numel(), hidden_states.shape[-1])
@@ -247,11 +292,13 @@ class Experts(nn.Module):
 
     def _between(self, index: int, x: Tensor) -> Tensor:
         """What one expert's last linear gets."""
+        return self._gated(*(self.linear(index, role)(x) for role in reversed(self.layout.roles[:-1])))
+
+    def _gated(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """What a last linear gets of the first ones' outputs."""
         act: Callable[[Tensor], Tensor] = getattr(self.fused, "act_fn", nn.Identity())
-        up: Tensor = self.linear(index, "up_proj")(x)
-        if not self.layout.gated:
+        if gate is None:
             return act(up)
-        gate = self.linear(index, "gate_proj")(x)
         apply: Callable[[Tensor], Tensor] | None = getattr(self.fused, "_apply_gate", None)
         return act(gate) * up if apply is None else apply(self.layout.joined(gate, up))
 
