@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of one mixture's experts by shape and tokens: one expert after the other, and all at once where the kernel can.
 
-Random codes and a random choice of experts for each token, another one in each turn. On a GPU, "at once, replayed" is
-the same in a CUDA graph, as a compiled model runs it; one after the other cannot be captured, as the host looks at the
-routing. On CPUs there is no product for all experts; "gate and up apart" is what one product for both of them saves.
+Random codes, and experts chosen at random for each token, five times. On a GPU both are started from Python, as
+`generate` does it, and "at once, replayed" is a CUDA graph, as a compiled model runs it; one after the other cannot be
+captured, as the host looks at the routing. On CPUs there is no product for all experts: "products alone" is what is
+left to gain there.
 
     python benchmarks/experts.py                        # a minute on a GPU, two on a CPU
     python benchmarks/experts.py --models Mixtral-8x7B --tokens 1 64
@@ -13,11 +14,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import record
-from kernels import packed_weights
+from kernels import on_cpu, packed_weights
 
 SHAPES: dict[str, tuple[int, int, int, int]] = {  # experts, of which a token gets, hidden features, an expert's
     "OLMoE-1B-7B": (64, 8, 2048, 1024),
@@ -26,14 +28,15 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {  # experts, of which a token ge
 }
 GPU_TOKENS, CPU_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024), (1, 2, 4, 8)
 CPU_MODELS = ("OLMoE-1B-7B", "Qwen3-30B-A3B")
-TURNS, CALLS, SEED = 15, 5, 0
+TURNS, CHOICES, SEED = 15, 5, 0
 
 
 def mixture(shape: tuple[int, int, int, int], bits: int, group_size: int, device: str) -> Any:
+    """Packed experts as a loaded model has them."""
     import torch
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    from optq.layers import QuantLinear
+    from optq.layers import QuantLinear, join_experts
     from optq.model import Experts
 
     count, choices, hidden, inner = shape
@@ -46,76 +49,79 @@ def mixture(shape: tuple[int, int, int, int], bits: int, group_size: int, device
         features = (inner, hidden) if role == "down_proj" else (hidden, inner)
         for index, packed in enumerate(packed_weights(features, bits, group_size, count, device)):
             experts.set_submodule(f"{index}.{role}", QuantLinear(packed))
-    return experts.eval()
-
-
-def prepared(experts: Any, *, joined: bool) -> Any:
-    import torch
-
-    from optq.layers import QuantLinear, join_experts
-
-    if joined:
-        experts.grouped = join_experts(*experts.linears())
+    experts.grouped = join_experts(*experts.linears())
     for layer in experts.modules():
         if isinstance(layer, QuantLinear):
             layer.prepare(torch.bfloat16)
-    return experts
+    return experts.eval()
 
 
-def microseconds(calls: list[Callable[[], Any]], wait: Callable[[], Any]) -> float:
+def products_alone(experts: Any, x: Any, chosen: Any) -> None:
+    """What the experts cannot do without."""
+    from torch.nn.functional import silu
+
+    from optq.kernels import KERNELS
+
+    for index in chosen.unique().tolist():
+        first, last = experts.linear(index, "up_proj"), experts.linear(index, "down_proj")
+        kernel = KERNELS[first.kernel_name]
+        (_, joint, _), (_, down, _) = first.products()[-1], last.products()[0]
+        up, gate = kernel.matmul(x[(chosen == index).any(-1)], joint).chunk(2, -1)
+        kernel.matmul(silu(gate) * up, down)
+
+
+def on_gpu(run: Callable[[], Any]) -> float:
+    """Microseconds from the start of a call until the GPU is done."""
+    import torch
+
+    run()
     times = []
     for _ in range(TURNS):
-        wait()
+        torch.cuda.synchronize()
         started = time.perf_counter()
-        for call in calls:
-            call()
-        wait()
-        times.append(1e6 * (time.perf_counter() - started) / len(calls))
-    return round(statistics.median(times), 1)
+        run()
+        torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - started))
+    return statistics.median(times)
 
 
-def measure(name: str, bits: int, group_size: int, all_tokens: list[int]) -> dict[str, Any]:
+def measure(name: str, bits: int, group_size: int, all_tokens: tuple[int, ...]) -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.is_available()
-    device, wait = ("cuda", torch.cuda.synchronize) if gpu else ("cpu", lambda: None)
-    count, choices, hidden, _ = shape = SHAPES[name]
-    apart = prepared(mixture(shape, bits, group_size, device), joined=False)
-    joined = prepared(mixture(shape, bits, group_size, device), joined=True)
-    grouped = joined.grouped
+    device = "cuda" if gpu else "cpu"
+    count, choices, hidden, _ = SHAPES[name]
+    experts = mixture(SHAPES[name], bits, group_size, device)
+    grouped = experts.grouped
     found: dict[str, Any] = {}
     for tokens in all_tokens:
         inputs = []
-        for _ in range(CALLS):
+        for _ in range(CHOICES):
             scores = torch.rand(tokens, count, device=device).topk(choices)
             x = torch.randn(tokens, hidden, device=device).bfloat16()
             inputs.append((x, scores.indices, scores.values.bfloat16()))
-        ways: dict[str, Callable[[], float]] = {}
 
-        def timed(experts: Any, products: Any, inputs: Any = inputs) -> float:
+        def run(products: Any, inputs: Any = inputs) -> None:
             experts.grouped = products
-            calls = [lambda arguments=arguments: experts(*arguments) for arguments in inputs]
-            calls[0]()
-            return microseconds(calls, wait)
+            for arguments in inputs:
+                experts(*arguments)
 
-        def replayed(inputs: Any = inputs) -> float:
-            joined.grouped = grouped
-            joined(*inputs[0])
-            wait()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for arguments in inputs:
-                    joined(*arguments)
-            return round(microseconds([graph.replay], wait) / len(inputs), 1)
+        def run_products(inputs: Any = inputs) -> None:
+            for x, chosen, _ in inputs:
+                products_alone(experts, x, chosen)
 
-        ways["one after the other, gate and up apart"] = lambda: timed(apart, None)
-        ways["one after the other"] = lambda: timed(joined, None)
-        if grouped.why_not(tokens * choices, inputs[0][0]) is None:
-            ways["at once"] = lambda: timed(joined, grouped)
-            if gpu:
-                ways["at once, replayed"] = replayed
         with torch.no_grad():
-            found[str(tokens)] = {"us": {way: run() for way, run in ways.items()}}
+            if gpu:
+                times = {"one after the other": on_gpu(partial(run, None))}
+                if grouped.why_not(tokens * choices, inputs[0][0]) is None:
+                    times["at once"] = on_gpu(partial(run, grouped))
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        run(grouped)
+                    times["at once, replayed"] = on_gpu(graph.replay)
+            else:
+                times = on_cpu({"one after the other": [partial(run, None)], "products alone": [run_products]})
+        found[str(tokens)] = {"us": {way: round(taken / CHOICES, 1) for way, taken in times.items()}}
         print(name, f"{tokens} tokens:", found[str(tokens)]["us"], flush=True)
     return found
 
@@ -132,13 +138,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     results = {
-        f"{name}, {arguments.bits} bits": measure(name, arguments.bits, arguments.group_size, arguments.tokens)
+        f"{name}, {arguments.bits} bits": measure(name, arguments.bits, arguments.group_size, tuple(arguments.tokens))
         for name in arguments.models
     }
     settings = {
         "group_size": arguments.group_size,
         "activations": "bfloat16",
-        "unit": f"us per layer; median of {TURNS} turns of {CALLS} choices of experts",
+        "unit": "us per layer; " + (f"median of {TURNS} turns" if gpu else "best of the turns"),
         "seed": SEED,
     }
     name = "experts-" + (torch.cuda.get_device_name().replace(" ", "-").lower() if gpu else "cpu")
