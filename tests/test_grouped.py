@@ -224,6 +224,9 @@ def test_linears_that_differ_or_are_not_packed_or_split_are_left_alone(launches)
             experts.grouped = None
             assert torch.equal(experts(*arguments), expected)
     assert "grouped_product" not in launches
+    joined = mixture()
+    assert "the input is on meta" in joined.grouped.why_not(14, arguments[0].to("meta"))
+    assert joined.grouped.are_joined  # and nothing was prepared anew
     on_cpu = mixture(backend="auto")
     assert "cpu_int4 has no product" in on_cpu.grouped.why_not(14, arguments[0])
 

@@ -112,6 +112,8 @@ class GroupedExperts:
         first = self._layers[0]
         if first.prepared_for == place and KERNELS[first.kernel_name].grouped is None:
             return f"the kernel {first.kernel_name} has no product for several experts"
+        if first.scales.device != device:  # as for a replica of the model, such as nn.DataParallel makes
+            return f"the linears are on {first.scales.device}, the input is on {device}"
         if reason := self._why_called():
             return reason
         if self._first.place == place and self._last.place == place:
