@@ -22,11 +22,12 @@ import record
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {  # in, out
     "135M": {"gate": (576, 1536), "down": (1536, 576)},
+    "7B": {"o": (4096, 4096)},
     "1B": {"o": (2048, 2048), "gate": (2048, 8192), "down": (8192, 2048)},
     "8B": {"o": (4096, 4096), "q/k/v": (4096, 6144), "gate": (4096, 14336), "down": (14336, 4096)},
     "70B": {"o": (8192, 8192), "gate": (8192, 28672), "down": (28672, 8192)},
 }
-GPU_MODELS, CPU_MODELS = ("1B", "8B", "70B"), ("135M", "1B")
+GPU_MODELS, CPU_MODELS = ("1B", "8B", "70B"), ("135M", "1B", "7B")
 GPU_ROWS, CPU_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096), (1, 8, 16, 32, 64, 96, 128, 256, 512, 1024, 2048)
 CPU_TURNS, GPU_REPLAYS, GRAPH_CALLS, SEED = 7, 30, 20, 0
 PAST_THE_CACHE = 3e8  # bytes of weights that take turns: several times any GPU's second-level cache
