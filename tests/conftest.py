@@ -10,7 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -219,3 +221,29 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(triton_gpu, "_launched", noted)
     return made
+
+
+Planted = Callable[..., ModuleType]
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Planted:
+    """planted(module, (right, wrong)) -> a copy of the module of this name, with a fault in its text or without."""
+
+    def load(module: str, fault: tuple[str, str] | None) -> ModuleType:
+        found = find_spec(module)
+        assert found is not None
+        assert found.origin is not None
+        text = Path(found.origin).read_text()
+        if fault is not None:
+            assert fault[0] in text
+            text = text.replace(*fault)
+        (tmp_path / "planted.py").write_text(text)
+        spec = spec_from_file_location("planted", tmp_path / "planted.py")
+        assert spec is not None
+        assert spec.loader is not None
+        copy = module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        return copy
+
+    return load

@@ -98,15 +98,13 @@ class BlockWork:
 
     def run(self, call: BlockCall) -> Any:
         args, kwargs = self.store.fetched((call.args, call.kwargs))
-        samples = hidden_states((args, kwargs)).shape[0]
-        self._most_samples = max(self._most_samples, samples)
+        self._most_samples = max(self._most_samples, hidden_states((args, kwargs)).shape[0])
         if self.store.parts == 1:
             return self.forward(*args, **kwargs)
         outputs = []
         try:
-            for rows in torch.arange(samples).chunk(self.store.parts):
-                self._part = slice(int(rows[0]), int(rows[-1]) + 1)
-                part_args, part_kwargs = tree_map(partial(_samples_of, self._part, samples), (args, kwargs))
+            for part, part_args, part_kwargs in _in_parts(args, kwargs, self.store.parts):
+                self._part = part
                 outputs.append(self.forward(*part_args, **part_kwargs))
         finally:
             self._part = slice(None)
@@ -519,20 +517,15 @@ class BlockWork:
         if self.store.parts == 1:
             return [example]
         args, kwargs = self.store.fetched((example.call.args, example.call.kwargs))
-        samples = hidden_states((args, kwargs)).shape[0]
-        self._most_samples = max(self._most_samples, samples)
-        found = []
-        for rows in torch.arange(samples).chunk(self.store.parts):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            part_args, part_kwargs = tree_map(partial(_samples_of, part, samples), (args, kwargs))
-            found.append(
-                Example(
-                    call=replace(example.call, args=part_args, kwargs=part_kwargs),
-                    target=example.target[part],
-                    mask=None if example.mask is None else example.mask[part],
-                )
+        self._most_samples = max(self._most_samples, hidden_states((args, kwargs)).shape[0])
+        return [
+            Example(
+                call=replace(example.call, args=part_args, kwargs=part_kwargs),
+                target=example.target[part],
+                mask=None if example.mask is None else example.mask[part],
             )
-        return found
+            for part, part_args, part_kwargs in _in_parts(args, kwargs, self.store.parts)
+        ]
 
     def report(self, solved: list[Solved], seconds: float) -> None:
         """One line for a finished block."""
@@ -559,6 +552,16 @@ class BlockWork:
             self.log.blocks_left,
             timedelta(seconds=round(self.log.seconds_left)),
         )
+
+
+def _in_parts(
+    args: tuple[Any, ...], kwargs: dict[str, Any], parts: int
+) -> Iterator[tuple[slice, tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of a block for some of the samples after the other: which ones, and what they are."""
+    samples = hidden_states((args, kwargs)).shape[0]
+    for rows in torch.arange(samples).chunk(parts):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        yield part, *tree_map(partial(_samples_of, part, samples), (args, kwargs))
 
 
 def _samples_of(part: slice, samples: int, leaf: Any) -> Any:

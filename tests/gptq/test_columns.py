@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loops over columns: the fused ones, in Triton's interpreter, choose the codes of single operations."""
 
-import importlib.util
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -75,16 +73,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_device_whose_codes_are_wrong_is_given_single_operations_and_that_is_said(
-    fault, monkeypatch, tmp_path, caplog
+    fault, monkeypatch, planted, caplog
 ):
-    text = Path(importlib.util.find_spec("optq.gptq.triton_columns").origin).read_text()
-    right, wrong = FAULTS[fault]
-    assert right in text
-    (tmp_path / "planted.py").write_text(text.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    monkeypatch.setattr(loops, "_programs", lambda: planted)
+    faulty = planted("optq.gptq.triton_columns", FAULTS[fault])
+    monkeypatch.setattr(loops, "_programs", lambda: faulty)
     monkeypatch.setattr(loops, "why_no_triton", lambda device: None)
     monkeypatch.setattr(loops, "FUSED_ON", ("cpu",))
     loops.why_not_fused.cache_clear()

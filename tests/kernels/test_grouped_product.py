@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The product of a mixture's experts: its program in Triton's interpreter against float64, expert by expert."""
 
-import importlib.util
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -142,17 +141,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_planted_faults_are_noticed(fault, monkeypatch, tmp_path):
-    text = Path(importlib.util.find_spec("optq.kernels.triton_kernels").origin).read_text()
-    if fault:
-        right, wrong = FAULTS[fault]
-        assert text.count(right) == 1
-        text = text.replace(right, wrong)
-    (tmp_path / "planted.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    monkeypatch.setattr(triton_gpu, "_kernels", lambda: planted)
+def test_planted_faults_are_noticed(fault, monkeypatch, planted):
+    text = Path(triton_gpu._kernels().__file__).read_text()
+    assert fault is None or text.count(FAULTS[fault][0]) == 1
+    faulty = planted("optq.kernels.triton_kernels", FAULTS.get(fault))
+    monkeypatch.setattr(triton_gpu, "_kernels", lambda: faulty)
     packed = experts(symmetric=False)
     for index, each in enumerate(packed):  # zeros that differ
         packed[index] = replace(each, qzeros=each.qzeros.roll(index, 1))

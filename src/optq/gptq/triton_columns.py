@@ -16,6 +16,14 @@ def to_even(x):
 
 
 @triton.jit
+def grid_of(scales, zeros, groups, start, i, rows, out):
+    """The scales and zeros of some rows in the group of column start + i."""
+    group = tl.load(groups + start + i) * out
+    scale = tl.load(scales + group + rows, rows < out, other=1.0)
+    return scale, tl.load(zeros + group + rows, rows < out, other=0.0)
+
+
+@triton.jit
 def round_block(
     pending,  # (in, out) float32; the block's columns become their errors, divided by their pivots
     codes,  # (in, out) uint8
@@ -38,9 +46,7 @@ def round_block(
     inside = (at < columns)[:, None] & (rows < out)[None, :]
     block = tl.load(pending + places, inside, other=0.0)
     for i in range(columns):
-        group = tl.load(groups + start + i) * out
-        scale = tl.load(scales + group + rows, rows < out, other=1.0)
-        zero = tl.load(zeros + group + rows, rows < out, other=0.0)
+        scale, zero = grid_of(scales, zeros, groups, start, i, rows, out)
         row_of_factor = factor + (start + i).to(tl.int64) * in_features + start
         pivot = tl.load(row_of_factor + i)
         pushes = tl.load(row_of_factor + at, (at > i) & (at < columns), other=0.0)
@@ -76,9 +82,7 @@ def sweep_block(
     inside = (at < columns)[:, None] & (rows < out)[None, :]
     block = tl.load(pull + places, inside, other=0.0)
     for i in range(columns):
-        group = tl.load(groups + start + i) * out
-        scale = tl.load(scales + group + rows, rows < out, other=1.0)
-        zero = tl.load(zeros + group + rows, rows < out, other=0.0)
+        scale, zero = grid_of(scales, zeros, groups, start, i, rows, out)
         row_of_hessian = hessian + (start + i).to(tl.int64) * in_features + start
         pivot = tl.load(row_of_hessian + i)
         pushes = tl.load(row_of_hessian + at, (at > i) & (at < columns), other=0.0)

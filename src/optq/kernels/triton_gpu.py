@@ -156,8 +156,7 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
     if rows.shape[0] > MOST_ROWS or x.dtype == torch.float32:
         output = _product_of_dense(rows, prepared)
     else:
-        tiling = _tiling(rows.shape[0], problem_of(prepared, x.dtype), x.device)
-        output = product(rows.contiguous(), prepared, tiling)
+        output = product(rows.contiguous(), prepared, _tiling(rows.shape[0], prepared, x.dtype, prepared.out_features))
     return output.view(*x.shape[:-1], prepared.out_features)
 
 
@@ -171,9 +170,10 @@ def matmul_transposed(gradient: Tensor, prepared: Prepared) -> Tensor:
     return total.view(*gradient.shape[:-1], prepared.in_features)
 
 
-def _tiling(rows: int, problem: Problem, device: torch.device) -> Tiling:
-    tuned = _tuned(device)
-    tilings = tuned.get(problem, TILINGS) if tuned else TILINGS
+def _tiling(rows: int, prepared: Prepared, dtype: torch.dtype, outputs: int) -> Tiling:
+    tilings: tuple[Tiling, ...] = TILINGS
+    if tuned := _tuned(prepared.codes.device):  # else nothing is looked up at every call
+        tilings = tuned.get(replace(problem_of(prepared, dtype), outputs=outputs), TILINGS)
     return next(tiling for tiling in tilings if rows <= tiling.most_rows)
 
 
@@ -208,8 +208,7 @@ def grouped(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
         x = x.index_select(1, prepared.order)
     experts = starts.shape[0] - 1
     out = prepared.out_features // experts
-    problem = replace(problem_of(prepared, x.dtype), outputs=out)
-    tiling = _tiling(min(-(-x.shape[0] // experts), MOST_ROWS), problem, x.device)
+    tiling = _tiling(min(-(-x.shape[0] // experts), MOST_ROWS), prepared, x.dtype, out)
     return _launched(
         _kernels().grouped_product,
         x.contiguous(),
