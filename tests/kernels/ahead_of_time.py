@@ -146,7 +146,7 @@ def operations(lines: list[str]) -> list[str]:
 
 
 def loop_over_columns(lines: list[str]) -> list[str]:
-    """The instructions from a label to the branch back to it, with the tensor core's among them; the last such loop."""
+    """The instructions from a label to the branch back to it, the tensor core's among them; of the last such loop."""
     labels, loop = {}, []
     for at, line in enumerate(lines):
         if label := re.match(r"\s*(\.L_\w+):", line):

@@ -4,6 +4,7 @@
 The interpreter's bfloat16 products and sums are wrong; the programs multiply in float32 there (UPCAST).
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -188,6 +189,20 @@ def test_scales_that_its_arithmetic_does_not_hold_are_refused(monkeypatch):
     assert "scales above" in triton_gpu.why_not_laid_out(large, torch.float16)
     assert triton_gpu.why_not_laid_out(large, torch.bfloat16) is None
     assert "float32" in triton_gpu.why_not_laid_out(wide, torch.float16)
+
+
+def test_later_launches_are_like_the_first_and_not_looked_at_again():
+    script = Path(__file__).with_name("launch_again.py")
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_copied_layer_remembers_no_launches():
+    prepared = triton_gpu.prepare(packed_weight(4, 64, True, out=OUT))
+    triton_gpu.matmul(torch.randn(1, IN).half(), prepared)
+    assert prepared.memo
+    assert not copy.deepcopy(prepared).memo
+    assert not replace(prepared, bits=4).memo
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from torch.nn.functional import linear, pad
 from optq.checkpoint import PackedWeight, unpack_codes
 from optq.triton_devices import current, why_no_triton
 
+from .launches import Program
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits -> the bits of each plane, lowest first
@@ -39,6 +40,8 @@ MOST_ROWS = 1024
 DENSE_BYTES = 2**27  # of the weight while it is multiplied densely
 DEQUANTIZED_OUTPUTS = 32  # per program
 SUMMED = 1024  # elements per program
+ALIGNED = 16  # bytes, as Triton has it
+MOST_REMEMBERED = 64  # rows whose launch is remembered: with more it takes a small part of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,7 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
     if rows.shape[0] > MOST_ROWS or x.dtype == torch.float32:
         output = _product_of_dense(rows, prepared)
     else:
-        output = product(rows.contiguous(), prepared, _tiling(rows.shape[0], prepared, x.dtype, prepared.out_features))
+        output = _multiplied((rows.contiguous(),), prepared)
     return output.view(*x.shape[:-1], prepared.out_features)
 
 
@@ -209,7 +212,7 @@ def forget_tilings() -> None:
 
 def product(x: Tensor, prepared: Prepared, tiling: Tiling) -> Tensor:
     """(rows, in) contiguous, columns in the kernel's order, float16 or bfloat16 -> (rows, out)."""
-    return _launched(_kernels().product, x, prepared, prepared.out_features, tiling, -(-x.shape[0] // tiling.rows))
+    return _launch(x, prepared, tiling)((x,))
 
 
 def why_not_grouped(rows: int, experts: int, dtype: torch.dtype) -> str | None:
@@ -224,20 +227,23 @@ def grouped(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
     """One launch for the rows of all experts; nothing here depends on the values of `starts`."""
     if prepared.order is not None:
         x = x.index_select(1, prepared.order)
-    experts = starts.shape[0] - 1
-    out = prepared.out_features // experts
-    tiling = _tiling(min(-(-x.shape[0] // experts), MOST_ROWS), prepared, x.dtype, out)
-    return _launched(
-        _kernels().grouped_product,
-        x.contiguous(),
-        prepared,
-        out,
-        tiling,
-        most_tiles(x.shape[0], experts, tiling.rows),
-        starts,
-        experts,
-        EXPERTS=1 << (experts - 1).bit_length(),
-    )
+    return _multiplied((starts, x.contiguous()), prepared, starts.shape[0] - 1)
+
+
+def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0) -> Tensor:
+    """The product with one weight, or those of some experts, by the launch that is remembered for such inputs."""
+    x = inputs[-1]
+    rows = x.shape[0]
+    # What else Triton would look at is the weight's, or freshly allocated.
+    key = (experts, rows, x.dtype, *(tensor.data_ptr() % ALIGNED == 0 for tensor in inputs))
+    launch: Launch | None = prepared.memo.get(key)
+    if launch is None:
+        at_most = min(-(-rows // experts), MOST_ROWS) if experts else rows
+        out = prepared.out_features // max(experts, 1)
+        launch = _launch(x, prepared, _tiling(at_most, prepared, x.dtype, out), experts)
+        if rows <= MOST_REMEMBERED:
+            prepared.memo[key] = launch
+    return launch(inputs)
 
 
 def most_tiles(rows: int, experts: int, size: int) -> int:
@@ -246,55 +252,77 @@ def most_tiles(rows: int, experts: int, size: int) -> int:
     return busy + (rows - busy) // size
 
 
-def _launched(
-    program: Any, x: Tensor, prepared: Prepared, out: int, tiling: Tiling, row_tiles: int, *more: Any, **constants: int
-) -> Tensor:
-    """(rows, out) by `product` or `grouped_product`, and the parts of its sum added up."""
-    rows = x.shape[0]
-    output = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    if not rows:
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """`product` or `grouped_product` for so many rows and some weight, and the sum of its parts."""
+
+    shape: tuple[int, int]  # of the output
+    splits: int
+    multiply: Program
+    weight: tuple[Tensor, ...]
+    constants: tuple[Any, ...]
+    add: Program
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """(rows, out) from x (rows, in), or from the experts' starts and x."""
+        x = inputs[-1]
+        output = torch.empty(self.shape, dtype=x.dtype, device=x.device)
+        if not self.shape[0]:
+            return output
+        with current(x.device):
+            if self.splits == 1:
+                self.multiply(*inputs, *self.weight, output, *self.constants)
+            else:
+                parts = torch.empty((self.splits, *self.shape), dtype=torch.float32, device=x.device)
+                self.multiply(*inputs, *self.weight, parts, *self.constants)
+                self.add(parts, output, self.splits, self.shape[0] * self.shape[1], SUMMED)
         return output
+
+
+def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> Launch:
+    rows, out = x.shape[0], prepared.out_features // max(experts, 1)
+    row_tiles = most_tiles(rows, experts, tiling.rows) if experts else -(-rows // tiling.rows)
     output_tiles = -(-out // tiling.outputs)
+    columns, groups = prepared.in_features, prepared.scales.shape[0]
     block = block_of(prepared.bits)
-    blocks = -(-prepared.in_features // block)
+    blocks = -(-columns // block)
     per_split = blocks_per_split(
-        row_tiles * output_tiles, blocks, _processors(x.device), tiling.programs_per_processor
+        max(row_tiles * output_tiles, 1), blocks, _processors(x.device), tiling.programs_per_processor
     )
     splits = -(-blocks // per_split)
-    parts = output if splits == 1 else torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
-    width = prepared.group_width if prepared.scales.shape[0] > 1 else blocks * block
+    width = prepared.group_width if groups > 1 else blocks * block
     ptx = _takes_ptx(x.device)
-    with current(x.device):
-        program[output_tiles, row_tiles, splits](
-            x,
-            *_arguments(prepared),
-            parts,
-            rows,
-            out,
-            prepared.in_features,
-            prepared.scales.shape[0],
-            prepared.extras[0].stride(0),
-            blocks,
-            per_split,
-            *more,
-            BITS=prepared.bits,
-            BLOCK=block,
-            GROUP=width,
-            OUTPUTS=tiling.outputs,
-            ROWS=tiling.rows,
-            SCALE_SUMS=bool(tiling.scale_sums) and width >= tiling.scale_sums,
-            WHOLE=prepared.in_features % block == 0,
-            BFLOAT16_SCALES=prepared.scales.dtype == torch.bfloat16,
-            PTX=ptx,
-            UPCAST=x.device.type == "cpu" and x.dtype == torch.bfloat16,
-            **constants,
-            **launch_options(tiling, ptx),
-        )
-        if splits > 1:
-            _kernels().sum_of_parts[(-(-output.numel() // SUMMED),)](
-                parts, output, splits, output.numel(), SIZE=SUMMED
-            )
-    return output
+    function = _kernels().grouped_product if experts else _kernels().product
+    constants = {
+        "rows": rows,
+        "out": out,
+        "columns": columns,
+        "groups": groups,
+        "grid_stride": prepared.extras[0].stride(0),
+        "blocks": blocks,
+        "blocks_per_split": per_split,
+        "experts": experts,
+        "BITS": prepared.bits,
+        "BLOCK": block,
+        "GROUP": width,
+        "OUTPUTS": tiling.outputs,
+        "ROWS": tiling.rows,
+        "SCALE_SUMS": bool(tiling.scale_sums) and width >= tiling.scale_sums,
+        "WHOLE": columns % block == 0,
+        "BFLOAT16_SCALES": prepared.scales.dtype == torch.bfloat16,
+        "PTX": ptx,
+        "UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16,
+        "EXPERTS": 1 << (experts - 1).bit_length() if experts else 0,
+    }
+    names = function.arg_names
+    return Launch(
+        shape=(rows, out),
+        splits=splits,
+        multiply=Program(function, (output_tiles, row_tiles, splits), launch_options(tiling, ptx)),
+        weight=_arguments(prepared),
+        constants=tuple(constants[name] for name in names[names.index("output") + 1 :]),
+        add=Program(_kernels().sum_of_parts, (-(-rows * out // SUMMED),), {}),
+    )
 
 
 def launch_options(tiling: Tiling, ptx: bool) -> dict[str, int]:

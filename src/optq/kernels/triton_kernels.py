@@ -282,6 +282,7 @@ def expert_of_tile(starts, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.conste
 
 @triton.jit
 def grouped_product(
+    starts,  # (experts + 1,) int32: each expert's first row; where the last one's end
     x,  # (rows, columns), as for `product`: rows of the first expert, then of the second, …
     first,  # (experts * out, blocks * WORDS): the outputs of the first expert, then of the second, …
     third,
@@ -294,7 +295,6 @@ def grouped_product(
     grid_stride,
     blocks,
     blocks_per_split,
-    starts,  # (experts + 1,) int32: each expert's first row; where the last one's end
     experts,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -73,6 +73,8 @@ def tune(model: torch.nn.Module) -> dict[str, dict[str, float]]:
         best, gains[problem.words] = _fastest(problem, layers[:LAYERS], known.get(problem, TILINGS))
         _remember(device, problem, best)
         triton_gpu.forget_tilings()
+        for prepared in layers:
+            prepared.memo.clear()
     return gains
 
 
