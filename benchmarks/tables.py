@@ -144,6 +144,24 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
+def instructions() -> str:
+    """Instructions per weight, and how many there is time for."""
+    content = read("instructions")
+    lines = [
+        f"Instructions of a thread per weight in the loop, groups of {content['settings']['group_size']}, compiled by "
+        f"Triton {content['environment']['triton']}.",
+        "",
+    ]
+    bits = list(next(iter(content["results"].values()))["affordable"])
+    lines += [f"| | {' | '.join(f'{each} bits' for each in bits)} |", f"|---|{'---|' * len(bits)}"]
+    for gpu, found in content["results"].items():
+        cells = [f"{found['affordable'][each]:.1f}" for each in bits]
+        lines.append(f"| {gpu}: while memory brings a weight | {' | '.join(cells)} |")
+        for rows in ("up to 8 rows", "up to 16 rows", "up to 32 rows"):
+            lines.append(f"| {gpu}, {rows} | {' | '.join(f'{found[rows][each]:.1f}' for each in bits)} |")
+    return "\n".join(lines)
+
+
 def generate() -> str:
     """Tokens per second, loading time, memory."""
     content = read("generate-cpu")
@@ -368,6 +386,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tries": tries,
     "second_family": second_family,
     "kernels": kernels,
+    "instructions": instructions,
     "generate": generate,
     "memory": memory,
     "duration": duration,

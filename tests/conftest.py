@@ -213,13 +213,13 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the Triton products that are launched."""
     made: list[str] = []
-    launched = triton_gpu._launched
+    launch = triton_gpu.Launch.__call__
 
-    def noted(program: Any, *arguments: Any, **constants: Any) -> torch.Tensor:
-        made.append(program.fn.__name__)
-        return launched(program, *arguments, **constants)
+    def noted(self: triton_gpu.Launch, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        made.append(self.multiply.function.fn.__name__)
+        return launch(self, inputs)
 
-    monkeypatch.setattr(triton_gpu, "_launched", noted)
+    monkeypatch.setattr(triton_gpu.Launch, "__call__", noted)
     return made
 
 

@@ -83,7 +83,10 @@ def test_two_products_give_what_the_experts_linears_do(name, scheme, launches):
             expected = alone(*arguments)
             assert "grouped_product" not in launches
             launches.clear()
-            torch.testing.assert_close(joined(*arguments), expected, rtol=4e-3, atol=4e-3)
+            # With other rows per product, scales may multiply weights, which are rounded then, instead of sums.
+            torch.testing.assert_close(
+                joined(*arguments), expected, rtol=4e-3, atol=1e-3 * float(expected.abs().max())
+            )
             assert launches == AT_ONCE
             launches.clear()
 

@@ -3,6 +3,7 @@
 
     python tests/kernels/ahead_of_time.py           # every tiling, bits and architecture
     python tests/kernels/ahead_of_time.py --quick   # a few of them, as the tests do
+    python tests/kernels/ahead_of_time.py --loops   # NVIDIA's, groups of 128, bfloat16: for benchmarks/instructions.py
 
 A program of its own, because the interpreter and the compiler cannot be used in one process.
 """
@@ -14,7 +15,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,18 @@ from triton.compiler import ASTSource
 from optq.gptq import triton_columns
 from optq.gptq.columns import FUSED_BLOCK, FUSED_ROWS, FUSED_WARPS
 from optq.kernels import triton_kernels
-from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, TILINGS, WORD_TYPES
+from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, TILINGS, block_of, launch_options
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-WORDS = {bits: f"*i{8 * WORD_TYPES[planes[-1]].itemsize}" for bits, planes in PLANES.items()}
 EXPERTS = 128
+TENSOR_CORE = r"H?G?MMA"
 LOOPS = ("round_block", "sweep_block")
 ALIGNED = (
     "x",
     "first",
-    "second",
-    "scales",
-    "zeros",
+    "third",
+    "grid",
     "output",
     "dense",
     "out",
@@ -64,23 +63,24 @@ def product(bits: int, dtype: str, group: int, tiling: Any, target: Any, experts
     types = {
         "x": f"*{TYPES[dtype]}",
         "first": "*i32",
-        "second": WORDS[bits],
-        "scales": "*fp16",
-        "zeros": "*i16" if bits == 8 else "*u8",
+        "third": "*i16",
+        "grid": "*i32",
         "output": f"*{TYPES[dtype]}" if experts else "*fp32",
         "starts": "*i32",
     }
     constants = {
         "BITS": bits,
+        "BLOCK": block_of(bits),
         "GROUP": group,
         "OUTPUTS": tiling.outputs,
         "ROWS": tiling.rows,
         "SCALE_SUMS": bool(tiling.scale_sums) and group >= tiling.scale_sums,
         "WHOLE": True,
+        "BFLOAT16_SCALES": False,
         "PTX": target.backend == "cuda",
         "UPCAST": False,
     }
-    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    options = launch_options(tiling, constants["PTX"])
     if experts:
         constants["EXPERTS"] = experts
     program = triton_kernels.grouped_product if experts else triton_kernels.product
@@ -90,12 +90,17 @@ def product(bits: int, dtype: str, group: int, tiling: Any, target: Any, experts
 def dequantize(bits: int, dtype: str, group: int, target: Any) -> Any:
     types = {
         "first": "*i32",
-        "second": WORDS[bits],
-        "scales": "*fp16",
-        "zeros": "*i16" if bits == 8 else "*u8",
+        "third": "*i16",
+        "grid": "*i32",
         "dense": f"*{TYPES[dtype]}",
     }
-    constants = {"BITS": bits, "GROUP": group, "OUTPUTS": DEQUANTIZED_OUTPUTS}
+    constants = {
+        "BITS": bits,
+        "BLOCK": block_of(bits),
+        "GROUP": group,
+        "OUTPUTS": DEQUANTIZED_OUTPUTS,
+        "BFLOAT16_SCALES": False,
+    }
     return compiled(triton_kernels.dequantize, types, constants, target, num_warps=4)
 
 
@@ -119,16 +124,43 @@ def facts(binary: Any) -> dict[str, Any]:
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
     found |= {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    instructions = Counter(re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code))
-    found["instructions"] = instructions.total()
+    lines = code.splitlines()
+    instructions = operations(lines)
+    found["instructions"] = len(instructions)
     for name, pattern in {
-        "tensor_core": r"H?G?MMA",
+        "tensor_core": TENSOR_CORE,
         "wide_loads": r"(LDG|LDGSTS)\b.*\.128",
         "spills": r"(LDL|STL)\b",
-        "conversions": r"I2F",
     }.items():
-        found[name] = sum(count for op, count in instructions.items() if re.match(pattern, op))
+        found[name] = sum(bool(re.match(pattern, op)) for op in instructions)
+    loop = loop_over_columns(lines)
+    found["loop_instructions"] = len(loop)
+    found["loop_waits_for_loads"] = sum(op.startswith("LDG.") for op in loop)  # LDGSTS does not
     return found
+
+
+def operations(lines: list[str]) -> list[str]:
+    """The instructions' names."""
+    found = (re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line) for line in lines)
+    return [operation[1] for operation in found if operation]
+
+
+def loop_over_columns(lines: list[str]) -> list[str]:
+    """The instructions from a label to the branch back to it, the tensor core's among them; of the last such loop."""
+    labels, loop = {}, []
+    for at, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = at
+        elif (branch := re.search(r"\bBRA.*?(\.L_\w+)", line)) and branch[1] in labels:
+            body = operations(lines[labels[branch[1]] : at + 1])
+            if any(re.match(TENSOR_CORE, op) for op in body):
+                loop = body
+    return loop
+
+
+def weights_per_thread(bits: int, tiling: Any) -> float:
+    """In one turn of the loop."""
+    return tiling.outputs * block_of(bits) / (32 * tiling.warps)
 
 
 def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -142,12 +174,14 @@ def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
             if quick and (at % 3 or (name == "gfx942" and bits != 4)):
                 continue
             what = {"target": name, "program": "product", "bits": bits, "dtype": dtype, "group": group}
-            yield what | {"rows": tiling.rows}, product(bits, dtype, group, tiling, target)
+            what |= {"rows": tiling.rows, "weights_per_thread": weights_per_thread(bits, tiling)}
+            yield what, product(bits, dtype, group, tiling, target)
         for at, (bits, dtype, group, tiling) in enumerate(every):
             if quick and (at % 3 != 1 or bits in (2, 8) or (name == "gfx942" and bits != 4)):
                 continue
             what = {"target": name, "program": "grouped_product", "bits": bits, "dtype": dtype, "group": group}
-            yield what | {"rows": tiling.rows}, product(bits, dtype, group, tiling, target, EXPERTS)
+            what |= {"rows": tiling.rows, "weights_per_thread": weights_per_thread(bits, tiling)}
+            yield what, product(bits, dtype, group, tiling, target, EXPERTS)
         for bits, dtype in zip(PLANES, itertools.cycle(TYPES), strict=False):
             what = {"target": name, "program": "dequantize", "bits": bits, "dtype": dtype, "group": 128}
             yield what, dequantize(bits, dtype, 128, target)
@@ -155,6 +189,13 @@ def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
             yield {"target": name, "program": program}, loop(program, target)
 
 
+def loops() -> Iterator[tuple[dict[str, Any], Any]]:
+    for arch, bits, tiling in itertools.product((80, 90), PLANES, TILINGS):
+        what = {"target": f"sm_{arch}", "bits": bits, "rows": tiling.rows, "most_rows": tiling.most_rows}
+        what |= {"weights_per_thread": weights_per_thread(bits, tiling)}
+        yield what, product(bits, "bfloat16", 128, tiling, GPUTarget("cuda", arch, 32))
+
+
 if __name__ == "__main__":
-    for what, binary in cases("--quick" in sys.argv):
+    for what, binary in loops() if "--loops" in sys.argv else cases("--quick" in sys.argv):
         print(json.dumps(what | facts(binary)), flush=True)

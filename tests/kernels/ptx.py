@@ -29,10 +29,7 @@ def _in_halves(formula: Callable[..., Tensor], dtype: torch.dtype) -> Callable[.
 
 
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
-    "mov.b32": lambda a: a,
-    "or.b32": lambda a, b: a | b,
-    "sub.f16x2": _in_halves(lambda a, b: a - b, torch.float16),
-    "mul.f16x2": _in_halves(lambda a, b: a * b, torch.float16),
+    "fma.rn.f16x2": _in_halves(lambda a, b, c: a * b + c, torch.float16),
     "fma.rn.bf16x2": _in_halves(lambda a, b, c: a * b + c, torch.bfloat16),
 }
 

@@ -53,8 +53,10 @@ def prepare_int4(packed: PackedWeight) -> Prepared:
 
 
 def unpack_int4(prepared: Prepared, start: int, stop: int) -> Tensor:
-    codes = _unpack_int4(prepared.codes, start, stop, prepared.in_features) - _recentring(prepared.bits)
-    return in_layers_order(codes.T, prepared.order)
+    codes = _unpack_int4(prepared.codes, start, stop, prepared.in_features)
+    if recentre := _recentring(prepared.bits):
+        codes = codes - recentre
+    return in_layers_order(codes, prepared.order)
 
 
 def matmul_int4(x: Tensor, prepared: Prepared) -> Tensor:
@@ -87,7 +89,7 @@ def prepare_int4_twice(packed: PackedWeight) -> Prepared:
 
 def unpack_int4_twice(prepared: Prepared, start: int, stop: int) -> Tensor:
     low, high = (_unpack_int4(half, start, stop, prepared.in_features) for half in prepared.codes)
-    return in_layers_order((low + 16 * high).T, prepared.order)
+    return in_layers_order(low + 16 * high, prepared.order)
 
 
 def matmul_int4_twice(x: Tensor, prepared: Prepared) -> Tensor:
@@ -208,21 +210,22 @@ def _pack_int4(codes: Tensor) -> Tensor:
 
 
 def _unpack_int4(packed: Tensor, start: int, stop: int, columns: int) -> Tensor:
-    """Codes start … stop (stop - start, in) uint8 from torch's packing of all of them."""
+    """Codes start … stop (in, stop - start) uint8 from torch's packing of all of them."""
     first, last = start // TILE * TILE, min(-(-stop // TILE) * TILE, packed.shape[0])
     whole = (last - first) // TILE * TILE
     parts = []
     for rows, tile in ((packed[first : first + whole], TILE), (packed[first + whole : last], last - first - whole)):
         if rows.numel():
-            data = rows.reshape(-1, tile * columns // 2)
-            halves = torch.stack([data & 15, data >> 4], 1)  # (tiles, 2, bytes)
+            data = rows.reshape(-1, tile * columns // 2)  # (tiles, bytes)
             order = _nibble_order(tile, columns)
             if order is None:
-                codes = halves.view(-1, 2, columns, tile // 2).transpose(2, 3)
+                data = data.view(-1, columns, tile // 2)
+                codes = torch.stack([data & 15, data >> 4], 2).permute(1, 0, 2, 3)  # (in, tiles, 2, tile / 2)
             else:
-                codes = halves.flatten(1)[:, order]
-            parts.append(codes.reshape(-1, columns))
-    return torch.cat(parts)[start - first : stop - first]
+                codes = torch.cat([data & 15, data >> 4], 1)[:, order].view(-1, columns).T
+            parts.append(codes.reshape(columns, -1))
+    codes = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return codes[:, start - first : stop - first]
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,7 @@
 """`Prepared`: what a kernel makes of a packed weight once and reads at every call; and dense columns of it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from optq.checkpoint import PackedWeight
 from optq.scheme import trivial_groups
+
+from .launches import Memo
 
 PIECE_BYTES = 2**22  # of float32 weights alive at once: large enough for the product, small enough for a CPU's caches
 ALIGNMENT = 64  # outputs: whole tiles of every packing
@@ -28,6 +30,7 @@ class Prepared:
         group_of_column: (in,) int32.
         bits: bits per weight.
         group_width: columns per group, once in order; only the last group may be narrower. 0: groups are uneven.
+        memo: what the kernel remembers of its calls.
     """
 
     codes: Tensor
@@ -38,6 +41,7 @@ class Prepared:
     group_of_column: Tensor
     bits: int
     group_width: int
+    memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
 
     @property
     def in_features(self) -> int:

@@ -2,13 +2,16 @@
 """The Triton row: 2, 3, 4 and 8 bits on CUDA and ROCm GPUs. Nothing is built before run time, and no compiler is asked
 for beyond the one inside Triton.
 
-Codes are laid out anew, output by output, in blocks of 128 columns, so that one load brings all bits of some columns
-and both halves of a word are neighbours. Bits 2 and 1 lie in planes of their own, so 3-bit codes take 3 bits:
+Codes are laid out anew, output by output, in blocks of 128 columns (8 bits: 64), so that one load brings all bits of
+some columns and both halves of a word are neighbours. The third bits of 3-bit codes lie in a plane of their own, so
+that they take 3 bits:
 
     4 bits: 16 words per block, 32 columns per step    word w = …  c65+2w c33+2w c1+2w | …  c64+2w c32+2w c2w
     2 bits:  8 words per block, 16 columns per step    word w = …  c33+2w c17+2w c1+2w | …  c32+2w c16+2w c2w
+    8 bits: 16 words per block, 32 columns per step    word w =           c33+2w c1+2w |           c32+2w c2w
     3 bits: the lower two as 2 bits; the third in 8 words of 16 bits, in the same order
-    8 bits: the lower four as 4 bits, and the upper four
+
+Beside them lies the grid, scale and zero of a group in one word: one load, wide enough to be made ahead.
 
 By rows of activations: few rows split the sum over columns among more programs and add the parts in a second, short
 program, always in the same order; above `MOST_ROWS` the weight is dequantized into memory and multiplied by the dense
@@ -28,15 +31,17 @@ from torch.nn.functional import linear, pad
 from optq.checkpoint import PackedWeight, unpack_codes
 from optq.triton_devices import current, why_no_triton
 
+from .launches import Program
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
 
-BLOCK = 128  # columns whose codes lie together
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (4, 4)}  # bits -> the bits of each plane, lowest first
-WORD_TYPES = {4: torch.int32, 2: torch.int32, 1: torch.int16}  # of a plane, by its bits
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits -> the bits of each plane, lowest first
+LARGEST_FLOAT16_SCALE = 31.0  # the kernel's own numbers are 2**11 times as large
 MOST_ROWS = 1024
 DENSE_BYTES = 2**27  # of the weight while it is multiplied densely
 DEQUANTIZED_OUTPUTS = 32  # per program
 SUMMED = 1024  # elements per program
+ALIGNED = 16  # bytes, as Triton has it
+MOST_REMEMBERED = 64  # rows whose launch is remembered: with more it takes a small part of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,7 @@ class Tiling:
     warps: int
     stages: int
     scale_sums: int
-    programs_per_processor: int = 4
+    programs_per_processor: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +101,25 @@ def problem_of(prepared: Prepared, dtype: torch.dtype) -> Problem:
 
 
 TILINGS = (
-    # Not tuned on any GPU yet: sizes by arithmetic, registers and shared memory (at most 96 KiB, what small GPUs
-    # have) checked ahead of time for sm_80 and sm_90.
-    Tiling(most_rows=16, rows=16, outputs=64, warps=4, stages=5, scale_sums=64),
-    Tiling(most_rows=32, rows=32, outputs=64, warps=4, stages=4, scale_sums=128),
-    Tiling(most_rows=64, rows=64, outputs=64, warps=4, stages=4, scale_sums=0),
-    Tiling(most_rows=MOST_ROWS, rows=64, outputs=128, warps=8, stages=3, scale_sums=0),
+    # Not tuned on any GPU yet: chosen by the instructions of the loop (with few rows they must not take longer than
+    # the weights' way from memory; docs/kernels.md), registers and shared memory (at most 96 KiB, what small GPUs
+    # have), all as compiled ahead of time for sm_80 and sm_90.
+    Tiling(most_rows=8, rows=8, outputs=64, warps=2, stages=5, scale_sums=32, programs_per_processor=6),
+    Tiling(most_rows=16, rows=16, outputs=64, warps=2, stages=5, scale_sums=64, programs_per_processor=4),
+    Tiling(most_rows=32, rows=32, outputs=128, warps=4, stages=4, scale_sums=0, programs_per_processor=3),
+    Tiling(most_rows=64, rows=64, outputs=128, warps=4, stages=3, scale_sums=0, programs_per_processor=3),
+    Tiling(most_rows=MOST_ROWS, rows=128, outputs=128, warps=8, stages=2, scale_sums=0, programs_per_processor=2),
 )
 FEWEST_BLOCKS = 4  # per split
 
 
 def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    return why_no_triton(packed.scales.device) or why_not_laid_out(packed, dtype)
+    device = packed.scales.device
+    if reason := why_no_triton(device):
+        return reason
+    if dtype == torch.bfloat16 and _takes_ptx(device) and torch.cuda.get_device_capability(device) < (8, 0):
+        return "bfloat16 arithmetic needs compute capability 8.0 or newer; load the model in float16"
+    return why_not_laid_out(packed, dtype)
 
 
 def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -117,35 +129,44 @@ def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
     width = group_width(packed.g_idx)
     if not width:
         return "the groups have different numbers of columns"
+    block = block_of(packed.bits)
     step = 2 * _words(packed.bits)
-    if packed.scales.shape[0] > 1 and (width % step or (BLOCK % width and width % BLOCK)):
+    if packed.scales.shape[0] > 1 and (width % step or (block % width and width % block)):
         return (
-            f"groups of {width} columns; {packed.bits}-bit codes want {step}, …, {BLOCK // 2} or multiples of {BLOCK}"
+            f"groups of {width} columns; {packed.bits}-bit codes want {step}, …, {block // 2} or multiples of {block}"
         )
+    if packed.scales.dtype not in (torch.float16, torch.bfloat16):
+        return f"scales are {packed.scales.dtype}, not float16 or bfloat16"
+    if dtype == torch.float16 and bool((packed.scales.abs() > LARGEST_FLOAT16_SCALE).any()):
+        return f"scales above {LARGEST_FLOAT16_SCALE} are more than its float16 arithmetic holds"
     return None
 
 
 def prepare(packed: PackedWeight) -> Prepared:
-    """Codes: the lowest plane, (out, words) int32; extras: the next plane, int16 or int32, of 3 and 8 bits."""
+    """Codes: the first plane, (out, words) int32.
+
+    Extras: the grid, (groups, out) int32, 16 bits of the scale above 16 of the zero; of 3 bits also the second plane,
+    (out, words) int16.
+    """
     codes = unpack_codes(packed.qweight, packed.bits)
     order = columns_in_order(packed.g_idx)
     if order is not None:
         codes = codes[order]
-    codes = pad(codes, (0, 0, 0, -codes.shape[0] % BLOCK)).T  # (out, columns)
+    codes = pad(codes, (0, 0, 0, -codes.shape[0] % block_of(packed.bits))).T  # (out, columns)
     planes = []
     for bits in PLANES[packed.bits]:
-        planes.append(_pack_plane(codes & 2**bits - 1, bits, _words(packed.bits)))
+        planes.append(_pack_plane(codes & 2**bits - 1, bits, packed.bits))
         codes = codes >> bits
-    return prepared_from(packed, *planes)
+    grid = packed.scales.contiguous().view(torch.int16).int() << 16 | packed.zeros().int()
+    return prepared_from(packed, planes[0], grid, *planes[1:])
 
 
 def unpack(prepared: Prepared, start: int, stop: int) -> Tensor:
-    codes, shift = None, 0
-    words = _words(prepared.bits)
-    for plane, bits in zip((prepared.codes, *prepared.extras), PLANES[prepared.bits], strict=True):
-        part = _unpack_plane(plane[start:stop], bits, words) << shift
-        codes, shift = part if codes is None else codes | part, shift + bits
-    assert codes is not None
+    shifts = {2: 0, 1: 2, 4: 0, 8: 0}  # where a plane's bits belong
+    planes = zip((prepared.codes, *prepared.extras[1:]), PLANES[prepared.bits], strict=True)
+    codes, *more = (_unpack_plane(plane[start:stop], bits, prepared.bits) << shifts[bits] for plane, bits in planes)
+    for part in more:
+        codes |= part
     return in_layers_order(codes[:, : prepared.in_features].T, prepared.order)
 
 
@@ -156,7 +177,7 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
     if rows.shape[0] > MOST_ROWS or x.dtype == torch.float32:
         output = _product_of_dense(rows, prepared)
     else:
-        output = product(rows.contiguous(), prepared, _tiling(rows.shape[0], prepared, x.dtype, prepared.out_features))
+        output = _multiplied((rows.contiguous(),), prepared)
     return output.view(*x.shape[:-1], prepared.out_features)
 
 
@@ -191,7 +212,7 @@ def forget_tilings() -> None:
 
 def product(x: Tensor, prepared: Prepared, tiling: Tiling) -> Tensor:
     """(rows, in) contiguous, columns in the kernel's order, float16 or bfloat16 -> (rows, out)."""
-    return _launched(_kernels().product, x, prepared, prepared.out_features, tiling, -(-x.shape[0] // tiling.rows))
+    return _launch(x, prepared, tiling)((x,))
 
 
 def why_not_grouped(rows: int, experts: int, dtype: torch.dtype) -> str | None:
@@ -206,20 +227,23 @@ def grouped(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
     """One launch for the rows of all experts; nothing here depends on the values of `starts`."""
     if prepared.order is not None:
         x = x.index_select(1, prepared.order)
-    experts = starts.shape[0] - 1
-    out = prepared.out_features // experts
-    tiling = _tiling(min(-(-x.shape[0] // experts), MOST_ROWS), prepared, x.dtype, out)
-    return _launched(
-        _kernels().grouped_product,
-        x.contiguous(),
-        prepared,
-        out,
-        tiling,
-        most_tiles(x.shape[0], experts, tiling.rows),
-        starts,
-        experts,
-        EXPERTS=1 << (experts - 1).bit_length(),
-    )
+    return _multiplied((starts, x.contiguous()), prepared, starts.shape[0] - 1)
+
+
+def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0) -> Tensor:
+    """The product with one weight, or those of some experts, by the launch that is remembered for such inputs."""
+    x = inputs[-1]
+    rows = x.shape[0]
+    # What else Triton would look at is the weight's, or freshly allocated.
+    key = (experts, rows, x.dtype, *(tensor.data_ptr() % ALIGNED == 0 for tensor in inputs))
+    launch: Launch | None = prepared.memo.get(key)
+    if launch is None:
+        at_most = min(-(-rows // experts), MOST_ROWS) if experts else rows
+        out = prepared.out_features // max(experts, 1)
+        launch = _launch(x, prepared, _tiling(at_most, prepared, x.dtype, out), experts)
+        if rows <= MOST_REMEMBERED:
+            prepared.memo[key] = launch
+    return launch(inputs)
 
 
 def most_tiles(rows: int, experts: int, size: int) -> int:
@@ -228,57 +252,98 @@ def most_tiles(rows: int, experts: int, size: int) -> int:
     return busy + (rows - busy) // size
 
 
-def _launched(
-    program: Any, x: Tensor, prepared: Prepared, out: int, tiling: Tiling, row_tiles: int, *more: Any, **constants: int
-) -> Tensor:
-    """(rows, out) by `product` or `grouped_product`, and the parts of its sum added up."""
-    rows = x.shape[0]
-    output = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    if not rows:
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """`product` or `grouped_product` for so many rows and some weight, and the sum of its parts."""
+
+    shape: tuple[int, int]  # of the output
+    splits: int
+    multiply: Program
+    weight: tuple[Tensor, ...]
+    constants: tuple[Any, ...]
+    add: Program
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """(rows, out) from x (rows, in), or from the experts' starts and x."""
+        x = inputs[-1]
+        output = torch.empty(self.shape, dtype=x.dtype, device=x.device)
+        if not self.shape[0]:
+            return output
+        with current(x.device):
+            if self.splits == 1:
+                self.multiply(*inputs, *self.weight, output, *self.constants)
+            else:
+                parts = torch.empty((self.splits, *self.shape), dtype=torch.float32, device=x.device)
+                self.multiply(*inputs, *self.weight, parts, *self.constants)
+                self.add(parts, output, self.splits, self.shape[0] * self.shape[1], SUMMED)
         return output
+
+
+def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> Launch:
+    rows, out = x.shape[0], prepared.out_features // max(experts, 1)
+    row_tiles = most_tiles(rows, experts, tiling.rows) if experts else -(-rows // tiling.rows)
     output_tiles = -(-out // tiling.outputs)
-    blocks = -(-prepared.in_features // BLOCK)
-    programs = tiling.programs_per_processor * _processors(x.device)
-    per_split = blocks_per_split(row_tiles * output_tiles, blocks, programs)
+    columns, groups = prepared.in_features, prepared.scales.shape[0]
+    block = block_of(prepared.bits)
+    blocks = -(-columns // block)
+    per_split = blocks_per_split(
+        max(row_tiles * output_tiles, 1), blocks, _processors(x.device), tiling.programs_per_processor
+    )
     splits = -(-blocks // per_split)
-    parts = output if splits == 1 else torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
-    width = prepared.group_width if prepared.scales.shape[0] > 1 else blocks * BLOCK
-    with current(x.device):
-        program[output_tiles, row_tiles, splits](
-            x,
-            *_arguments(prepared),
-            parts,
-            rows,
-            out,
-            prepared.in_features,
-            prepared.scales.shape[0],
-            prepared.scales.stride(0),
-            blocks,
-            per_split,
-            *more,
-            BITS=prepared.bits,
-            GROUP=width,
-            OUTPUTS=tiling.outputs,
-            ROWS=tiling.rows,
-            SCALE_SUMS=bool(tiling.scale_sums) and width >= tiling.scale_sums,
-            WHOLE=prepared.in_features % BLOCK == 0,
-            PTX=_takes_ptx(x.device),
-            UPCAST=x.device.type == "cpu" and x.dtype == torch.bfloat16,
-            **constants,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-        )
-        if splits > 1:
-            _kernels().sum_of_parts[(-(-output.numel() // SUMMED),)](
-                parts, output, splits, output.numel(), SIZE=SUMMED
-            )
-    return output
+    width = prepared.group_width if groups > 1 else blocks * block
+    ptx = _takes_ptx(x.device)
+    function = _kernels().grouped_product if experts else _kernels().product
+    constants = {
+        "rows": rows,
+        "out": out,
+        "columns": columns,
+        "groups": groups,
+        "grid_stride": prepared.extras[0].stride(0),
+        "blocks": blocks,
+        "blocks_per_split": per_split,
+        "experts": experts,
+        "BITS": prepared.bits,
+        "BLOCK": block,
+        "GROUP": width,
+        "OUTPUTS": tiling.outputs,
+        "ROWS": tiling.rows,
+        "SCALE_SUMS": bool(tiling.scale_sums) and width >= tiling.scale_sums,
+        "WHOLE": columns % block == 0,
+        "BFLOAT16_SCALES": prepared.scales.dtype == torch.bfloat16,
+        "PTX": ptx,
+        "UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16,
+        "EXPERTS": 1 << (experts - 1).bit_length() if experts else 0,
+    }
+    names = function.arg_names
+    return Launch(
+        shape=(rows, out),
+        splits=splits,
+        multiply=Program(function, (output_tiles, row_tiles, splits), launch_options(tiling, ptx)),
+        weight=_arguments(prepared),
+        constants=tuple(constants[name] for name in names[names.index("output") + 1 :]),
+        add=Program(_kernels().sum_of_parts, (-(-rows * out // SUMMED),), {}),
+    )
 
 
-def blocks_per_split(tiles: int, blocks: int, programs: int) -> int:
-    """How many blocks of columns each program sums, so that there are about so many programs."""
-    splits = max(1, min(programs // tiles, blocks // FEWEST_BLOCKS))
-    return -(-blocks // splits)
+def launch_options(tiling: Tiling, ptx: bool) -> dict[str, int]:
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    if ptx and tiling.warps == 2:
+        options["maxnreg"] = 255  # left to itself NVIDIA's assembler takes fewer than such a program needs, and spills
+    return options
+
+
+def blocks_per_split(tiles: int, blocks: int, processors: int, programs_per_processor: int) -> int:
+    """How many blocks of columns each program sums.
+
+    Of the numbers of programs up to the one that is aimed at, and from half of it on, the one with which the busiest
+    processor has least to do.
+    """
+    most = max(1, min(round(programs_per_processor * processors / tiles), blocks // FEWEST_BLOCKS))
+
+    def busiest(splits: int) -> int:
+        return -(-tiles * splits // processors) * -(-blocks // splits)
+
+    return -(-blocks // min(range(-(-most // 2), most + 1), key=busiest))
 
 
 def _product_of_dense(x: Tensor, prepared: Prepared) -> Tensor:
@@ -291,7 +356,8 @@ def _product_of_dense(x: Tensor, prepared: Prepared) -> Tensor:
 def _dense_pieces(prepared: Prepared, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The weight (out, in), columns in the kernel's order, some outputs at a time."""
     columns, groups = prepared.in_features, prepared.scales.shape[0]
-    blocks = -(-columns // BLOCK)
+    block = block_of(prepared.bits)
+    blocks = -(-columns // block)
     at_once = max(DEQUANTIZED_OUTPUTS, DENSE_BYTES // (columns * dtype.itemsize) // 128 * 128)
     for start in range(0, prepared.out_features, at_once):
         count = min(at_once, prepared.out_features - start)
@@ -305,49 +371,55 @@ def _dense_pieces(prepared: Prepared, dtype: torch.dtype) -> Iterator[tuple[slic
                 prepared.out_features,
                 columns,
                 groups,
-                prepared.scales.stride(0),
+                prepared.extras[0].stride(0),
                 blocks,
                 BITS=prepared.bits,
-                GROUP=prepared.group_width if groups > 1 else blocks * BLOCK,
+                BLOCK=block,
+                GROUP=prepared.group_width if groups > 1 else blocks * block,
                 OUTPUTS=DEQUANTIZED_OUTPUTS,
+                BFLOAT16_SCALES=prepared.scales.dtype == torch.bfloat16,
             )
         yield slice(start, start + count), dense
 
 
-def _arguments(prepared: Prepared) -> tuple[Tensor, ...]:
-    # Of a single group the stride is not used, and not the same in tensors that were read and that were computed.
-    assert prepared.scales.shape[0] == 1 or prepared.zeros.stride(0) == prepared.scales.stride(0)
-    second = prepared.extras[0] if prepared.extras else prepared.codes
-    return prepared.codes, second, prepared.scales, prepared.zeros
+def _arguments(prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
+    grid, *third = prepared.extras
+    return prepared.codes, third[0] if third else prepared.codes, grid
+
+
+def block_of(bits: int) -> int:
+    """Columns whose codes lie together."""
+    return 64 if bits == 8 else 128
 
 
 def _words(bits: int) -> int:
-    """Per block and plane; of 3 and 8 bits, whose planes go side by side, in both."""
-    return BLOCK * PLANES[bits][0] // 32
+    """Per block and plane."""
+    return block_of(bits) * PLANES[bits][0] // 32
 
 
-def _pack_plane(codes: Tensor, bits: int, words: int) -> Tensor:
-    """(out, columns) codes of `bits` -> (out, blocks * words)."""
-    half = BLOCK // (2 * words) * bits  # bits of a word's lower half that are in use
-    steps = codes.reshape(codes.shape[0], -1, BLOCK // (2 * words), words, 2)
+def _pack_plane(codes: Tensor, plane: int, bits: int) -> Tensor:
+    """(out, columns) numbers of `plane` bits, from codes of `bits` -> (out, blocks * words)."""
+    words, block = _words(bits), block_of(bits)
+    steps = codes.reshape(codes.shape[0], -1, block // (2 * words), words, 2)
+    half = steps.shape[2] * plane  # bits
     packed = torch.zeros(steps.shape[0], steps.shape[1], words, dtype=torch.int64, device=codes.device)
     for step in range(steps.shape[2]):
         for side in (0, 1):
-            packed |= steps[:, :, step, :, side].long() << (bits * step + half * side)
-    word = WORD_TYPES[bits]
-    size = 8 * word.itemsize
+            packed |= steps[:, :, step, :, side].long() << (plane * step + half * side)
+    size = 2 * half
     packed -= (packed >> (size - 1)) << size  # to the signed number with the same bits
-    return packed.to(word).flatten(1).contiguous()
+    return packed.to(torch.int16 if size == 16 else torch.int32).flatten(1).contiguous()
 
 
-def _unpack_plane(packed: Tensor, bits: int, words: int) -> Tensor:
+def _unpack_plane(packed: Tensor, plane: int, bits: int) -> Tensor:
     """The inverse of `_pack_plane`, (out, columns) uint8."""
-    half = BLOCK // (2 * words) * bits
+    words = _words(bits)
+    steps = block_of(bits) // (2 * words)
     blocks = packed.view(packed.shape[0], -1, words)
-    codes = torch.empty(*blocks.shape[:2], BLOCK // (2 * words), words, 2, dtype=torch.uint8, device=packed.device)
-    for step in range(codes.shape[2]):
+    codes = torch.empty(*blocks.shape[:2], steps, words, 2, dtype=torch.uint8, device=packed.device)
+    for step in range(steps):
         for side in (0, 1):
-            codes[:, :, step, :, side] = blocks >> (bits * step + half * side) & 2**bits - 1
+            codes[:, :, step, :, side] = blocks >> plane * (step + steps * side) & 2**plane - 1
     return codes.flatten(1)
 
 

@@ -2,13 +2,16 @@
 """The programs of the Triton row. `triton_gpu` lays the codes out for them and launches them.
 
 A step is the piece of a block's columns that one position in all of its words holds; every word gives it two
-neighbouring columns, one from its lower and one from its upper 16 bits. So both are made by one instruction each, and
-lie in the register where the tensor core wants them:
+neighbouring columns, one from its lower and one from its upper 16 bits, so that both become numbers by the same
+instructions and lie in the register where the tensor core wants them. With one row of activations a GPU that waits for
+memory only has time for three to four instructions per weight, and it takes two to take codes apart in the usual way:
 
-    (word >> 4 * step) & 0x000F000F | 0x64006400     two float16 numbers, 1024 + code
-    (word >> 4 * step) & 0x000F000F | 0x43004300     two bfloat16 numbers, 128 + code
+    word >> 8                     once for the codes at bits 8 … 15, so that all lie at some bit f < 8; then
+    word & 15 << f                read as two 16-bit floating point numbers, is code * 2**f of the smallest there is;
+    … * 2**(a - f) - zero * 2**b  is one exact instruction. a is as large as the dtype allows, and the power of two
+                                  that is left over, b, is in the scales.
 
-PTX says whether their arithmetic is written in assembly. Left to itself the compiler splits each pair into 16-bit
+PTX says whether this arithmetic is written in assembly. Left to itself the compiler splits each pair into 16-bit
 halves, at more instructions; but the interpreter and GPUs of other makers do not take assembly.
 
 The weight is the first operand of the product, with output features in the place of rows: the first operand may come
@@ -18,66 +21,89 @@ from registers, and whole tensor cores are in use even for one row of activation
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(128)  # columns that a block of words holds
+MINUS_NOTHING = tl.constexpr(0x80008000 - 2**32)  # -0 in both halves: x * y + -0 is x * y, whatever its sign
 
 
-@triton.jit
-def low_pairs(first, second, step: tl.constexpr, BITS: tl.constexpr):
-    """Per word two codes, in its lower and upper 16 bits, from words as `triton_gpu.prepare` lays them out.
-
-    Of 8-bit codes the lower four bits.
-    """
-    if BITS == 2:
-        return (first >> (2 * step)) & 0x00030003
-    if BITS == 3:
-        high = second.to(tl.int32) & 0xFFFF
-        high = high | (high << 8)  # bits 8 … 15 also at 16 … 23: the second columns' are in the upper half then
-        return ((first >> (2 * step)) & 0x00030003) | (((high >> step) & 0x00010001) << 2)
-    return (first >> (4 * step)) & 0x000F000F
-
-
-@triton.jit
-def high_pairs(second, step: tl.constexpr):
-    """The upper four bits of 8-bit codes, like `low_pairs`."""
-    return (second >> (4 * step)) & 0x000F000F
+@triton.constexpr_function
+def words_of_block(columns, bits):
+    """Of an output; each holds two columns of every step. Of 3 bits, those of the lower two."""
+    return columns * (2 if bits == 3 else bits) // 32
 
 
 @triton.jit
 def twice(x):
-    """A 16-bit number in both halves of an int32."""
-    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return bits | (bits << 16)
+    """The lower 16 bits of an int32 in both halves."""
+    return (x & 0xFFFF) * 0x00010001
 
 
 @triton.jit
 def rounded_to_bfloat16(x):
-    """float32 to the nearest bfloat16, and of two to the even one, as GPUs convert; the interpreter cuts off."""
+    """float32 to the nearest bfloat16, and of two to the even one, as GPUs convert; the interpreter cuts off.
+
+    As an int32, the number in its lower half.
+    """
     bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+@triton.jit
+def third_bits(words):
+    """int16 words of 3-bit codes: the eight for the upper halves' columns move to the upper half of an int32."""
+    words = words.to(tl.int32) & 0xFFFF
+    return (words | (words << 8)) & 0x00FF00FF
 
 
 @triton.jit
 def weights(
     first,  # (rows, words) int32
-    second,  # (rows, words) int32 or int16, of 3- and 8-bit codes
-    zeros,  # (rows,) int16
+    third,  # (rows, words) int32, of 3-bit codes: from `third_bits`
+    zeros,  # (rows,) int32
     scales,  # (rows,) float32
     step: tl.constexpr,
     BITS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """(code - zero) * scale, or without the scale, (rows, 2 * words) float32."""
-    pairs = low_pairs(first, second, step, BITS)
-    if BITS == 8:
-        pairs = pairs | (high_pairs(second, step) << 4)
-    steps = (tl.interleave(pairs & 0xFFFF, pairs >> 16) - zeros.to(tl.int32)[:, None]).to(tl.float32)
+    PLANE: tl.constexpr = 2 if BITS == 3 else BITS
+    pairs = (first >> (PLANE * step)) & (0x00010001 * (2**PLANE - 1))
+    if BITS == 3:
+        pairs = pairs | (((third >> step) & 0x00010001) << 2)
+    steps = (tl.interleave(pairs & 0xFFFF, pairs >> 16) - zeros[:, None]).to(tl.float32)
     return steps * scales[:, None] if SCALED else steps
+
+
+@triton.constexpr_function
+def left_over(dtype):
+    """The assembly's weights are 2 to the power of minus this times the true ones."""
+    return 11 if dtype == tl.float16 else 8
+
+
+@triton.constexpr_function
+def power(bit, dtype, negative=False):
+    """What makes a weight of a code at this bit of a subnormal number: a power of two, in both halves of an int32."""
+    smallest, bias, mantissa = (24, 15, 10) if dtype == tl.float16 else (133, 127, 7)
+    exponent = smallest - left_over(dtype) - bit
+    assert -bias < exponent <= bias
+    halves = 0x00010001 * (exponent + bias << mantissa)
+    return halves + 0x80008000 - 2**32 if negative else halves
+
+
+@triton.jit
+def fma(a, b, c, dtype: tl.constexpr):
+    """a * b + c of both halves; subnormal numbers are numbers."""
+    if dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return tl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def weights_in_ptx(
     first,
-    second,
+    third,
     zeros,
     scales,
     step: tl.constexpr,
@@ -85,87 +111,43 @@ def weights_in_ptx(
     SCALED: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """The same in `dtype`. code - zero is exact there as well: an integer of at most 8 bits."""
-    low = low_pairs(first, second, step, BITS)
-    if dtype == tl.float16:
-        if BITS == 8:
-            low = low | (high_pairs(second, step) << 4)
-        pairs = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; or.b32 t, $1, 0x64006400; sub.f16x2 $0, t, $2; }",  # 1024 + code
-            "=r,r,r",
-            [low, twice((zeros + 1024).to(tl.float16))[:, None]],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-        if SCALED:
-            pairs = tl.inline_asm_elementwise(
-                "mul.f16x2 $0, $1, $2;",
-                "=r,r,r",
-                [pairs, twice(scales.to(tl.float16))[:, None]],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-    else:
-        # sm_80 adds and multiplies bfloat16 as parts of a * b + c only.
-        if BITS == 8:
-            pairs = tl.inline_asm_elementwise(
-                "{ .reg .b32 low, high, one, sixteen, minus128, minus2048;"
-                "  mov.b32 one, 0x3f803f80; mov.b32 sixteen, 0x41804180;"
-                "  mov.b32 minus128, 0xc300c300; mov.b32 minus2048, 0xc500c500;"
-                "  or.b32 low, $1, 0x43004300; or.b32 high, $2, 0x43004300;"  # 128 + half of the code
-                "  fma.rn.bf16x2 low, low, one, minus128;"
-                "  fma.rn.bf16x2 high, high, sixteen, minus2048;"
-                "  fma.rn.bf16x2 low, high, one, low;"
-                "  fma.rn.bf16x2 $0, low, one, $3; }",
-                "=r,r,r,r",
-                [low, high_pairs(second, step), twice((-zeros.to(tl.float32)).to(tl.bfloat16))[:, None]],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
+    """The same in `dtype`; without the scale, 2**-left_over of it. Exact but for the scale's rounding."""
+    PLANE: tl.constexpr = 2 if BITS == 3 else BITS
+    BIT: tl.constexpr = PLANE * step % 8
+    codes = (first >> (PLANE * step // 8 * 8)) & (0x00010001 * ((2**PLANE - 1) << BIT))
+    minus_zero = fma(twice(zeros), power(0, dtype, True), 0, dtype)
+    pairs = fma(codes, power(BIT, dtype), minus_zero[:, None], dtype)
+    if BITS == 3:
+        pairs = fma(third & (0x00010001 << step), power(step - 2, dtype), pairs, dtype)  # four times as much as a bit
+    if SCALED:
+        scales *= 2 ** left_over(dtype)
+        if dtype == tl.float16:
+            scale = scales.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
         else:
-            pairs = tl.inline_asm_elementwise(
-                "{ .reg .b32 t, one, minus128; mov.b32 one, 0x3f803f80; mov.b32 minus128, 0xc300c300;"
-                "  or.b32 t, $1, 0x43004300; fma.rn.bf16x2 $0, t, one, $2; }",  # 128 + code
-                "=r,r,r",
-                [low, twice((-128 - zeros.to(tl.float32)).to(tl.bfloat16))[:, None]],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-        if SCALED:
-            pairs = tl.inline_asm_elementwise(
-                "{ .reg .b32 nothing; mov.b32 nothing, 0x80008000; fma.rn.bf16x2 $0, $1, $2, nothing; }",  # -0
-                "=r,r,r",
-                [pairs, twice(rounded_to_bfloat16(scales))[:, None]],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
+            scale = rounded_to_bfloat16(scales)
+        pairs = fma(pairs, twice(scale)[:, None], MINUS_NOTHING, dtype)
     return tl.interleave(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)).to(dtype, bitcast=True)
 
 
 @triton.jit
-def grid_of(scales, zeros, group, groups, grid_stride, n, inside):
-    """The scales, float32, and zeros, int16, of outputs n in a group.
+def grid_of(grid, group, groups, grid_stride, n, inside, BFLOAT16_SCALES: tl.constexpr):
+    """The scales, float32, and zeros, int32, of outputs n in a group.
 
     Columns that only fill up the last block may lie beyond the last group. What they get does not matter.
     """
-    at = tl.minimum(group, groups - 1) * grid_stride + n
-    return tl.load(scales + at, mask=inside, other=0).to(tl.float32), tl.load(zeros + at, mask=inside, other=0).to(
-        tl.int16
-    )
+    words = tl.load(grid + tl.minimum(group, groups - 1) * grid_stride + n, mask=inside, other=0)
+    scales = (words >> 16).to(tl.int16)
+    if BFLOAT16_SCALES:
+        return scales.to(tl.bfloat16, bitcast=True).to(tl.float32), words & 0xFFFF
+    return scales.to(tl.float16, bitcast=True).to(tl.float32), words & 0xFFFF
 
 
 @triton.jit
 def sum_over_columns(
     inputs,  # (WIDTH, ROWS) pointers to the first step's columns of x
     first,  # (OUTPUTS, WORDS) pointers to the first block's words
-    second,  # likewise, of 3 and 8 bits
-    scales,  # those of the first group, for outputs n
-    zeros,
+    third,  # likewise, of 3 bits
+    grid,  # the first group's
     n,  # (OUTPUTS,)
     inside,  # (OUTPUTS,) which outputs there are
     there,  # (ROWS,) which rows there are
@@ -176,37 +158,39 @@ def sum_over_columns(
     grid_stride,
     dtype: tl.constexpr,
     BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
     WHOLE: tl.constexpr,
+    BFLOAT16_SCALES: tl.constexpr,
     PTX: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """A tile of the product, (OUTPUTS, ROWS) float32, summed over some blocks of columns. Constants as of product."""
-    WORDS: tl.constexpr = BLOCK * 2 // 32 if BITS == 2 or BITS == 3 else BLOCK * 4 // 32
+    WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
     WIDTH: tl.constexpr = 2 * WORDS  # columns per step
     column = tl.arange(0, WIDTH)
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for block in range(first_block, last_block):
-        low = tl.load(first + block * WORDS, mask=inside[:, None], other=0)
-        high = low
-        if BITS == 3 or BITS == 8:
-            high = tl.load(second + block * WORDS, mask=inside[:, None], other=0)
+        words = tl.load(first + block * WORDS, mask=inside[:, None], other=0)
+        thirds = words
+        if BITS == 3:
+            thirds = third_bits(tl.load(third + block * WORDS, mask=inside[:, None], other=0))
         part = tl.zeros([OUTPUTS, ROWS], tl.float32)
         for step in tl.static_range(BLOCK // WIDTH):
             start = block * BLOCK + step * WIDTH
             if step * WIDTH % GROUP == 0:
-                scale, zero = grid_of(scales, zeros, start // GROUP, groups, grid_stride, n, inside)
+                scale, zero = grid_of(grid, start // GROUP, groups, grid_stride, n, inside, BFLOAT16_SCALES)
             known = there[None, :]
             if not WHOLE:
                 known = known & (start + column < columns)[:, None]
             values = tl.load(inputs + start, mask=known, other=0)
             if PTX:
-                weight = weights_in_ptx(low, high, zero, scale, step, BITS, not SCALE_SUMS, dtype)
+                weight = weights_in_ptx(words, thirds, zero, scale, step, BITS, not SCALE_SUMS, dtype)
             else:
-                weight = weights(low, high, zero, scale, step, BITS, not SCALE_SUMS)
+                weight = weights(words, thirds, zero, scale, step, BITS, not SCALE_SUMS)
             if UPCAST:
                 values = values.to(tl.float32)
                 weight = weight.to(tl.float32)
@@ -219,35 +203,38 @@ def sum_over_columns(
                     part = tl.zeros([OUTPUTS, ROWS], tl.float32)
             else:
                 total = tl.dot(weight, values, total, input_precision="ieee")
+    if SCALE_SUMS and PTX:
+        total *= 2 ** left_over(dtype)
     return total
 
 
 @triton.jit
 def product(
     x,  # (rows, columns) float16 or bfloat16, row-major, columns in the kernel's order
-    first,  # (out, blocks * WORDS) int32, row-major
-    second,  # the same shape: int16 for 3 bits, int32 for 8; else not read
-    scales,  # (groups, out), grid_stride numbers from group to group
-    zeros,  # (groups, out) uint8 or int16, likewise
+    first,  # (out, blocks * words) int32, row-major
+    third,  # the same shape, int16, of 3 bits; else not read
+    grid,  # (groups, out) int32, grid_stride from group to group: 16 bits of the scale above 16 of the zero
     output,  # (splits, rows, out), row-major: float32 parts of the sum, or with one split the sum itself
     rows,
     out,
     columns,
     groups,
     grid_stride,
-    blocks,  # of BLOCK columns
+    blocks,  # of columns
     blocks_per_split,
     BITS: tl.constexpr,
-    GROUP: tl.constexpr,  # columns per group: a divisor or a multiple of BLOCK, and a multiple of a step's columns
+    BLOCK: tl.constexpr,  # columns whose codes lie together
+    GROUP: tl.constexpr,  # columns per group: a divisor or a multiple of a block's, and a multiple of a step's
     OUTPUTS: tl.constexpr,  # per program
     ROWS: tl.constexpr,  # per program
     SCALE_SUMS: tl.constexpr,  # scale each group's sum and not its weights: less work for few rows, and more exact
-    WHOLE: tl.constexpr,  # columns is a multiple of BLOCK
+    WHOLE: tl.constexpr,  # columns are whole blocks
+    BFLOAT16_SCALES: tl.constexpr,  # and not float16
     PTX: tl.constexpr,
     UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 products are wrong
 ):
     """x times the transposed weight: a program makes (ROWS, OUTPUTS) of one split's part of the sum over columns."""
-    WORDS: tl.constexpr = BLOCK * 2 // 32 if BITS == 2 or BITS == 3 else BLOCK * 4 // 32
+    WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
@@ -256,9 +243,8 @@ def product(
     total = sum_over_columns(
         x + m.to(tl.int64)[None, :] * columns + tl.arange(0, 2 * WORDS)[:, None],
         first + words,
-        second + words,
-        scales,
-        zeros,
+        third + words,
+        grid,
         n,
         inside,
         there,
@@ -269,11 +255,13 @@ def product(
         grid_stride,
         x.dtype.element_ty,
         BITS,
+        BLOCK,
         GROUP,
         OUTPUTS,
         ROWS,
         SCALE_SUMS,
         WHOLE,
+        BFLOAT16_SCALES,
         PTX,
         UPCAST,
     )
@@ -294,11 +282,11 @@ def expert_of_tile(starts, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.conste
 
 @triton.jit
 def grouped_product(
+    starts,  # (experts + 1,) int32: each expert's first row; where the last one's end
     x,  # (rows, columns), as for `product`: rows of the first expert, then of the second, …
     first,  # (experts * out, blocks * WORDS): the outputs of the first expert, then of the second, …
-    second,
-    scales,  # (groups, experts * out), grid_stride numbers from group to group
-    zeros,
+    third,
+    grid,  # (groups, experts * out)
     output,  # (splits, rows, out); rows beyond the last expert's are left as they are
     rows,
     out,  # of one expert
@@ -307,14 +295,15 @@ def grouped_product(
     grid_stride,
     blocks,
     blocks_per_split,
-    starts,  # (experts + 1,) int32: each expert's first row; where the last one's end
     experts,
     BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
     WHOLE: tl.constexpr,
+    BFLOAT16_SCALES: tl.constexpr,
     PTX: tl.constexpr,
     UPCAST: tl.constexpr,
     EXPERTS: tl.constexpr,  # a power of two, at least `experts`
@@ -323,7 +312,7 @@ def grouped_product(
 
     How many tiles there are depends on the data; the programs of those that there are not return at once.
     """
-    WORDS: tl.constexpr = BLOCK * 2 // 32 if BITS == 2 or BITS == 3 else BLOCK * 4 // 32
+    WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
     tile = tl.program_id(1)
     expert, tiles_before = expert_of_tile(starts, tile, experts, ROWS, EXPERTS)
     if expert >= experts:
@@ -336,9 +325,8 @@ def grouped_product(
     total = sum_over_columns(
         x + m.to(tl.int64)[None, :] * columns + tl.arange(0, 2 * WORDS)[:, None],
         first + words,
-        second + words,
-        scales + expert * out,
-        zeros + expert * out,
+        third + words,
+        grid + expert * out,
         n,
         inside,
         there,
@@ -349,11 +337,13 @@ def grouped_product(
         grid_stride,
         x.dtype.element_ty,
         BITS,
+        BLOCK,
         GROUP,
         OUTPUTS,
         ROWS,
         SCALE_SUMS,
         WHOLE,
+        BFLOAT16_SCALES,
         PTX,
         UPCAST,
     )
@@ -382,9 +372,8 @@ def sum_of_parts(
 @triton.jit
 def dequantize(
     first,  # as for `product`
-    second,
-    scales,
-    zeros,
+    third,
+    grid,
     dense,  # (count, columns) float16, bfloat16 or float32, row-major
     first_output,
     count,
@@ -394,28 +383,30 @@ def dequantize(
     grid_stride,
     blocks,
     BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    BFLOAT16_SCALES: tl.constexpr,
 ):
-    """Some outputs of the dense weight, columns in the kernel's order: a program makes (OUTPUTS, BLOCK)."""
-    WORDS: tl.constexpr = BLOCK * 2 // 32 if BITS == 2 or BITS == 3 else BLOCK * 4 // 32
+    """Some outputs of the dense weight, columns in the kernel's order: a program makes OUTPUTS of one block."""
+    WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
     WIDTH: tl.constexpr = 2 * WORDS
     row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     n = first_output + row
     block = tl.program_id(1)
     column = tl.arange(0, WIDTH)
     inside = row < count
-    words = n.to(tl.int64)[:, None] * (blocks * WORDS) + tl.arange(0, WORDS)[None, :] + block * WORDS
-    low = tl.load(first + words, mask=inside[:, None], other=0)
-    high = low
-    if BITS == 3 or BITS == 8:
-        high = tl.load(second + words, mask=inside[:, None], other=0)
+    at = n.to(tl.int64)[:, None] * (blocks * WORDS) + tl.arange(0, WORDS)[None, :] + block * WORDS
+    words = tl.load(first + at, mask=inside[:, None], other=0)
+    thirds = words
+    if BITS == 3:
+        thirds = third_bits(tl.load(third + at, mask=inside[:, None], other=0))
     for step in tl.static_range(BLOCK // WIDTH):
         start = block * BLOCK + step * WIDTH
         if step * WIDTH % GROUP == 0:
-            scale, zero = grid_of(scales, zeros, start // GROUP, groups, grid_stride, n, inside)
+            scale, zero = grid_of(grid, start // GROUP, groups, grid_stride, n, inside, BFLOAT16_SCALES)
         # In float32 whatever the result: this is bound by memory, and the weight is rounded once.
-        weight = weights(low, high, zero, scale, step, BITS, True)
+        weight = weights(words, thirds, zero, scale, step, BITS, True)
         at = row.to(tl.int64)[:, None] * columns + (start + column)[None, :]
         known = inside[:, None] & (start + column < columns)[None, :]
         tl.store(dense + at, weight.to(dense.dtype.element_ty), mask=known)

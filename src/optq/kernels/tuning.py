@@ -33,12 +33,13 @@ MOST_DIFFERENT = 0.02  # between a tiling's result and the default's, of the lar
 
 def candidates(default: Tiling) -> list[Tiling]:
     """Tilings to try for as many rows as `default` is for; the default comes first."""
+    few = default.most_rows <= 32  # as long as the product waits for memory
     choices = itertools.product(
-        sorted({16, min(default.most_rows, 64), min(default.most_rows, 128)}),
-        (32, 64, 128),
-        (4, 8),
-        (3, 5),
-        (2, 4, 8) if default.most_rows <= 64 else (1, 4),
+        sorted({default.rows, max(8, default.rows // 2)}),
+        (32, 64, 128) if few else (64, 128),
+        (2, 4) if few else (4, 8),
+        (3, 5) if few else (2, 3),
+        (2, 4, 6, 8) if few else (1, 2, 4),
     )
     found = [default]
     for rows, outputs, warps, stages, programs in choices:
@@ -72,6 +73,8 @@ def tune(model: torch.nn.Module) -> dict[str, dict[str, float]]:
         best, gains[problem.words] = _fastest(problem, layers[:LAYERS], known.get(problem, TILINGS))
         _remember(device, problem, best)
         triton_gpu.forget_tilings()
+        for prepared in layers:
+            prepared.memo.clear()
     return gains
 
 

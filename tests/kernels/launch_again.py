@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches the Triton products with a driver that only takes notes, and compares first with later launches.
+
+A program of its own, as ahead_of_time.py is. What is launched is compiled for sm_90; no GPU is needed.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import triton
+from test_kernels import packed_weight
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from optq.kernels import triton_gpu
+
+launched: list[tuple[Any, ...]] = []
+
+
+class Launcher:
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *arguments: Any) -> None:
+        launched.append(arguments)
+
+
+class Utilities:
+    loaded = 0
+
+    def load_binary(self, *arguments: Any) -> tuple[int, int, int, int, int]:
+        self.loaded += 1
+        return 0, self.loaded, 64, 0, 1024  # module, function, registers, spills, threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 2**16}
+
+    def unload_module(self, *arguments: Any) -> None:
+        pass
+
+
+class Driver:
+    utils, launcher_cls = Utilities(), Launcher
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+
+def like(arguments: tuple[Any, ...]) -> list[Any]:
+    """Without what may differ: where tensors lie that every call allocates, and Triton's own notes on a launch."""
+    return [
+        (value.dtype, value.shape, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else value
+        for value in arguments
+        if isinstance(value, torch.Tensor | int | tuple)
+    ]
+
+
+def check(multiply: Any, x: torch.Tensor) -> None:
+    looked_at: list[str] = []
+    run = triton.JITFunction.run
+    triton.JITFunction.run = lambda self, *given, **more: (
+        looked_at.append(self.fn.__name__) or run(self, *given, **more)
+    )
+    calls = []
+    for _ in range(3):
+        launched.clear()
+        multiply(x)
+        calls.append([like(arguments) for arguments in launched])
+    assert len(calls[0]) == 2  # the product, and the sum of its parts
+    assert calls[0] == calls[1] == calls[2]
+    assert len(looked_at) == 2, looked_at
+    launched.clear()
+    multiply(torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape))  # not aligned
+    assert launched[0][4] != calls[0][0][4]  # another compiled function
+    assert len(looked_at) == 4
+    triton.JITFunction.run = run
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    triton_gpu._takes_ptx = lambda device: True
+    triton_gpu._processors = lambda device: 132
+    triton_gpu.FEWEST_BLOCKS = 1  # so that the sum is split
+    for bits in (3, 4):
+        prepared = triton_gpu.prepare(packed_weight(bits, 64, True))
+        check(lambda x, prepared=prepared: triton_gpu.matmul(x, prepared), torch.randn(1, prepared.in_features).half())
+    starts = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
+    experts = triton_gpu.prepare(packed_weight(4, 64, True, out=96))
+    check(lambda x: triton_gpu.grouped(x, starts, experts), torch.randn(3, experts.in_features).half())
+
+
+if __name__ == "__main__":
+    main()
