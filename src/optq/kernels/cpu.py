@@ -33,7 +33,7 @@ AVX512_ORDER = True  # look for the order that needs no table
 TILE = 64  # outputs that torch's int4 packing interleaves with one another, or a multiple of them
 # Of activations: with more, dequantizing and multiplying densely is faster. It depends on whether the dense product of
 # bfloat16 has instructions of its own; benchmarks/kernels.py measured both.
-MOST_ROWS, MOST_ROWS_WITHOUT_BFLOAT16 = 128, 1024
+MOST_ROWS, MOST_ROWS_WITHOUT_BFLOAT16 = 88, 1024
 
 
 def why_not_int4(packed: PackedWeight, dtype: torch.dtype) -> str | None:
