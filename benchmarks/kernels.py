@@ -6,7 +6,7 @@ from the cache. On a CPU: the best of several turns, in which all ways alternate
 
     python benchmarks/kernels.py                        # about 10 minutes on a GPU, 5 on a CPU
     python benchmarks/kernels.py --bits 2 3 4 8 --models 8B
-    python benchmarks/kernels.py --picture docs/pictures/kernels.svg    # draws what was measured; wants matplotlib
+    python benchmarks/kernels.py --picture docs/kernels-cpu.png    # draws what was measured; wants matplotlib
 """
 
 import argparse
@@ -38,15 +38,31 @@ PEAKS: dict[str, tuple[float, float]] = {  # bytes/s, bfloat16 operations/s
 }
 
 
-def floor_us(shape: tuple[int, int], rows: int, bits: float, device: str, group_size: int) -> float | None:
-    """The time to read everything once, or to do the arithmetic, whichever is longer."""
-    if device not in PEAKS:
-        return None
-    bandwidth, speed = PEAKS[device]
+def bytes_moved(shape: tuple[int, int], rows: int, bits: float, group_size: int) -> float:
     columns, outputs = shape
     grid = (columns / group_size) * outputs * (16 + 16) if bits < 16 else 0
-    moved = (columns * outputs * bits + grid + 16 * rows * (columns + outputs)) / 8
-    return round(1e6 * max(moved / bandwidth, 2 * rows * columns * outputs / speed), 2)
+    return (columns * outputs * bits + grid + 16 * rows * (columns + outputs)) / 8
+
+
+def floor_us(
+    shape: tuple[int, int], rows: int, bits: float, group_size: int, peaks: tuple[float, float] | None
+) -> float | None:
+    """The time to read everything once, or to do the arithmetic, whichever is longer."""
+    if peaks is None:
+        return None
+    bandwidth, speed = peaks
+    operations = 2 * rows * shape[0] * shape[1]
+    return round(1e6 * max(bytes_moved(shape, rows, bits, group_size) / bandwidth, operations / speed), 2)
+
+
+def cpu_peaks(moved: float) -> tuple[float, float]:
+    """Bytes per second of copies of so many bytes, which may stay in caches as weights do; operations of a product."""
+    import torch
+
+    source = torch.zeros(int(moved) // 2, dtype=torch.uint8)  # half is read and half is written
+    target, square = torch.empty_like(source), torch.randn(2048, 2048).bfloat16()
+    times = on_cpu({"copy": [partial(target.copy_, source)], "product": [partial(torch.mm, square, square)]})
+    return 1e6 * moved / times["copy"], 1e6 * 2 * 2048**3 / times["product"]
 
 
 def packed_weights(shape: tuple[int, int], bits: int, group_size: int, copies: int, device: str) -> list[Any]:
@@ -133,6 +149,7 @@ def measure(shape: tuple[int, int], bits: int, group_size: int, all_rows: tuple[
     dense_copies = max(2, int(PAST_THE_CACHE / (2 * columns * outputs))) if gpu else 1
     dense = [torch.randn(outputs, columns, device=device).bfloat16() for _ in range(min(dense_copies, 64))]
     found: dict[str, Any] = {}
+    peaks = PEAKS.get(torch.cuda.get_device_name()) if gpu else cpu_peaks(bytes_moved(shape, 1, bits, group_size))
     for rows in all_rows:
         x = torch.randn(rows, columns, device=device).bfloat16()
         ways: dict[str, list[Callable[[], Any]]] = {
@@ -151,8 +168,7 @@ def measure(shape: tuple[int, int], bits: int, group_size: int, all_rows: tuple[
         elif bits == 4:
             ways["tinygemm"] = tinygemm(x, shape, group_size, len(packed))
         times = on_gpu(ways) if gpu else on_cpu(ways)
-        name = torch.cuda.get_device_name() if gpu else ""
-        floor = floor_us(shape, rows, bits, name, group_size)
+        floor = floor_us(shape, rows, bits, group_size, peaks)
         ours = times[f"optq {kernel.name}"]
         found[str(rows)] = {
             "us": times,
@@ -194,12 +210,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
             ideal = [each["us"]["dense bfloat16"] / each["floor_us"] for each in rows.values()]
             axes.plot(counts, ideal, linestyle=":", color=axes.lines[-1].get_color())
     axes.axhline(1, color="grey", linewidth=0.5)
-    axes.set(
-        xscale="log", xlabel="rows of activations", ylabel="times the speed of dense bfloat16 (dotted: the floor)"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="rows of activations", ylabel="times the speed of dense bfloat16")
+    axes.set_xticks(counts, [str(count) for count in counts], minor=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_title("Dotted: what memory and arithmetic allow", fontsize="medium")
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight", dpi=110)
 
 
 def main() -> None:
