@@ -211,7 +211,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.plot(counts, ideal, linestyle=":", color=axes.lines[-1].get_color())
     axes.axhline(1, color="grey", linewidth=0.5)
     axes.set(xscale="log", yscale="log", xlabel="rows of activations", ylabel="times the speed of dense bfloat16")
-    axes.set_xticks(counts, [str(count) for count in counts], minor=False)
+    marks = [count for count in counts if not count & (count - 1)]  # powers of two have room for their labels
+    axes.set_xticks(marks, [str(count) for count in marks])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_title("Dotted: what memory and arithmetic allow", fontsize="medium")

@@ -129,7 +129,7 @@ def test_the_operator_keeps_torchs_rules():
 
 
 FAULTS = {
-    "the first expert's weights for all": ("(expert * out + n)", "(0 * expert + n)"),
+    "the first expert's weights for all": ("first_words(expert * out + n,", "first_words(n,"),
     "the first expert's scales and zeros for all": ("grid + expert * out", "grid"),
     "tiles counted from the first expert's": ("(tile - tiles_before) * ROWS", "tile * ROWS"),
     "the first tile of an expert for all of its": ("(tile - tiles_before) * ROWS", "0 * tile"),

@@ -118,6 +118,7 @@ def test_the_codes_come_back_bit_for_bit(bits, group_size, symmetric, act_order)
     prepared, codes = triton_gpu.prepare(packed), unpack_codes(packed.qweight, bits)
     assert torch.equal(triton_gpu.unpack(prepared, 0, OUT), codes)
     assert torch.equal(triton_gpu.unpack(prepared, 32, 64), codes[:, 32:64])
+    assert torch.equal(triton_gpu.unpack(prepared, 5, 39), codes[:, 5:39])
     grid, *third = prepared.extras
     stored = sum(plane.nbytes for plane in (prepared.codes, *third))
     block = triton_gpu.block_of(bits)
@@ -227,6 +228,23 @@ def test_compiles_for_gpus_that_are_not_there():
                 assert facts["loop_instructions"] / facts["weights_per_thread"] <= most, facts
 
 
+def test_it_is_tried_before_it_is_used(monkeypatch, planted, caplog):
+    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
+    packed = packed_weight(4, 64, True)
+    tried = triton_gpu._why_wrong
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for bits in (2, 3, 4, 8):
+            assert tried.__wrapped__(torch.device("cpu"), bits, dtype) is None
+    monkeypatch.setattr(triton_gpu, "_why_wrong", tried.__wrapped__)
+    faulty = planted("optq.kernels.triton_kernels", FAULTS["zeros left out"])
+    monkeypatch.setattr(triton_gpu, "_kernels", lambda: faulty)
+    assert "are wrong" in triton_gpu.why_not(packed, torch.float16)
+    assert "are wrong" in triton_gpu.why_not(packed, torch.float32)
+    assert "the kernel triton is not used" in caplog.text
+    monkeypatch.setattr(triton_gpu, "_kernels", lambda: None)
+    assert "do not run" in triton_gpu.why_not(packed, torch.float16)
+
+
 def test_refuses_in_words(monkeypatch):
     packed = packed_weight(4, 64, True)
     assert "runs on GPUs, the layer is on cpu" in explain(packed, torch.float16)["triton"]
@@ -254,15 +272,16 @@ def test_refuses_in_words(monkeypatch):
     assert "install gcc" in triton_gpu.why_not(packed, torch.float16)
 
 
-def test_the_sum_is_split_until_every_processor_has_work():
-    def split(tiles, blocks):
-        return triton_gpu.blocks_per_split(tiles, blocks, processors=132, programs_per_processor=6)
+def test_the_sum_is_split_where_that_pays():
+    def splits(outputs, columns, tiling=triton_gpu.TILINGS[0]):
+        blocks = columns // 128
+        return blocks / triton_gpu.blocks_per_split(-(-outputs // tiling.outputs), blocks, 132, tiling)
 
-    assert split(tiles=10_000, blocks=64) == 64
-    assert split(tiles=128, blocks=64) == 16  # 4 programs for nearly every processor; 6 leave some with a seventh
-    assert split(tiles=448, blocks=64) == 32  # 7 halves for the busiest processor and not 4 wholes
-    assert split(tiles=1, blocks=64) == 4
-    assert split(tiles=1, blocks=3) == 3
+    assert splits(28672, 4096) == 1  # 896 programs for 132 processors: 7 for the busiest, 6.8 on average
+    assert splits(4096, 4096) == 8  # 128 programs alone would wait for memory
+    assert splits(4096, 14336) == 8
+    assert splits(32, 8192) == 16  # no program sums less than 4 blocks
+    assert splits(320_000, 4096, triton_gpu.TILINGS[-1]) == 1
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ KERNELS: dict[str, Kernel] = {
             unpack=triton_gpu.unpack,
             matmul=triton_gpu.matmul,
             transposed=triton_gpu.matmul_transposed,
-            joint=Joint(codes=0, extras=(1, 0)),
+            joint=Joint(codes=0, extras=(1, 0), multiple=triton_gpu.TOGETHER),
             grouped=Grouped(why_not=triton_gpu.why_not_grouped, matmul=triton_gpu.grouped),
         ),
         Kernel(

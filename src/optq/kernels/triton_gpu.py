@@ -11,6 +11,9 @@ that they take 3 bits:
     8 bits: 16 words per block, 32 columns per step    word w =           c33+2w c1+2w |           c32+2w c2w
     3 bits: the lower two as 2 bits; the third in 8 words of 16 bits, in the same order
 
+The blocks of 16 outputs lie side by side: first the first of each, then the second of each. So a warp reads whole
+cache lines, and a program's reads are few long ones.
+
 Beside them lies the grid, scale and zero of a group in one word: one load, wide enough to be made ahead.
 
 By rows of activations: few rows split the sum over columns among more programs and add the parts in a second, short
@@ -18,6 +21,7 @@ program, always in the same order; above `MOST_ROWS` the weight is dequantized i
 library, which then is as fast and whose product no longer waits for the weights.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,17 +33,22 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from optq.checkpoint import PackedWeight, unpack_codes
+from optq.scheme import trivial_groups
 from optq.triton_devices import current, why_no_triton
 
 from .launches import Program
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
 
+logger = logging.getLogger(__name__)
+
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits -> the bits of each plane, lowest first
 LARGEST_FLOAT16_SCALE = 31.0  # the kernel's own numbers are 2**11 times as large
 MOST_ROWS = 1024
 DENSE_BYTES = 2**27  # of the weight while it is multiplied densely
+TOGETHER = 16  # outputs whose blocks lie side by side
 DEQUANTIZED_OUTPUTS = 32  # per program
 SUMMED = 1024  # elements per program
+MOST_DIFFERENT = 0.02  # of products that should be the same, of the largest
 ALIGNED = 16  # bytes, as Triton has it
 MOST_REMEMBERED = 64  # rows whose launch is remembered: with more it takes a small part of the time
 
@@ -52,7 +61,8 @@ class Tiling:
         rows, outputs: of the result per program.
         warps, stages: Triton's own: of 32 threads, and loads in flight.
         scale_sums: scale sums instead of weights where groups are at least this wide; 0: never.
-        programs_per_processor: aimed at by splitting the sum: enough loads in flight to keep memory busy.
+        programs_per_processor: at most, by splitting the sum; so many find room in shared memory.
+        split_fully: always into so many, and not only where an estimate says that it pays.
     """
 
     most_rows: int
@@ -62,6 +72,7 @@ class Tiling:
     stages: int
     scale_sums: int
     programs_per_processor: int
+    split_fully: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +115,16 @@ TILINGS = (
     # Not tuned on any GPU yet: chosen by the instructions of the loop (with few rows they must not take longer than
     # the weights' way from memory; docs/kernels.md), registers and shared memory (at most 96 KiB, what small GPUs
     # have), all as compiled ahead of time for sm_80 and sm_90.
-    Tiling(most_rows=8, rows=8, outputs=64, warps=2, stages=5, scale_sums=32, programs_per_processor=6),
+    Tiling(most_rows=8, rows=8, outputs=32, warps=1, stages=5, scale_sums=32, programs_per_processor=12),
     Tiling(most_rows=16, rows=16, outputs=64, warps=2, stages=5, scale_sums=64, programs_per_processor=4),
     Tiling(most_rows=32, rows=32, outputs=128, warps=4, stages=4, scale_sums=0, programs_per_processor=3),
     Tiling(most_rows=64, rows=64, outputs=128, warps=4, stages=3, scale_sums=0, programs_per_processor=3),
     Tiling(most_rows=MOST_ROWS, rows=128, outputs=128, warps=8, stages=2, scale_sums=0, programs_per_processor=2),
 )
 FEWEST_BLOCKS = 4  # per split
+# Of a processor of an H200: 4-bit weights that memory brings to it, and products of its tensor cores; microseconds
+# that a load takes, and a program that is started after another. Rough: only how they compare matters here.
+WEIGHTS_PER_MICROSECOND, PRODUCTS_PER_MICROSECOND, LATENCY, SECOND_PROGRAM = 60_000, 3_600_000, 1.0, 2.5
 
 
 def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -119,7 +133,7 @@ def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
         return reason
     if dtype == torch.bfloat16 and _takes_ptx(device) and torch.cuda.get_device_capability(device) < (8, 0):
         return "bfloat16 arithmetic needs compute capability 8.0 or newer; load the model in float16"
-    return why_not_laid_out(packed, dtype)
+    return why_not_laid_out(packed, dtype) or _why_wrong(device, packed.bits, dtype)
 
 
 def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -142,17 +156,52 @@ def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
     return None
 
 
+@cache
+def _why_wrong(device: torch.device, bits: int, dtype: torch.dtype) -> str | None:
+    """What is wrong with the products on a device, by making some of them in another way; said once.
+
+    They are made of assembly and run on GPUs that their authors have not seen; a wrong product looks like any other.
+    """
+    columns, outputs, group_size = 256, 96, 128
+    generator = torch.Generator().manual_seed(0)
+    packed = PackedWeight(
+        qweight=torch.randint(-(2**31), 2**31, (columns * bits // 32, outputs), generator=generator).int().to(device),
+        qzeros=torch.randint(-(2**31), 2**31, (2, outputs * bits // 32), generator=generator).int().to(device),
+        scales=((1 + torch.rand(2, outputs, generator=generator)) / 2**bits).half().to(device),
+        g_idx=trivial_groups(columns, group_size, device),
+        bits=bits,
+        checkpoint_format="gptq_v2",
+    )
+    reason = None
+    try:
+        prepared, dense = prepare(packed), packed.columns(0, outputs)
+        for rows in (3, 70, None):  # of the first and the last tiling; None: dequantizing, and the dense library
+            x = torch.randn(rows or 3, columns, generator=generator).to(device, dtype)
+            found = _product_of_dense(x, prepared) if rows is None or dtype == torch.float32 else matmul(x, prepared)
+            expected = x.float() @ dense.float()
+            if not bool((found.float() - expected).abs().max() <= MOST_DIFFERENT * expected.abs().max()):
+                reason = f"its products of {bits}-bit codes and {dtype} are wrong on this device"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
+        said = (str(error).strip() or "without a message").splitlines()[0][:200]
+        reason = f"its products do not run on this device ({type(error).__name__}: {said})"
+    if reason is not None:
+        logger.warning("%s: the kernel triton is not used, and inference is slow: %s.", device, reason)
+    return reason
+
+
 def prepare(packed: PackedWeight) -> Prepared:
-    """Codes: the first plane, (out, words) int32.
+    """Codes: the first plane, (padded out, words) int32, of which each TOGETHER rows are a piece of memory.
 
     Extras: the grid, (groups, out) int32, 16 bits of the scale above 16 of the zero; of 3 bits also the second plane,
-    (out, words) int16.
+    (padded out, words) int16.
     """
     codes = unpack_codes(packed.qweight, packed.bits)
     order = columns_in_order(packed.g_idx)
     if order is not None:
         codes = codes[order]
-    codes = pad(codes, (0, 0, 0, -codes.shape[0] % block_of(packed.bits))).T  # (out, columns)
+    codes = pad(codes, (0, -codes.shape[1] % TOGETHER, 0, -codes.shape[0] % block_of(packed.bits))).T  # (out, columns)
     planes = []
     for bits in PLANES[packed.bits]:
         planes.append(_pack_plane(codes & 2**bits - 1, bits, packed.bits))
@@ -164,10 +213,12 @@ def prepare(packed: PackedWeight) -> Prepared:
 def unpack(prepared: Prepared, start: int, stop: int) -> Tensor:
     shifts = {2: 0, 1: 2, 4: 0, 8: 0}  # where a plane's bits belong
     planes = zip((prepared.codes, *prepared.extras[1:]), PLANES[prepared.bits], strict=True)
-    codes, *more = (_unpack_plane(plane[start:stop], bits, prepared.bits) << shifts[bits] for plane, bits in planes)
+    first = start // TOGETHER * TOGETHER
+    pieces = slice(first, -(-stop // TOGETHER) * TOGETHER)
+    codes, *more = (_unpack_plane(plane[pieces], bits, prepared.bits) << shifts[bits] for plane, bits in planes)
     for part in more:
         codes |= part
-    return in_layers_order(codes[:, : prepared.in_features].T, prepared.order)
+    return in_layers_order(codes[start - first : stop - first, : prepared.in_features].T, prepared.order)
 
 
 def matmul(x: Tensor, prepared: Prepared) -> Tensor:
@@ -286,9 +337,7 @@ def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> 
     columns, groups = prepared.in_features, prepared.scales.shape[0]
     block = block_of(prepared.bits)
     blocks = -(-columns // block)
-    per_split = blocks_per_split(
-        max(row_tiles * output_tiles, 1), blocks, _processors(x.device), tiling.programs_per_processor
-    )
+    per_split = blocks_per_split(max(row_tiles * output_tiles, 1), blocks, _processors(x.device), tiling)
     splits = -(-blocks // per_split)
     width = prepared.group_width if groups > 1 else blocks * block
     ptx = _takes_ptx(x.device)
@@ -327,23 +376,27 @@ def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> 
 
 def launch_options(tiling: Tiling, ptx: bool) -> dict[str, int]:
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    if ptx and tiling.warps == 2:
+    if ptx and tiling.warps <= 2:
         options["maxnreg"] = 255  # left to itself NVIDIA's assembler takes fewer than such a program needs, and spills
     return options
 
 
-def blocks_per_split(tiles: int, blocks: int, processors: int, programs_per_processor: int) -> int:
-    """How many blocks of columns each program sums.
+def blocks_per_split(tiles: int, blocks: int, processors: int, tiling: Tiling) -> int:
+    """How many blocks of columns each program sums: what takes the least time by a rough estimate.
 
-    Of the numbers of programs up to the one that is aimed at, and from half of it on, the one with which the busiest
-    processor has least to do.
+    That is what the busiest processor has to do, or the wait for memory of a program by itself; and the start of a
+    second program where there is more than one part.
     """
-    most = max(1, min(round(programs_per_processor * processors / tiles), blocks // FEWEST_BLOCKS))
 
-    def busiest(splits: int) -> int:
-        return -(-tiles * splits // processors) * -(-blocks // splits)
+    def microseconds(splits: int) -> tuple[float, int]:
+        summed = -(-blocks // splits)
+        rate = min(WEIGHTS_PER_MICROSECOND, PRODUCTS_PER_MICROSECOND / tiling.rows)
+        busiest = -(-tiles * splits // processors) * summed * tiling.outputs * 128 / rate
+        waiting = summed / (tiling.stages - 1) * LATENCY
+        return max(busiest, waiting) + (SECOND_PROGRAM if splits > 1 else 0), -splits
 
-    return -(-blocks // min(range(-(-most // 2), most + 1), key=busiest))
+    most = max(1, min(round(tiling.programs_per_processor * processors / tiles), blocks // FEWEST_BLOCKS))
+    return -(-blocks // (most if tiling.split_fully else min(range(1, most + 1), key=microseconds)))
 
 
 def _product_of_dense(x: Tensor, prepared: Prepared) -> Tensor:
@@ -398,7 +451,7 @@ def _words(bits: int) -> int:
 
 
 def _pack_plane(codes: Tensor, plane: int, bits: int) -> Tensor:
-    """(out, columns) numbers of `plane` bits, from codes of `bits` -> (out, blocks * words)."""
+    """(out, columns) numbers of `plane` bits, from codes of `bits` -> (out, blocks * words), in pieces."""
     words, block = _words(bits), block_of(bits)
     steps = codes.reshape(codes.shape[0], -1, block // (2 * words), words, 2)
     half = steps.shape[2] * plane  # bits
@@ -408,14 +461,16 @@ def _pack_plane(codes: Tensor, plane: int, bits: int) -> Tensor:
             packed |= steps[:, :, step, :, side].long() << (plane * step + half * side)
     size = 2 * half
     packed -= (packed >> (size - 1)) << size  # to the signed number with the same bits
-    return packed.to(torch.int16 if size == 16 else torch.int32).flatten(1).contiguous()
+    words_type = torch.int16 if size == 16 else torch.int32
+    pieces = packed.to(words_type).view(-1, TOGETHER, *packed.shape[1:]).transpose(1, 2)
+    return pieces.reshape(packed.shape[0], -1)  # in memory: (out / TOGETHER, blocks, TOGETHER, words)
 
 
 def _unpack_plane(packed: Tensor, plane: int, bits: int) -> Tensor:
     """The inverse of `_pack_plane`, (out, columns) uint8."""
     words = _words(bits)
     steps = block_of(bits) // (2 * words)
-    blocks = packed.view(packed.shape[0], -1, words)
+    blocks = packed.reshape(packed.shape[0] // TOGETHER, -1, TOGETHER, words).transpose(1, 2).flatten(0, 1)
     codes = torch.empty(*blocks.shape[:2], steps, words, 2, dtype=torch.uint8, device=packed.device)
     for step in range(steps):
         for side in (0, 1):

@@ -21,6 +21,7 @@ from registers, and whole tensor cores are in use even for one row of activation
 import triton
 import triton.language as tl
 
+TOGETHER = tl.constexpr(16)  # outputs whose blocks lie side by side: then a warp loads whole cache lines
 MINUS_NOTHING = tl.constexpr(0x80008000 - 2**32)  # -0 in both halves: x * y + -0 is x * y, whatever its sign
 
 
@@ -28,6 +29,13 @@ MINUS_NOTHING = tl.constexpr(0x80008000 - 2**32)  # -0 in both halves: x * y + -
 def words_of_block(columns, bits):
     """Of an output; each holds two columns of every step. Of 3 bits, those of the lower two."""
     return columns * (2 if bits == 3 else bits) // 32
+
+
+@triton.jit
+def first_words(n, blocks, WORDS: tl.constexpr):
+    """Where the words of each output's first block lie, (outputs, WORDS) int64; TOGETHER * WORDS on lies the next."""
+    start = (n // TOGETHER).to(tl.int64) * (blocks * TOGETHER) + n % TOGETHER
+    return start[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
 
 
 @triton.jit
@@ -174,10 +182,10 @@ def sum_over_columns(
     column = tl.arange(0, WIDTH)
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for block in range(first_block, last_block):
-        words = tl.load(first + block * WORDS, mask=inside[:, None], other=0)
+        words = tl.load(first + block * (TOGETHER * WORDS), mask=inside[:, None], other=0)
         thirds = words
         if BITS == 3:
-            thirds = third_bits(tl.load(third + block * WORDS, mask=inside[:, None], other=0))
+            thirds = third_bits(tl.load(third + block * (TOGETHER * WORDS), mask=inside[:, None], other=0))
         part = tl.zeros([OUTPUTS, ROWS], tl.float32)
         for step in tl.static_range(BLOCK // WIDTH):
             start = block * BLOCK + step * WIDTH
@@ -208,10 +216,10 @@ def sum_over_columns(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "blocks", "blocks_per_split"])  # or each kind of value is compiled
 def product(
     x,  # (rows, columns) float16 or bfloat16, row-major, columns in the kernel's order
-    first,  # (out, blocks * words) int32, row-major
+    first,  # (out / TOGETHER, blocks, TOGETHER, words) int32, row-major
     third,  # the same shape, int16, of 3 bits; else not read
     grid,  # (groups, out) int32, grid_stride from group to group: 16 bits of the scale above 16 of the zero
     output,  # (splits, rows, out), row-major: float32 parts of the sum, or with one split the sum itself
@@ -239,7 +247,7 @@ def product(
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
     inside, there = n < out, m < rows
-    words = n.to(tl.int64)[:, None] * (blocks * WORDS) + tl.arange(0, WORDS)[None, :]
+    words = first_words(n, blocks, WORDS)
     total = sum_over_columns(
         x + m.to(tl.int64)[None, :] * columns + tl.arange(0, 2 * WORDS)[:, None],
         first + words,
@@ -280,11 +288,11 @@ def expert_of_tile(starts, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.conste
     return expert, tl.sum(tl.where(each < expert, tiles, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "blocks", "blocks_per_split", "experts"])
 def grouped_product(
     starts,  # (experts + 1,) int32: each expert's first row; where the last one's end
     x,  # (rows, columns), as for `product`: rows of the first expert, then of the second, …
-    first,  # (experts * out, blocks * WORDS): the outputs of the first expert, then of the second, …
+    first,  # the outputs of the first expert, a multiple of TOGETHER, then of the second, …
     third,
     grid,  # (groups, experts * out)
     output,  # (splits, rows, out); rows beyond the last expert's are left as they are
@@ -321,7 +329,7 @@ def grouped_product(
     m = tl.load(starts + expert) + (tile - tiles_before) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
     inside, there = n < out, m < tl.load(starts + expert + 1)
-    words = (expert * out + n).to(tl.int64)[:, None] * (blocks * WORDS) + tl.arange(0, WORDS)[None, :]
+    words = first_words(expert * out + n, blocks, WORDS)
     total = sum_over_columns(
         x + m.to(tl.int64)[None, :] * columns + tl.arange(0, 2 * WORDS)[:, None],
         first + words,
@@ -396,7 +404,7 @@ def dequantize(
     block = tl.program_id(1)
     column = tl.arange(0, WIDTH)
     inside = row < count
-    at = n.to(tl.int64)[:, None] * (blocks * WORDS) + tl.arange(0, WORDS)[None, :] + block * WORDS
+    at = first_words(n, blocks, WORDS) + block * (TOGETHER * WORDS)
     words = tl.load(first + at, mask=inside[:, None], other=0)
     thirds = words
     if BITS == 3:

@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 REPLAYS = 20
 GAIN = 0.97  # a tiling takes the place of the one that is there if it takes less than this part of its time
 LAYERS = 16  # of one shape that take turns, so that weights come from memory and not from the cache
-MOST_DIFFERENT = 0.02  # between a tiling's result and the default's, of the largest output
 
 
 def candidates(default: Tiling) -> list[Tiling]:
@@ -37,18 +36,15 @@ def candidates(default: Tiling) -> list[Tiling]:
     choices = itertools.product(
         sorted({default.rows, max(8, default.rows // 2)}),
         (32, 64, 128) if few else (64, 128),
-        (2, 4) if few else (4, 8),
+        (1, 2, 4) if few else (4, 8),
         (3, 5) if few else (2, 3),
-        (2, 4, 6, 8) if few else (1, 2, 4),
+        (1, 4, 8, 12) if few else (1, 2, 4),
     )
     found = [default]
     for rows, outputs, warps, stages, programs in choices:
         if rows * outputs >= 128 * warps:  # of the tensor cores' products, 16 x 8, one for each warp
-            found.append(
-                replace(
-                    default, rows=rows, outputs=outputs, warps=warps, stages=stages, programs_per_processor=programs
-                )
-            )
+            cut = {"rows": rows, "outputs": outputs, "warps": warps, "stages": stages}
+            found.append(replace(default, **cut, programs_per_processor=programs, split_fully=True))
     return found
 
 
@@ -102,7 +98,7 @@ def _fastest(
 
 
 def _agrees(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= MOST_DIFFERENT * expected.abs().max())
+    return bool((found - expected).abs().max() <= triton_gpu.MOST_DIFFERENT * expected.abs().max())
 
 
 def _seconds(x: Tensor, layers: list[Prepared], tiling: Tiling) -> float:
