@@ -62,6 +62,8 @@ class Tiling:
         warps, stages: Triton's own: of 32 threads, and loads in flight.
         scale_sums: scale sums instead of weights where groups are at least this wide; 0: never.
         programs_per_processor: at most, by splitting the sum; so many find room in shared memory.
+        registers: at most, for each thread on NVIDIA's GPUs. 0: as many as its assembler likes; that may be too few,
+            and then it spills some.
         split_fully: always into so many, and not only where an estimate says that it pays.
     """
 
@@ -72,6 +74,7 @@ class Tiling:
     stages: int
     scale_sums: int
     programs_per_processor: int
+    registers: int = 0
     split_fully: bool = False
 
 
@@ -115,11 +118,24 @@ TILINGS = (
     # Not tuned on any GPU yet: chosen by the instructions of the loop (with few rows they must not take longer than
     # the weights' way from memory; docs/kernels.md), registers and shared memory (at most 96 KiB, what small GPUs
     # have), all as compiled ahead of time for sm_80 and sm_90.
-    Tiling(most_rows=8, rows=8, outputs=32, warps=1, stages=5, scale_sums=32, programs_per_processor=12),
-    Tiling(most_rows=16, rows=16, outputs=64, warps=2, stages=5, scale_sums=64, programs_per_processor=4),
+    Tiling(
+        most_rows=8, rows=8, outputs=32, warps=1, stages=5, scale_sums=32, programs_per_processor=12, registers=255
+    ),
+    Tiling(
+        most_rows=16, rows=16, outputs=64, warps=2, stages=5, scale_sums=64, programs_per_processor=4, registers=255
+    ),
     Tiling(most_rows=32, rows=32, outputs=128, warps=4, stages=4, scale_sums=0, programs_per_processor=3),
     Tiling(most_rows=64, rows=64, outputs=128, warps=4, stages=3, scale_sums=0, programs_per_processor=3),
-    Tiling(most_rows=MOST_ROWS, rows=128, outputs=128, warps=8, stages=2, scale_sums=0, programs_per_processor=2),
+    Tiling(
+        most_rows=MOST_ROWS,
+        rows=128,
+        outputs=128,
+        warps=8,
+        stages=2,
+        scale_sums=0,
+        programs_per_processor=2,
+        registers=255,
+    ),
 )
 FEWEST_BLOCKS = 4  # per split
 # Of a processor of an H200: 4-bit weights that memory brings to it, and products of its tensor cores; microseconds
@@ -376,8 +392,8 @@ def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> 
 
 def launch_options(tiling: Tiling, ptx: bool) -> dict[str, int]:
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    if ptx and tiling.warps <= 2:
-        options["maxnreg"] = 255  # left to itself NVIDIA's assembler takes fewer than such a program needs, and spills
+    if ptx and tiling.registers:
+        options["maxnreg"] = tiling.registers
     return options
 
 
