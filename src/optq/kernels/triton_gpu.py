@@ -124,8 +124,12 @@ TILINGS = (
     Tiling(
         most_rows=16, rows=16, outputs=64, warps=2, stages=5, scale_sums=64, programs_per_processor=4, registers=255
     ),
-    Tiling(most_rows=32, rows=32, outputs=128, warps=4, stages=4, scale_sums=0, programs_per_processor=3),
-    Tiling(most_rows=64, rows=64, outputs=128, warps=4, stages=3, scale_sums=0, programs_per_processor=3),
+    Tiling(
+        most_rows=32, rows=32, outputs=128, warps=4, stages=4, scale_sums=0, programs_per_processor=3, registers=255
+    ),
+    Tiling(
+        most_rows=64, rows=64, outputs=64, warps=4, stages=4, scale_sums=0, programs_per_processor=2, registers=255
+    ),
     Tiling(
         most_rows=MOST_ROWS,
         rows=128,
