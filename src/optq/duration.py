@@ -298,7 +298,7 @@ def _kind_of(name: str, plan: Plan) -> tuple[Any, ...]:
 def _fill(block: nn.Module, device: torch.device) -> None:
     """Give a block on the meta device memory, and numbers that are as quick to compute with as any."""
     block.to_empty(device=device)
-    pattern = 0.02 * torch.randn(PATTERN, generator=torch.Generator().manual_seed(0)).to(device)
+    pattern = 0.02 * torch.randn(PATTERN, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     for tensor in (*block.parameters(), *block.buffers()):
         if not tensor.is_floating_point():
             tensor.zero_()
@@ -314,7 +314,7 @@ def _bytes_of(block: nn.Module) -> int:
 @cache
 def _speed(scheme: LayerScheme, device: torch.device, threads: int) -> _Speed:
     """Of this machine; `threads` are those that torch uses."""
-    states = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).to(device)
+    states = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     hessian, drift = Hessian(WIDTH, device), InputDrift(WIDTH, device)
     nearest = round_to_nearest(states, scheme)
     return _Speed(

@@ -235,6 +235,8 @@ def test_it_is_tried_before_it_is_used(monkeypatch, planted, caplog):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for bits in (2, 3, 4, 8):
             assert tried.__wrapped__(torch.device("cpu"), bits, dtype) is None
+    with torch.device("meta"):  # or wherever somebody has new tensors go
+        assert tried.__wrapped__(torch.device("cpu"), 4, torch.float16) is None
     monkeypatch.setattr(triton_gpu, "_why_wrong", tried.__wrapped__)
     faulty = planted("optq.kernels.triton_kernels", FAULTS["zeros left out"])
     monkeypatch.setattr(triton_gpu, "_kernels", lambda: faulty)

@@ -178,14 +178,14 @@ def _why_wrong(device: torch.device) -> str | None:
     """What is wrong with the fused loops on a device, by running both on a small weight."""
     in_features, out, groups = FUSED_BLOCK + 40, 2 * FUSED_ROWS - 3, 4
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(in_features, out, generator=generator).to(device)
-    mixed = torch.randn(in_features, in_features, generator=generator)
-    hessian = mixed @ mixed.T / in_features + torch.eye(in_features)
+    weight = torch.randn(in_features, out, generator=generator, device="cpu").to(device)
+    mixed = torch.randn(in_features, in_features, generator=generator, device="cpu")
+    hessian = mixed @ mixed.T / in_features + torch.eye(in_features, device="cpu")
     columns = Columns(
         matrix=hessian.to(device),
-        scales=(0.2 + 0.2 * torch.rand(groups, out, generator=generator)).to(device),
+        scales=(0.2 + 0.2 * torch.rand(groups, out, generator=generator, device="cpu")).to(device),
         zeros=torch.full((groups, out), 8.0, device=device),
-        groups=(torch.arange(in_features, dtype=torch.int32) % groups).to(device),
+        groups=(torch.arange(in_features, dtype=torch.int32, device="cpu") % groups).to(device),
         max_code=15,
     )
     try:

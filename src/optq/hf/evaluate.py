@@ -181,7 +181,8 @@ def bench(
         device, kwargs: as of `compare`.
     """
     loaded = _load(os.fspath(model), execution_device(device), kwargs)
-    ids = torch.randint(vocabulary_of(loaded), (1, prompt), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary_of(loaded), (1, prompt), generator=generator, device="cpu")
     return [generation_speed(loaded, ids, batch, new, runs) for batch in batch_sizes]
 
 

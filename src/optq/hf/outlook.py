@@ -191,7 +191,8 @@ def _rounded(seconds: float) -> str:
 
 def _stand_in(vocabulary: int, samples: int, length: int) -> list[list[int]]:
     """As many tokens as the model will write, which is all that counts here."""
-    return torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (samples, length), generator=generator, device="cpu").tolist()
 
 
 def _memory(model: Any, planned: Plan, calibration: Calibration, device: torch.device) -> dict[str, int]:

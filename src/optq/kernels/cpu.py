@@ -236,11 +236,11 @@ def _nibble_order(rows: int, columns: int) -> Tensor | None:
     hexadecimal digit after the other. None stands for the order on processors with AVX-512, which needs no table: the
     low nibbles are the first half of the rows, the high ones the second, both column after column.
     """
-    numbers = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
-    found = torch.zeros(rows * columns, dtype=torch.int64)
+    numbers = torch.arange(rows * columns, dtype=torch.int32, device="cpu").view(rows, columns)
+    found = torch.zeros(rows * columns, dtype=torch.int64, device="cpu")
     for shift in range(0, (rows * columns - 1).bit_length(), 4):
         data = torch.ops.aten._convert_weight_to_int4pack_for_cpu((numbers >> shift & 15).contiguous(), 1).flatten()
         found |= torch.cat([data & 15, data >> 4]).long() << shift
     order = torch.argsort(found)
-    avx512 = torch.arange(rows * columns).view(2, columns, rows // 2).transpose(1, 2).flatten()
+    avx512 = torch.arange(rows * columns, device="cpu").view(2, columns, rows // 2).transpose(1, 2).flatten()
     return None if AVX512_ORDER and torch.equal(order, avx512) else order

@@ -184,10 +184,14 @@ def _why_wrong(device: torch.device, bits: int, dtype: torch.dtype) -> str | Non
     """
     columns, outputs, group_size = 256, 96, 128
     generator = torch.Generator().manual_seed(0)
+
+    def random_words(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=generator, device="cpu").int().to(device)
+
     packed = PackedWeight(
-        qweight=torch.randint(-(2**31), 2**31, (columns * bits // 32, outputs), generator=generator).int().to(device),
-        qzeros=torch.randint(-(2**31), 2**31, (2, outputs * bits // 32), generator=generator).int().to(device),
-        scales=((1 + torch.rand(2, outputs, generator=generator)) / 2**bits).half().to(device),
+        qweight=random_words(columns * bits // 32, outputs),
+        qzeros=random_words(2, outputs * bits // 32),
+        scales=((1 + torch.rand(2, outputs, generator=generator, device="cpu")) / 2**bits).half().to(device),
         g_idx=trivial_groups(columns, group_size, device),
         bits=bits,
         checkpoint_format="gptq_v2",
@@ -196,7 +200,7 @@ def _why_wrong(device: torch.device, bits: int, dtype: torch.dtype) -> str | Non
     try:
         prepared, dense = prepare(packed), packed.columns(0, outputs)
         for rows in (3, 70, None):  # of the first and the last tiling; None: dequantizing, and the dense library
-            x = torch.randn(rows or 3, columns, generator=generator).to(device, dtype)
+            x = torch.randn(rows or 3, columns, generator=generator, device="cpu").to(device, dtype)
             found = _product_of_dense(x, prepared) if rows is None or dtype == torch.float32 else matmul(x, prepared)
             expected = x.float() @ dense.float()
             if not bool((found.float() - expected).abs().max() <= MOST_DIFFERENT * expected.abs().max()):

@@ -217,10 +217,10 @@ class Experts(nn.Module):
         count, width = self.layout.count, reference.shape[2 if self.layout.transposed else 1]
         generator = torch.Generator().manual_seed(0)
         tokens = CHECKED_TOKENS if self.layout.routed else count * 2
-        x = torch.randn(tokens, width, generator=generator).to(reference.device, reference.dtype)
+        x = torch.randn(tokens, width, generator=generator, device="cpu").to(reference.device, reference.dtype)
         routing: tuple[Tensor, ...] = ()
         if self.layout.routed:
-            choices = torch.rand(tokens, count, generator=generator).topk(min(2, count))
+            choices = torch.rand(tokens, count, generator=generator, device="cpu").topk(min(2, count))
             routing = choices.indices.to(x.device), choices.values.to(x.device, x.dtype)
         with torch.no_grad():
             expected, found = self.fused(x, *routing), self(x, *routing)
