@@ -148,6 +148,7 @@ def measure(shape: tuple[int, int], bits: int, group_size: int, all_rows: tuple[
     prepared = [kernel.prepare(each) for each in packed]
     dense_copies = max(2, int(PAST_THE_CACHE / (2 * columns * outputs))) if gpu else 1
     dense = [torch.randn(outputs, columns, device=device).bfloat16() for _ in range(min(dense_copies, 64))]
+    for_gemlite = [KERNELS["gemlite"].prepare(each) for each in packed] if gpu else []
     found: dict[str, Any] = {}
     peaks = PEAKS.get(torch.cuda.get_device_name()) if gpu else cpu_peaks(bytes_moved(shape, 1, bits, group_size))
     for rows in all_rows:
@@ -167,6 +168,8 @@ def measure(shape: tuple[int, int], bits: int, group_size: int, all_rows: tuple[
             ways["optq reference, float32"] = [partial(exact.matmul, x.float(), exact.prepare(packed[0]))]
         elif bits == 4:
             ways["tinygemm"] = tinygemm(x, shape, group_size, len(packed))
+        if gpu and KERNELS["gemlite"].why_not(packed[0], torch.bfloat16) is None:
+            ways["gemlite"] = [partial(KERNELS["gemlite"].matmul, x, each) for each in for_gemlite]
         times = on_gpu(ways) if gpu else on_cpu(ways)
         floor = floor_us(shape, rows, bits, group_size, peaks)
         ours = times[f"optq {kernel.name}"]

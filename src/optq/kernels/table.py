@@ -11,7 +11,7 @@ from torch import Tensor
 from optq.checkpoint import PackedWeight
 from optq.errors import KernelError
 
-from . import cpu, reference, triton_gpu
+from . import cpu, gemlite_gpu, reference, triton_gpu
 from .prepared import Joint, Prepared, Unpack, matmul_transposed
 
 
@@ -42,6 +42,7 @@ class Kernel:
         transposed: (gradient (..., out), prepared) -> (..., in), the gradient towards x.
         joint: how weights of one input become one; None where one product is no faster than several.
         grouped: of a mixture of experts, all in one product; None where each multiplies alone.
+        only_by_name: never chosen unless it is asked for.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Kernel:
     transposed: Callable[[Tensor, Prepared], Tensor]
     joint: Joint | None = None
     grouped: Grouped | None = None
+    only_by_name: bool = False
 
 
 KERNELS: dict[str, Kernel] = {
@@ -95,6 +97,15 @@ KERNELS: dict[str, Kernel] = {
             grouped=Grouped(why_not=triton_gpu.why_not_grouped, matmul=triton_gpu.grouped),
         ),
         Kernel(
+            name="gemlite",
+            why_not=gemlite_gpu.why_not,
+            prepare=gemlite_gpu.prepare,
+            unpack=gemlite_gpu.unpack,
+            matmul=gemlite_gpu.matmul,
+            transposed=partial(matmul_transposed, unpack=gemlite_gpu.unpack),
+            only_by_name=True,
+        ),
+        Kernel(
             name="reference",
             why_not=reference.why_not,
             prepare=reference.prepare,
@@ -104,10 +115,10 @@ KERNELS: dict[str, Kernel] = {
         ),
     )
 }
-"""By name, from fastest to slowest."""
+"""By name, from fastest to slowest, as far as they are chosen unasked."""
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "auto": tuple(KERNELS),
+    "auto": tuple(name for name, kernel in KERNELS.items() if not kernel.only_by_name),
     "cpu": tuple(name for name in KERNELS if name.startswith("cpu_")),
     **{name: (name,) for name in KERNELS},
 }

@@ -21,7 +21,6 @@ program, always in the same order; above `MOST_ROWS` the weight is dequantized i
 library, which then is as fast and whose product no longer waits for the weights.
 """
 
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -33,13 +32,11 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from optq.checkpoint import PackedWeight, unpack_codes
-from optq.scheme import trivial_groups
 from optq.triton_devices import current, why_no_triton
 
 from .launches import Program
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
-
-logger = logging.getLogger(__name__)
+from .trial import why_wrong
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits -> the bits of each plane, lowest first
 LARGEST_FLOAT16_SCALE = 31.0  # the kernel's own numbers are 2**11 times as large
@@ -48,7 +45,6 @@ DENSE_BYTES = 2**27  # of the weight while it is multiplied densely
 TOGETHER = 16  # outputs whose blocks lie side by side
 DEQUANTIZED_OUTPUTS = 32  # per program
 SUMMED = 1024  # elements per program
-MOST_DIFFERENT = 0.02  # of products that should be the same, of the largest
 ALIGNED = 16  # bytes, as Triton has it
 MOST_REMEMBERED = 64  # rows whose launch is remembered: with more it takes a small part of the time
 
@@ -178,41 +174,10 @@ def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 
 @cache
 def _why_wrong(device: torch.device, bits: int, dtype: torch.dtype) -> str | None:
-    """What is wrong with the products on a device, by making some of them in another way; said once.
-
-    They are made of assembly and run on GPUs that their authors have not seen; a wrong product looks like any other.
-    """
-    columns, outputs, group_size = 256, 96, 128
-    generator = torch.Generator().manual_seed(0)
-
-    def random_words(*shape: int) -> Tensor:
-        return torch.randint(-(2**31), 2**31, shape, generator=generator, device="cpu").int().to(device)
-
-    packed = PackedWeight(
-        qweight=random_words(columns * bits // 32, outputs),
-        qzeros=random_words(2, outputs * bits // 32),
-        scales=((1 + torch.rand(2, outputs, generator=generator, device="cpu")) / 2**bits).half().to(device),
-        g_idx=trivial_groups(columns, group_size, device),
-        bits=bits,
-        checkpoint_format="gptq_v2",
-    )
-    reason = None
-    try:
-        prepared, dense = prepare(packed), packed.columns(0, outputs)
-        for rows in (3, 70, None):  # of the first and the last tiling; None: dequantizing, and the dense library
-            x = torch.randn(rows or 3, columns, generator=generator, device="cpu").to(device, dtype)
-            found = _product_of_dense(x, prepared) if rows is None or dtype == torch.float32 else matmul(x, prepared)
-            expected = x.float() @ dense.float()
-            if not bool((found.float() - expected).abs().max() <= MOST_DIFFERENT * expected.abs().max()):
-                reason = f"its products of {bits}-bit codes and {dtype} are wrong on this device"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
-        said = (str(error).strip() or "without a message").splitlines()[0][:200]
-        reason = f"its products do not run on this device ({type(error).__name__}: {said})"
-    if reason is not None:
-        logger.warning("%s: the kernel triton is not used, and inference is slow: %s.", device, reason)
-    return reason
+    products = [(3, _product_of_dense)]
+    if dtype != torch.float32:
+        products += [(3, matmul), (70, matmul)]  # by the first and by the last tiling
+    return why_wrong("triton", prepare, products, device, bits, dtype)
 
 
 def prepare(packed: PackedWeight) -> Prepared:

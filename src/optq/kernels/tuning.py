@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import triton_gpu
 from .prepared import Prepared
+from .trial import MOST_DIFFERENT
 from .triton_gpu import TILINGS, Problem, Tiling, problem_of
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def _fastest(
 
 
 def _agrees(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= triton_gpu.MOST_DIFFERENT * expected.abs().max())
+    return bool((found - expected).abs().max() <= MOST_DIFFERENT * expected.abs().max())
 
 
 def _seconds(x: Tensor, layers: list[Prepared], tiling: Tiling) -> float:
