@@ -32,3 +32,9 @@ def why_no_triton(device: torch.device) -> str | None:
 def current(device: torch.device) -> Any:
     """A context in which Triton launches on `device`."""
     return torch.get_device_module(device).device(device) if device.type != "cpu" else nullcontext()
+
+
+def in_words(error: Exception) -> str:
+    """What kind of error a compiler or a driver raised, and the beginning of what it said; that may be nothing."""
+    said = (str(error).strip() or "without a message").splitlines()[0][:200]
+    return f"{type(error).__name__}: {said}"

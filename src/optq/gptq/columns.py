@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optq.triton_devices import DEVICES as FUSED_ON
-from optq.triton_devices import current, why_no_triton
+from optq.triton_devices import current, in_words, why_no_triton
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +200,5 @@ def _why_wrong(device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
-        said = (str(error).strip() or "without a message").splitlines()[0][:200]
-        return f"the fused loops do not run ({type(error).__name__}: {said})"
+        return f"the fused loops do not run ({in_words(error)})"
     return None

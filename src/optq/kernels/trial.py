@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optq.checkpoint import PackedWeight
 from optq.scheme import trivial_groups
+from optq.triton_devices import in_words
 
 from .prepared import Prepared
 
@@ -58,8 +59,7 @@ def why_wrong(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
-        said = (str(error).strip() or "without a message").splitlines()[0][:200]
-        reason = f"its products do not run on this device ({type(error).__name__}: {said})"
+        reason = f"its products do not run on this device ({in_words(error)})"
     if reason is not None:
         logger.warning("%s: the kernel %s is not used: %s.", device, kernel, reason)
     return reason
