@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from optq.torch_state import default_torch_state
+
 from .comparison import Comparer, Comparison, exponential
 
 Protocol = Literal["consecutive", "sliding", "rolling"]
@@ -88,6 +90,7 @@ def _rolling(tokens: int, window: int) -> Iterator[Span]:
         yield Span(start=max(0, stop - window - 1), first=first, stop=stop)
 
 
+@default_torch_state()
 def perplexity(
     model: Any,
     input_ids: Tensor,

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from optq.errors import OutputError
 from optq.progress import LOG_NAME
 from optq.ranks import join
+from optq.torch_state import default_torch_state
 
 from .card import card
 from .config import GPTQConfig
@@ -30,6 +31,7 @@ READY = "ready.json"
 OURS = (PARTIAL, LOG_NAME)
 
 
+@default_torch_state()
 def quantize(
     model_id_or_dir: str | os.PathLike[str],
     config: transformers.GPTQConfig,

@@ -8,6 +8,7 @@ import transformers
 
 from optq.errors import ConfigError
 from optq.serving import refusals, rules_of
+from optq.torch_state import default_torch_state
 
 from .api import model_without_weights
 from .config import GPTQConfig
@@ -16,6 +17,7 @@ from .outlook import as_linears
 from .preparation import plan_for
 
 
+@default_torch_state()
 def check(
     model_id_or_dir: str | os.PathLike[str],
     config: transformers.GPTQConfig | None = None,

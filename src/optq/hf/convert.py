@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, relabel, to_compressed
 from optq.errors import CheckpointError, ConfigError
 from optq.scheme import LayerScheme
+from optq.torch_state import default_torch_state
 
 from .destination import filled
 from .formats import COMPRESSED, Opened, Source, Tensors, compressed_entry, describe
@@ -30,6 +31,7 @@ DENSE = "dense"
 TARGETS = (*CHECKPOINT_FORMATS, COMPRESSED, DENSE)
 
 
+@default_torch_state()
 def convert(
     model_id_or_dir: str | os.PathLike[str],
     *,

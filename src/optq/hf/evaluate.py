@@ -30,6 +30,7 @@ from optq.evaluation import (
 )
 from optq.layers import QuantLinear
 from optq.placement import execution_device
+from optq.torch_state import default_torch_state
 
 from .compat import load_tokenizer
 from .inspection import inspect
@@ -91,6 +92,7 @@ class Evaluation:
         return next((verdict for verdict, limit in VERDICTS.items() if ratio <= limit), "poor")
 
 
+@default_torch_state()
 def evaluate(
     model: str | os.PathLike[str], *, baseline: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> Evaluation:
@@ -98,6 +100,7 @@ def evaluate(
     return compare([model], baseline=baseline, **kwargs)[0]
 
 
+@default_torch_state()
 def compare(
     models: Sequence[str | os.PathLike[str]],
     *,
@@ -161,6 +164,7 @@ def compare(
     return found
 
 
+@default_torch_state()
 def bench(
     model: str | os.PathLike[str],
     *,

@@ -21,6 +21,7 @@ from optq.memory import GIB
 from optq.placement import execution_device
 from optq.scheme import LayerScheme
 from optq.serving import READERS, Linear, kind_of, refusals, split_of
+from optq.torch_state import default_torch_state
 
 from .config import GPTQConfig
 from .labels import groups_contradict, zeros_contradict
@@ -51,6 +52,7 @@ class Inspection:
     refused: dict[str, tuple[str, ...]]
 
 
+@default_torch_state()
 def inspect(
     model_id_or_dir: str | os.PathLike[str],
     *,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from optq.checkpoint import to_blocks
 from optq.errors import CheckpointError, ConfigError, ModelError
 from optq.layers import QuantLinear
+from optq.torch_state import default_torch_state
 
 from .destination import filled
 from .source import companions_folder, copy_companions, model_config_of, quantization_entry
@@ -26,6 +27,7 @@ INPUTS = ("input_ids", "attention_mask")
 EXAMPLE = (2, 8)  # a batch and a length to trace with; neither may be 1, which torch would take for a constant
 
 
+@default_torch_state()
 def export_onnx(model_id_or_dir: str | os.PathLike[str], *, output_dir: str | os.PathLike[str], **kwargs: Any) -> Path:
     """Write a GPTQ checkpoint as an ONNX model for onnxruntime.
 

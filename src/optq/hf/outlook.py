@@ -20,6 +20,7 @@ from optq.placement import execution_device, working_dtype
 from optq.planning import Plan, Target
 from optq.scheme import LayerScheme
 from optq.serving import Linear, refusals, split_of
+from optq.torch_state import default_torch_state
 
 from .api import model_without_weights
 from .config import GPTQConfig
@@ -104,6 +105,7 @@ class Outlook:
         return "\n".join(lines)
 
 
+@default_torch_state()
 def plan(
     model_id_or_dir: str | os.PathLike[str],
     config: transformers.GPTQConfig,

@@ -35,6 +35,7 @@ from optq.progress import RunLog
 from optq.ranks import ALONE, join
 from optq.scheme import LayerScheme
 from optq.serving import kind_of
+from optq.torch_state import default_torch_state, leave_inference_mode
 
 from . import compat, parallel
 from .config import GPTQConfig
@@ -100,6 +101,7 @@ class OptqHfQuantizer(HfQuantizer):
         self._device_map = device_map
         return None if device_map is None else {"": "cpu"}
 
+    @default_torch_state(device=False)
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -130,7 +132,9 @@ class OptqHfQuantizer(HfQuantizer):
         for weakness in calibration.weak_for(self._plan.widest):
             logger.warning("Weak calibration data: %s.", weakness)
 
+    @default_torch_state()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        leave_inference_mode(model)
         if self.pre_quantized:
             self._complete_layers(model)
             self._doubt_labels(model)

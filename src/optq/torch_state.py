@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds a call must not change its result: torch's ambient state is set to its defaults while we work.
+
+The default dtype, autocast, inference mode, a default device and reduced-precision float32 products belong to the
+caller's own computations. Quantizing, planning, loading and evaluating state their dtypes and devices themselves.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def default_torch_state(*, device: bool = True) -> Iterator[None]:
+    """Torch as a new process has it, on this thread; also a decorator. Grad mode and deterministic algorithms stay.
+
+    Args:
+        device: also the default device. False inside of transformers' own `torch.device("meta")`.
+    """
+    dtype = torch.get_default_dtype()
+    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    precisions = [backend.fp32_precision for backend in products]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {"cpu", accelerator.type if accelerator is not None else "cpu"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if device and torch.get_default_device().type != "cpu":  # a device context takes a microsecond per operation
+            stack.enter_context(torch.device("cpu"))
+        try:
+            torch.set_default_dtype(torch.float32)
+            for backend in products:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            for backend, precision in zip(products, precisions, strict=True):
+                backend.fp32_precision = precision
+
+
+def leave_inference_mode(model: nn.Module) -> None:
+    """Replace tensors that were made in inference mode, which autograd and in-place changes refuse, by normal ones.
+
+    Shared tensors stay shared.
+    """
+    normal: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_inference():
+                    continue
+                if id(tensor) not in normal:
+                    copy = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    normal[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+                tensors[name] = normal[id(tensor)]
