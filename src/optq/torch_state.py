@@ -7,6 +7,7 @@ caller's own computations. Quantizing, planning, loading and evaluating state th
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ def default_torch_state(*, device: bool = True) -> Iterator[None]:
         device: also the default device. False inside of transformers' own `torch.device("meta")`.
     """
     dtype = torch.get_default_dtype()
-    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    products: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     precisions = [backend.fp32_precision for backend in products]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     with ExitStack() as stack:
@@ -48,12 +49,13 @@ def leave_inference_mode(model: nn.Module) -> None:
     """
     normal: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
+        held: Any
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
                 if tensor is None or not tensor.is_inference():
                     continue
                 if id(tensor) not in normal:
                     copy = tensor.detach().clone()
                     is_parameter = isinstance(tensor, nn.Parameter)
                     normal[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
-                tensors[name] = normal[id(tensor)]
+                held[name] = normal[id(tensor)]

@@ -152,6 +152,14 @@ def test_planning_writes_nothing(source, monkeypatch):
     assert optq.plan(source, config()).tokens == 19 * LENGTH
 
 
+def test_a_model_whose_weights_come_from_no_files_writes_too(source):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    made = type(model).from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), quantization_config=config()
+    )
+    assert made.config.quantization_config.meta["calibration"]["source"] == "self"
+
+
 class TestRefusals:
     """With the reason, before the weights are read."""
 
@@ -168,13 +176,6 @@ class TestRefusals:
             CalibrationError, match=r"No dataset= was given.*BertModel does not predict the next token"
         ):
             BertModel.from_pretrained(tmp_path, quantization_config=config(dataset=None))
-
-    def test_a_model_without_files(self, source):
-        model = AutoModelForCausalLM.from_pretrained(source)
-        with pytest.raises(CalibrationError, match="its weights come from no files"):
-            type(model).from_pretrained(
-                None, config=model.config, state_dict=model.state_dict(), quantization_config=config()
-            )
 
     def test_no_room_for_a_text(self, source):
         with pytest.raises(CalibrationError, match="model_seqlen=1 leaves no room"):

@@ -6,19 +6,20 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optq.errors import OutputError
+from optq.errors import ConfigError, OutputError
 from optq.progress import LOG_NAME
 from optq.ranks import join
 from optq.torch_state import default_torch_state
 
 from .card import card
 from .config import GPTQConfig
+from .in_memory import quantize_in_memory, refuse_unless_whole
 from .journal import RUN_FILES, differences_to, is_worth_keeping, write_whole
 from .source import companions_folder, copy_companions, model_class_of, model_config_of
 
@@ -31,15 +32,33 @@ READY = "ready.json"
 OURS = (PARTIAL, LOG_NAME)
 
 
-@default_torch_state()
+@overload
 def quantize(
-    model_id_or_dir: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     config: transformers.GPTQConfig,
     *,
     output_dir: str | os.PathLike[str],
     **kwargs: Any,
-) -> Path:
+) -> Path: ...
+
+
+@overload
+def quantize(
+    model: PreTrainedModel, config: transformers.GPTQConfig, *, output_dir: str | os.PathLike[str] | None = None
+) -> PreTrainedModel: ...
+
+
+@default_torch_state()
+def quantize(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    config: transformers.GPTQConfig,
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> Path | PreTrainedModel:
     """Quantize a model and write a checkpoint folder; the same path as `from_pretrained` and `save_pretrained`.
+
+    A model object is quantized in place, and written if `output_dir` is given. What follows is about ids and folders.
 
     Every decoder block is read from disk when its turn comes, and written as a file of its own as soon as it is done.
     So the memory needed does not grow with the number of blocks; and a run that was interrupted, even by a power cut,
@@ -51,36 +70,85 @@ def quantize(
     writes.
 
     Args:
-        model_id_or_dir: what `from_pretrained` takes.
+        model: what `from_pretrained` takes; or a model of transformers with its weights in memory, on the CPU or on
+            accelerators.
         config: how to quantize, with calibration data.
         output_dir: is created; must be empty or hold only what an unfinished run of the same model, settings and data
-            left.
+            left. Required for an id or folder.
         kwargs: passed to `from_pretrained`: dtype, revision, token, trust_remote_code, …
     Returns:
-        The folder.
+        The folder; or the model object, if it was given one.
     Raises:
         OutputError: the folder holds something else or another run, or cannot be written.
         ConfigError, CalibrationError, ModelError, SolveError: see `GPTQConfig` and docs/configuration.md.
     """
-    source, output = os.fspath(model_id_or_dir), Path(output_dir)
+    if not isinstance(model, (str, os.PathLike)):
+        return _quantize_object(model, config, output_dir, kwargs)
+    if output_dir is None:
+        raise ConfigError(
+            f"optq.quantize({os.fspath(model)!r}, ...) writes a checkpoint: pass output_dir=, a folder that does not "
+            "exist or is empty. For a model in memory call from_pretrained(..., quantization_config=config)."
+        )
+    source, output = os.fspath(model), Path(output_dir)
     config, ranks = copy.copy(GPTQConfig.from_stock(config)), join()
     partial = output / PARTIAL
     if ranks.from_first(lambda: _begin(output, config)):
         config.log_file = config.log_file or str(output / LOG_NAME)
         config.journal_folder = str(partial)
         try:
-            model = model_class_of(model_config_of(source, kwargs)).from_pretrained(
+            loaded = model_class_of(model_config_of(source, kwargs)).from_pretrained(
                 source, quantization_config=config, **kwargs
             )
             if ranks.is_first:
-                model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
+                loaded.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
                 copy_companions(companions_folder(source, kwargs), partial)
-                _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
+                _make_ready(partial, loaded.hf_quantizer.journal.final_names(partial / "model.safetensors"))
         finally:
             if ranks.is_first and not is_worth_keeping(partial):
                 shutil.rmtree(partial)
     ranks.from_first(lambda: _end(output))
     return output
+
+
+def _quantize_object(
+    model: Any,
+    config: transformers.GPTQConfig,
+    output_dir: str | os.PathLike[str] | None,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """Quantize a model in memory; its checkpoint appears in the folder as a whole, or not at all."""
+    if kwargs:
+        raise ConfigError(
+            f"optq.quantize was given a model object and {', '.join(kwargs)}: these are arguments of from_pretrained, "
+            "for a model's id or folder. Load the model with them."
+        )
+    refuse_unless_whole(model)
+    if output_dir is None:
+        return quantize_in_memory(model, config)
+    output, ranks = Path(output_dir), join()
+    partial, named = output / PARTIAL, model.config.name_or_path
+    config = copy.copy(GPTQConfig.from_stock(config))
+    config.log_file = config.log_file or str(output / LOG_NAME)
+    companions = companions_folder(named, {}) if named else None  # before the work: it may need the network
+    if not ranks.from_first(lambda: _begin(output, config)) or any(partial.iterdir()):
+        raise OutputError(
+            f"output_dir={str(output)!r} holds an unfinished run of a model given by its id or folder. Repeat "
+            "that call, or name another folder; nothing was changed."
+        )
+    try:
+        quantize_in_memory(model, config)
+        if ranks.is_first:
+            model.save_pretrained(partial)
+            if companions is not None:
+                copy_companions(companions, partial)
+            if hasattr(config.tokenizer, "save_pretrained"):
+                config.tokenizer.save_pretrained(partial)
+            _make_ready(partial, {})
+    finally:
+        if ranks.is_first and not (partial / READY).exists():
+            shutil.rmtree(partial)
+    ranks.from_first(lambda: _end(output))
+    return model
 
 
 def _begin(output: Path, config: GPTQConfig) -> bool:

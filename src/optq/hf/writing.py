@@ -4,7 +4,8 @@
 import copy
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from optq.calibration import write_samples
 from optq.errors import CalibrationError
 from optq.memory import release_free_memory
-from optq.placement import execution_device, working_dtype
+from optq.placement import evaluating, execution_device, placed, working_dtype
 from optq.ranks import ALONE, Ranks
 
 from .config import GPTQConfig
@@ -25,9 +26,7 @@ logger = logging.getLogger(__name__)
 
 def why_not_loaded_again(files: Sequence[str]) -> str | None:
     """Why the model that is being quantized cannot be loaded a second time, or None."""
-    if not files:
-        return "its weights come from no files"
-    if Path(files[0]).suffix not in (".safetensors", ".bin"):
+    if files and Path(files[0]).suffix not in (".safetensors", ".bin"):
         return f"{Path(files[0]).name} has to be converted first"
     return None
 
@@ -62,10 +61,10 @@ def write_own_text(
             f"token {opening[0]}" if opening else "a random token",
             config.seed,
         )
-        original = _load(model, files[0], config.device)
-        written = write_samples(
-            original, samples, length, opening=opening, vocabulary=vocabulary_of(model), seed=config.seed
-        )
+        with _original(model, files, config.device) as original:
+            written = write_samples(
+                original, samples, length, opening=opening, vocabulary=vocabulary_of(model), seed=config.seed
+            )
         del original
         gc.collect()  # a model refers to itself
         release_free_memory()
@@ -83,14 +82,25 @@ def opening_of(model: Any) -> list[int]:
     return [] if bos is None else [int(bos)]
 
 
-def _load(model: Any, file: str, asked: str | None) -> Any:
-    """The model with its weights, on the device asked for; else where it runs fastest, on several if need be."""
+@contextmanager
+def _original(model: Any, files: Sequence[str], asked: str | None) -> Iterator[Any]:
+    """The model with its weights, on the device asked for; else where it runs fastest, on several if need be.
+
+    Without files it is `model` itself, whose weights are in memory.
+    """
+    device = execution_device(asked)
+    if not files:
+        generation_config = model.generation_config
+        tensors = [*model.parameters(), *model.buffers()]
+        with evaluating(model), placed(tensors, device, working_dtype(device)):
+            yield model
+        model.generation_config = generation_config
+        return
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    device = execution_device(asked)
-    return type(model).from_pretrained(
-        Path(file).parent,
+    yield type(model).from_pretrained(
+        Path(files[0]).parent,
         config=config,
         dtype=working_dtype(device) or model.dtype,
         device_map="auto" if asked is None and device.type != "cpu" else {"": device},
