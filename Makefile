@@ -4,12 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # `make gpu` is for machines that have one.
-.PHONY: demo test gpu lint format clean
+.PHONY: demo test test-min test-latest test-versions gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: lint
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# The same tests with the oldest and the newest versions that are supported, each in an environment of its own.
+test-min:
+	$(MAKE) test-versions VENV=.venv-min UNPINNED="^(torch|triton|transformers|peft)==" \
+		VERSIONS="torch==2.11.0 transformers==5.17.0 peft==0.20.0"
+
+test-latest:
+	$(MAKE) test-versions VENV=.venv-latest UNPINNED="==" VERSIONS="torch==2.13.0 transformers>=5.24"
+
+test-versions: $(VENV)/.installed-versions
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
@@ -38,5 +49,12 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo]"
 	touch $@
 
+# What is not in VERSIONS is as in constraints.txt with the oldest, and the newest that there is with the newest.
+$(VENV)/.installed-versions: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	grep -vE '$(UNPINNED)' constraints.txt > $(VENV)/constraints.txt || true
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt $(VERSIONS) --editable ".[dev,demo]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache build src/optq.egg-info
+	rm -rf .venv .venv-min .venv-latest .cache build src/optq.egg-info
