@@ -74,7 +74,7 @@ def prepare(model: Any, dtype: Any, *, joined: bool = True) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     held: dict[int, int] = {}
     for layer in layers:
-        prepared = layer._prepared
+        prepared = layer.held.prepared
         tensors = [*layer.buffers(), prepared.codes, *prepared.extras, prepared.scales, prepared.zeros]
         for tensor in [*tensors, prepared.group_of_column]:
             if tensor.device.type != "meta":

@@ -19,6 +19,7 @@ from optq.kernels import triton_gpu
 from optq.layers import QuantLinear, join_experts
 from optq.model import Experts
 from optq.scheme import LayerScheme
+from test_layers import in_threads
 
 pytestmark = pytest.mark.usefixtures("interpreted_triton")
 
@@ -111,7 +112,7 @@ def test_tensors_stay_as_they_were_and_one_memory_holds_all_codes():
     assert all(torch.equal(written[key], expected[key]) and written[key].is_contiguous() for key in expected)
     assert len({tensor.untyped_storage().data_ptr() for tensor in written.values()}) == len(written)
     for roles in (("gate_proj", "up_proj"), ("down_proj",)):
-        codes = [joined.linear(index, role)._prepared.codes for index in range(COUNT) for role in roles]
+        codes = [joined.linear(index, role).held.prepared.codes for index in range(COUNT) for role in roles]
         assert len({tensor.untyped_storage().data_ptr() for tensor in codes}) == 1
         assert codes[0].untyped_storage().nbytes() == sum(tensor.nbytes for tensor in codes)
 
@@ -266,6 +267,28 @@ def test_what_is_copied_cast_or_loaded_again_is_right(launches):
         assert launches == AT_ONCE
         assert not torch.equal(found, expected)
         torch.testing.assert_close(found, alone(*arguments), rtol=4e-3, atol=4e-3)
+
+
+def test_threads_that_ask_first_and_with_dtypes_of_their_own_join_all_experts_once(launches):
+    experts, alone = mixture(GptOssExperts), mixture(GptOssExperts, joined=False)
+    x, chosen, weights = inputs()
+    asked = [lambda dtype=dtype: experts.grouped.why_not(14, x.to(dtype)) for dtype in (x.dtype, torch.bfloat16)]
+    assert in_threads(asked * 2, times=3) == [[None] * 3] * 4
+    with torch.no_grad():
+        expected = alone(x, chosen, weights)
+        launches.clear()
+        torch.testing.assert_close(experts(x, chosen, weights), expected, rtol=4e-3, atol=4e-3)
+        assert launches == AT_ONCE
+        for module in (experts, alone):
+            module.linear(2, "down_proj").bias.mul_(2)
+            module.bfloat16()  # nothing moves, but there are other biases now
+        assert experts.grouped.are_joined
+        launches.clear()
+        with torch.autocast("cpu", torch.float16):
+            found = experts(x.float(), chosen, weights)
+        assert launches == AT_ONCE
+        expected = alone(x, chosen, weights)
+        torch.testing.assert_close(found.to(expected.dtype), expected, rtol=4e-3, atol=4e-3)
 
 
 def test_a_graph_holds_two_nodes_for_all_experts_and_no_wait_for_the_device():

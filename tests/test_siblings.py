@@ -15,6 +15,7 @@ from optq.kernels import cpu
 from optq.layers import QuantLinear, join_siblings
 from optq.scheme import LayerScheme
 from optq.siblings import MOST_MISSES, MOST_TOKENS, SAME_INPUT
+from test_layers import in_threads
 
 IN, OUTS = 128, (128, 64, 96)
 SCHEMES = {
@@ -106,7 +107,7 @@ def test_one_product_is_made_for_all_and_one_memory_holds_their_codes(joined, al
         assert products == [sum(OUTS)]
         alone(x)
     assert products == [sum(OUTS), *OUTS]
-    codes = [layer._prepared.codes for layer in joined.children()]
+    codes = [layer.held.prepared.codes for layer in joined.children()]
     assert len({tensor.untyped_storage().data_ptr() for tensor in codes}) == 1
     assert codes[0].untyped_storage().nbytes() == sum(tensor.nbytes for tensor in codes)
 
@@ -174,6 +175,8 @@ def test_what_is_copied_cast_or_loaded_again_is_right(joined, alone, x, tmp_path
         file.seek(0)
         assert same(torch.load(file, weights_only=False)(x), expected)
         joined.float()
+        assert joined.q_proj.siblings.are_joined  # nothing has moved
+        joined.load_state_dict(joined.state_dict())
         assert not joined.q_proj.siblings.are_joined
         assert same(joined(x), expected)
         assert same(joined(x), expected)
@@ -184,6 +187,7 @@ def test_what_is_copied_cast_or_loaded_again_is_right(joined, alone, x, tmp_path
         assert same(joined(x), alone(x))
         alternating = [joined(x.to(dtype))[1].dtype for dtype in (torch.float32, torch.bfloat16, torch.float32)]
     assert alternating == [torch.float32, torch.bfloat16, torch.float32]
+    assert joined.q_proj.siblings.are_joined
 
 
 def test_a_replica_multiplies_alone_and_leaves_the_original_as_it_is(joined, alone, x, products):
@@ -195,6 +199,28 @@ def test_a_replica_multiplies_alone_and_leaves_the_original_as_it_is(joined, alo
         products.clear()
         assert same(joined(x), alone(x))
     assert products == [sum(OUTS), *OUTS]
+
+
+def test_outputs_wait_in_the_thread_that_they_were_made_in(joined, alone, x):
+    """Also where threads give the same tensor, or each a dtype of its own, or nobody fetches what waits."""
+    inputs = [x, x, x.half(), x.float(), x + 1]
+    with torch.no_grad():
+        expected = [alone(each) for each in inputs]
+    found = in_threads([*(lambda each=each: joined(each) for each in inputs), lambda: [joined.q_proj(x)]])
+    for outputs, output in zip(found[:-1], expected, strict=True):
+        assert all(same(each, output) for each in outputs)
+    assert all(torch.equal(each[0], expected[0][0]) for each in found[-1])
+
+
+def test_outputs_that_wait_are_not_those_of_weights_that_were_loaded_meanwhile(joined, alone, x):
+    changed = {key: value.clone() for key, value in joined.state_dict().items()}
+    changed["k_proj.scales"] *= 2
+    with torch.no_grad():
+        before = joined.q_proj(x), joined.k_proj.scales.clone()
+        in_threads([lambda: [module.load_state_dict(changed) for module in (joined, alone)]], times=1)
+        joined.k_proj(x), joined.v_proj(x)
+        assert same([*joined(x)], alone(x))
+        assert not torch.equal(joined.k_proj.scales, before[1])
 
 
 def test_weights_that_do_not_fit_together_are_left_alone(x):

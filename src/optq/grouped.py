@@ -8,6 +8,7 @@ so that is looked for at every call.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from optq.kernels import KERNELS, Kernel, grouped
+from optq.kernels import CHANGING, Kernel, as_in_no_mode, autocast_dtype, grouped
 
 from .siblings import Joined, Siblings
 
@@ -33,10 +34,21 @@ class Counterparts(Joined):
     def wants(self, kernel: Kernel) -> bool:
         return kernel.grouped is not None
 
-    def take_prepared(self, prepared: Any) -> None:
-        super().take_prepared(prepared)
-        bias = self.bias
-        self._bias = None if bias is None else bias.view(len(self._members), -1)
+    def are_for(self, dtype: torch.dtype) -> bool:
+        """Whether they are joined, and every one of them multiplies such activations by the kernel of all."""
+        held = self.held
+        return held is not None and dtype in held.products
+
+    def become_for(self, dtype: torch.dtype) -> None:
+        """Every one of them does."""
+        with CHANGING:
+            held = self.held
+            if held is None:
+                return
+            with as_in_no_mode(held.device):
+                bias = self.bias
+            self._bias = None if bias is None else bias.view(len(self._members), -1)
+            self.held = replace(held, products={**held.products, dtype: held.kernel})
 
     def product(self, x: Tensor, starts: Tensor, experts: Tensor) -> Tensor:
         """Rows that are sorted by expert, times the weights of theirs; see `optq.kernels.grouped`.
@@ -44,9 +56,9 @@ class Counterparts(Joined):
         Args:
             experts: (rows,) each row's; those beyond the last stand for none.
         """
-        assert self.kernel is not None
-        assert self.joint is not None
-        output = grouped(x, starts, self.kernel, self.joint)
+        held = self.held
+        assert held is not None
+        output = grouped(x, starts, held.kernel, held.prepared)
         if self._bias is None:
             return output
         return output + self._bias.to(output.dtype)[experts.clamp(max=len(self._members) - 1)]
@@ -89,43 +101,55 @@ class GroupedExperts:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "gradients are wanted"
         x = tensors[0]
-        reason: str | None = self._why_not_now(x.device, x.dtype)
+        dtype = autocast_dtype(x) or x.dtype
+        reason: str | None = self._why_not_now(x.device, dtype)
         if reason is not None:
             return reason
-        assert self._last.kernel is not None
-        assert self._last.kernel.grouped is not None
-        return self._last.kernel.grouped.why_not(rows, len(self._experts), x.dtype)
+        held = self._last.held
+        assert held is not None
+        assert held.kernel.grouped is not None
+        return held.kernel.grouped.why_not(rows, len(self._experts), dtype)
 
     def first(self, x: Tensor, starts: Tensor, experts: Tensor) -> list[Tensor]:
         """The outputs of each of the first linears, for rows that are sorted by expert."""
-        output = self._first.product(x, starts, experts)
+        output = self._product(self._first, x, starts, experts)
         sizes = [layer.out_features for layer in self._layers[: len(self._names) - 1]]
         return list(output.split(sizes, -1))
 
     def last(self, x: Tensor, starts: Tensor, experts: Tensor) -> Tensor:
-        return self._last.product(x, starts, experts)
+        return self._product(self._last, x, starts, experts)
+
+    @staticmethod
+    def _product(linears: Counterparts, x: Tensor, starts: Tensor, experts: Tensor) -> Tensor:
+        dtype = autocast_dtype(x)
+        if dtype is None:
+            return linears.product(x, starts, experts)
+        with torch.autocast(x.device.type, enabled=False):
+            return linears.product(x.to(dtype), starts, experts)
 
     # A graph is made for the modules as they are at that time, as torch does it with hooks.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _why_not_now(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        place = (device, dtype)
         first = self._layers[0]
-        if first.prepared_for == place and KERNELS[first.kernel_name].grouped is None:
-            return f"the kernel {first.kernel_name} has no product for several experts"
+        held = first.held
+        if held is not None and dtype in held.products and held.products[dtype].grouped is None:
+            return f"the kernel {held.kernel.name} has no product for several experts"
         if first.scales.device != device:  # as for a replica of the model, such as nn.DataParallel makes
             return f"the linears are on {first.scales.device}, the input is on {device}"
         if reason := self._why_called():
             return reason
-        if self._first.place == place and self._last.place == place:
+        both = (self._first, self._last)
+        if all(linears.are_for(dtype) for linears in both):
             return None
         for layer in self._layers:
-            if layer.prepared_for != place:
-                layer.prepare(dtype)
-            if KERNELS[layer.kernel_name].grouped is None:
-                return f"the kernel {layer.kernel_name} has no product for several experts"
-        if self._first.place == place and self._last.place == place:
-            return None
-        return "the experts differ in bits, groups or order of columns"
+            product = layer.held_for(dtype).products[dtype]
+            if product.grouped is None:
+                return f"the kernel {product.name} has no product for several experts"
+        if not self.are_joined:
+            return "the experts differ in bits, groups or order of columns"
+        for linears in both:
+            linears.become_for(dtype)
+        return None
 
     def _why_called(self) -> str | None:
         """Why an expert's linears must be called as modules, or None. Takes some 50 microseconds for 128 experts."""

@@ -2,13 +2,14 @@
 """`QuantLinear`: a linear layer whose weight stays packed, and whose product is made by a kernel of the table."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optq.checkpoint import PackedWeight, QuantizedTensors, pack_codes
-from optq.kernels import Kernel, Prepared, choose_kernel, matmul
+from optq.kernels import CHANGING, Held, Kernel, Prepared, as_in_no_mode, autocast_dtype, choose_kernel, matmul
 from optq.scheme import trivial_groups
 
 from .grouped import GroupedExperts
@@ -23,10 +24,15 @@ class QuantLinear(nn.Module):
     then on the words on disk, by far the largest buffer, are on the meta device, and are made again from the kernel's
     codes, bit for bit, for whoever asks.
 
+    It may be called by several threads at once, each with its own dtype: a forward reads `held`, one value, and what
+    that is exchanged for stays right as well. Only moving, casting and loading want a layer that nobody is calling.
+
     Args:
         packed: the weight; its tensors may be on the meta device.
         bias: (out,) or None.
         backend: which kernels may be chosen, a key of `optq.kernels.BACKENDS`.
+    Attributes:
+        held: what it multiplies by; None before `prepare`, and always while accelerate offloads its buffers.
     """
 
     qweight: Tensor
@@ -47,9 +53,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", packed.scales)
         self.register_buffer("g_idx", packed.g_idx)
         self.register_buffer("bias", bias)
-        self._kernel: Kernel | None = None
-        self._prepared: Prepared | None = None
-        self._prepared_for: tuple[torch.device, torch.dtype] | None = None
+        self.held: Held | None = None
         self.siblings: Joined | None = None
 
     @classmethod
@@ -77,8 +81,11 @@ class QuantLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The tensors as on disk."""
+        return self._packed_with(self._words())
+
+    def _packed_with(self, qweight: Tensor) -> PackedWeight:
         return PackedWeight(
-            qweight=self._words(),
+            qweight=qweight,
             qzeros=self.qzeros,
             scales=self._own_scales(),
             g_idx=self.g_idx,
@@ -88,13 +95,9 @@ class QuantLinear(nn.Module):
 
     @property
     def kernel_name(self) -> str | None:
-        """The kernel that was chosen, or None before `prepare`."""
-        return self._kernel.name if self._kernel else None
-
-    @property
-    def prepared_for(self) -> tuple[torch.device, torch.dtype] | None:
-        """The device and the dtype of activations that the kernel was chosen for."""
-        return self._prepared_for
+        """The kernel that has laid out the codes, or None before `prepare`."""
+        held = self.held
+        return None if held is None else held.kernel.name
 
     @property
     def only_multiplies(self) -> bool:
@@ -103,35 +106,76 @@ class QuantLinear(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Choose the kernel for this device and activations of `dtype`, and derive what it wants."""
-        packed = self.packed
-        self._kernel = choose_kernel(packed, dtype, self.backend)
-        self._prepared = self._kernel.prepare(packed)
-        self._prepared_for = (self.scales.device, dtype)
-        # Some models look at a linear's weight for its dtype or device. Who computes with this one gets NaN.
-        nothing = torch.full((), torch.nan, dtype=dtype, device=self.scales.device)
-        self.weight = nothing.expand(self.out_features, self.in_features)
-        self.qweight = packed.qweight if self._prepared.codes is packed.qweight else packed.qweight.to("meta")
-        if self.siblings is not None and not self._is_offloaded():
-            self.siblings.prepared(self, self._kernel, self._prepared, self._prepared_for)
+        with CHANGING:
+            if self.held is not None and self.held.kernel.name != self._chosen(dtype).name:
+                self._restore()
+            self.held_for(dtype)
+            self._show(dtype, self.scales.device)
+
+    # No graph can hold a choice. Where one is still to be made, it breaks here, and is whole the next time.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def held_for(self, dtype: torch.dtype) -> Held:
+        """What activations of `dtype` are multiplied by where the layer is; derived now if it has not been.
+
+        Raises:
+            KernelError: no kernel that may be chosen can multiply them.
+        """
+        device = self.scales.device
+        with CHANGING, as_in_no_mode(device):
+            held = self.held
+            if held is not None and held.device == device:
+                if dtype in held.products:  # since another thread was here, or the activations are elsewhere
+                    return held
+                if (further := held.also_for(dtype, self._chosen(dtype))) is not None:
+                    self.held = further
+                    return further
+            return self._derive(dtype, device)
+
+    def _derive(self, dtype: torch.dtype, device: torch.device) -> Held:
+        words = self._words().to(device)
+        packed = self._packed_with(words)
+        kernel = choose_kernel(packed, dtype, self.backend)
+        derived = Held.of(kernel, kernel.prepare(packed), dtype)
+        if self._is_offloaded():  # nothing of it may stay
+            return derived
+        self.held = derived  # before the words go: whoever finds them gone looks here
+        self.qweight = words if derived.prepared.codes is words else words.to("meta")
+        if not hasattr(self, "weight") or self.weight.device != device:
+            self._show(dtype, device)
+        if self.siblings is not None:
+            self.siblings.prepared(self, derived)
+        return derived
+
+    def _chosen(self, dtype: torch.dtype) -> Kernel:
+        """The kernel for these activations. Of the words it is told the shape only: to make them again takes long."""
+        return choose_kernel(self._packed_with(self.qweight), dtype, self.backend)
+
+    def _show(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Some models look at a linear's weight for its dtype or device. Who computes with this one gets NaN."""
+        self.weight = torch.full((), torch.nan, dtype=dtype, device=device).expand(self.out_features, self.in_features)
 
     def products(self) -> list[tuple[str, Prepared, torch.dtype]]:
         """What this layer multiplies by, alone or for its siblings: kernel, weight, dtype of the activations."""
-        if self._kernel is None or self._prepared is None or self._prepared_for is None:
+        held = self.held
+        if held is None:
             return []
         joint = None if self.siblings is None else self.siblings.joint_of(self)
-        weights = [self._prepared] if joint is None else [self._prepared, joint]
-        return [(self._kernel.name, weight, self._prepared_for[1]) for weight in weights]
+        weights = [held.prepared] if joint is None else [held.prepared, joint]
+        dtypes = [dtype for dtype, product in held.products.items() if product.name == held.kernel.name]
+        return [(held.kernel.name, weight, dtype) for dtype in dtypes for weight in weights]
 
     def take_prepared(self, prepared: Prepared) -> None:
         """Read this from now on, in the place of what `prepare` made: the same in a memory that others share."""
-        self._prepared = prepared
+        assert self.held is not None
+        self.held = replace(self.held, prepared=prepared)
         self.scales = prepared.scales
 
     def _words(self) -> Tensor:
         """qweight as on disk."""
-        if self.qweight.device.type != "meta" or self._kernel is None or self._prepared is None:
-            return self.qweight
-        return pack_codes(self._kernel.unpack(self._prepared, 0, self.out_features), self.bits)
+        words, held = self.qweight, self.held  # in this order: another thread may be having them laid out
+        if words.device.type != "meta" or held is None:
+            return words
+        return pack_codes(held.kernel.unpack(held.prepared, 0, self.out_features), self.bits)
 
     def _own_scales(self) -> Tensor:
         """The scales in memory of their own: those of joined siblings are views of all of theirs."""
@@ -140,26 +184,38 @@ class QuantLinear(nn.Module):
 
     def _restore(self) -> None:
         """Be as before `prepare`."""
-        self.qweight, self.scales = self._words(), self._own_scales()
-        if self.siblings is not None:
-            self.siblings.part(self)
-        self._kernel = self._prepared = self._prepared_for = None
+        with CHANGING:
+            self.qweight, self.scales = self._words(), self._own_scales()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        with CHANGING:
+            if self.siblings is not None:
+                self.siblings.part(self)
+            self.held = None
 
     def fill_trivial_groups(self, group_width: int) -> None:
         """Give g_idx its value where a checkpoint leaves it out: runs of `group_width` neighbouring columns."""
         self.g_idx = trivial_groups(self.in_features, group_width, self.g_idx.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._prepared_for != (x.device, x.dtype):
-            self.prepare(x.dtype)
-        assert self._kernel is not None
-        assert self._prepared is not None
+        dtype = autocast_dtype(x)
+        if dtype is None:
+            return self._product(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._product(x.to(dtype))
+
+    def _product(self, x: Tensor) -> Tensor:
+        if "_hf_hook" in self.__dict__ and self.held is not None and self._is_offloaded():
+            self._let_go()  # of what was derived before accelerate came: there is no room for it
+        held = self.held
+        if held is None or held.device != x.device or (kernel := held.products.get(x.dtype)) is None:
+            held = self.held_for(x.dtype)
+            kernel = held.products[x.dtype]
         if self.siblings is None:
-            output = matmul(x, self._kernel, self._prepared)
+            output = matmul(x, kernel, held.prepared)
         else:
-            output = self.siblings.output_of(self, x, self._kernel, self._prepared)
-        if self._is_offloaded():  # else what was derived of the buffers would stay where there is no room for it
-            self._kernel = self._prepared = self._prepared_for = None
+            output = self.siblings.output_of(self, x, kernel, held.prepared)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _is_offloaded(self) -> bool:
@@ -176,12 +232,26 @@ class QuantLinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
-        """Follow moves between devices but not casts: model.bfloat16() must not round the stored scales."""
-        self._restore()
-        scales = self.scales
-        super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
+        """Follow moves between devices but not casts: model.bfloat16() must not round the stored scales.
+
+        What has been derived stays if nothing moves.
+        """
+        was_shared = self.g_idx.is_shared()
+        moved = fn(self.g_idx)
+        if moved is self.g_idx and moved.is_shared() == was_shared:
+            packed, bias = {id(tensor) for tensor in (self.qweight, self.qzeros, self.scales, self.g_idx)}, self.bias
+            super()._apply(lambda tensor: tensor if id(tensor) in packed else fn(tensor), recurse)
+            if self.siblings is not None and self.bias is not bias:
+                self.siblings.bias_changed()
+        else:
+            self._restore()
+            scales = self.scales
+            super()._apply(fn, recurse)
+            if self.scales.dtype != scales.dtype:
+                self.scales = scales.to(self.scales.device)
+        if hasattr(self, "weight"):
+            shown = fn(torch.empty((), dtype=self.weight.dtype, device=self.weight.device))
+            self._show(shown.dtype, shown.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

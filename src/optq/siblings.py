@@ -8,15 +8,16 @@ Whether the input is really the same is seen, not assumed: it must be the same t
 not, as in cross-attention, a linear multiplies alone; and where that happens again and again, all do from then on.
 """
 
+import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from optq.kernels import Kernel, Prepared, matmul
+from optq.kernels import Held, Kernel, Prepared, matmul
 from optq.serving import FUSED_NAMES
 
 SAME_INPUT = (
@@ -37,6 +38,7 @@ class Member(Protocol):
     """What `Joined` wants of a linear, and is itself."""
 
     out_features: int
+    held: Held | None
     siblings: "Joined | None"
 
     @property
@@ -45,22 +47,23 @@ class Member(Protocol):
     def take_prepared(self, prepared: Prepared) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Held:
-    """Outputs that wait for their linears.
+class _Waiting(NamedTuple):  # made at every product, in a third of a dataclass's time
+    """Outputs that wait for their linears, in the thread that made them.
 
     Args:
         x: a weak reference to the input that they were made of.
         version: of the input: how often it has been written to.
+        weights: a weak reference to what it was multiplied by.
         outputs: by the position of the linear.
     """
 
     x: Any
     version: int
+    weights: Any
     outputs: dict[int, Tensor]
 
-    def is_of(self, x: Tensor) -> bool:
-        return self.x() is x and self.version == x._version
+    def is_of(self, x: Tensor, weights: Held) -> bool:
+        return self.x() is x and self.version == x._version and self.weights() is weights
 
 
 class Joined:
@@ -68,15 +71,14 @@ class Joined:
 
     Args:
         members: linears, or others of this class; `siblings` of each becomes this.
+    Attributes:
+        held: all weights as one; None while they are apart.
     """
 
     def __init__(self, members: Sequence[Any]) -> None:
         self._members: tuple[Member, ...] = tuple(members)
         self._positions = {member: position for position, member in enumerate(self._members)}
-        self._ready: dict[int, tuple[Kernel, Prepared, Any]] = {}
-        self.kernel: Kernel | None = None
-        self.joint: Prepared | None = None
-        self.place: Any = None
+        self.held: Held | None = None
         self.out_features = sum(member.out_features for member in members)
         self.siblings: Joined | None = None
         for member in members:
@@ -84,7 +86,7 @@ class Joined:
 
     @property
     def are_joined(self) -> bool:
-        return self.joint is not None
+        return self.held is not None
 
     @property
     def bias(self) -> Tensor | None:
@@ -108,46 +110,50 @@ class Joined:
         """Whether to be joined is of use with this kernel."""
         raise NotImplementedError
 
-    def prepared(self, member: Member, kernel: Kernel, prepared: Prepared, place: Any) -> None:
-        """A member has been prepared; once all are, for the same place (device and dtype), they are joined."""
+    def prepared(self, member: Member, held: Held) -> None:
+        """The codes of a member have been laid out; once those of all are, by one kernel, they are joined."""
         if member not in self._positions:  # a replica, such as nn.DataParallel makes
             return
-        if self.joint is not None:
+        if self.held is not None:
             self.part(member)
-        if not self.wants(kernel):
+        if not self.wants(held.kernel):
             return
-        self._ready[self._positions[member]] = (kernel, prepared, place)
-        if len(self._ready) < len(self._members):
+        ready = [each.held for each in self._members]
+        if any(each is None or (each.kernel.name, each.device) != (held.kernel.name, held.device) for each in ready):
             return
-        ready = [self._ready[position] for position in range(len(self._members))]
-        if len({(kernel.name, place) for kernel, _, place in ready}) > 1:
+        parts = [each.prepared for each in ready if each is not None]
+        joint = held.kernel.joint
+        if joint is None or joint.why_not(parts) is not None:
             return
-        self._ready.clear()
-        parts = [prepared for _, prepared, _ in ready]
-        if kernel.joint is None or kernel.joint.why_not(parts) is not None:
-            return
-        self.kernel, self.place = kernel, place
-        self.take_prepared(kernel.joint.of(parts))
-        if self.siblings is not None and self.joint is not None:
-            self.siblings.prepared(self, kernel, self.joint, place)
+        self.held = replace(held, products={})  # whether all members have been asked for a dtype is not known here
+        self.take_prepared(joint.of(parts))
+        if self.siblings is not None:
+            self.siblings.prepared(self, self.held)
 
     def take_prepared(self, prepared: Prepared) -> None:
         """Lie there from now on."""
-        assert self.kernel is not None
-        assert self.kernel.joint is not None
-        self.joint = prepared
+        assert self.held is not None
+        joint = self.held.kernel.joint
+        assert joint is not None
+        self.held = replace(self.held, prepared=prepared)
         sizes = [member.out_features for member in self._members]
-        for member, part in zip(self._members, self.kernel.joint.split(prepared, sizes), strict=True):
+        for member, part in zip(self._members, joint.split(prepared, sizes), strict=True):
             member.take_prepared(part)
 
     def part(self, member: Member) -> None:
         """A member is about to be changed: until all are prepared again, each is by itself."""
         if member not in self._positions:
             return
-        self._ready.pop(self._positions[member], None)
-        self.kernel = self.joint = self.place = None
+        self.held = None
         if self.siblings is not None:
             self.siblings.part(self)
+
+    def bias_changed(self) -> None:
+        """A member's bias is another tensor now: what was made of all biases is to be made again."""
+        if self.held is not None:
+            self.held = replace(self.held, products={})
+        if self.siblings is not None:
+            self.siblings.bias_changed()
 
     def output_of(self, member: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
         """x times the member's weight."""
@@ -163,49 +169,61 @@ class Siblings(Joined):
 
     def __init__(self, members: Sequence[Any]) -> None:
         super().__init__(members)
-        self._held: _Held | None = None
-        self._missed = 0
+        self._of_thread = _OfThread()
+        self._in_vain = False
+
+    @property
+    def are_joined(self) -> bool:
+        return self.held is not None and not self._in_vain
 
     def joint_of(self, member: Member) -> Prepared | None:
         """The first multiplies for all."""
-        return self.joint if member is self._members[0] else None
+        held = self.held
+        return held.prepared if held is not None and member is self._members[0] else None
 
     def wants(self, kernel: Kernel) -> bool:
-        return self._missed <= MOST_MISSES
-
-    def part(self, member: Member) -> None:
-        super().part(member)
-        self._held = None
+        return not self._in_vain
 
     def output_of(self, member: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
         """x times the member's weight, with whoever else reads x if that pays."""
-        position = self._positions.get(member)
-        if self.joint is None or position is None or not _may_wait(x):
+        held, position = self.held, self._positions.get(member)
+        if held is None or position is None or self._in_vain or held.kernel.name != kernel.name or not _may_wait(x):
             return matmul(x, kernel, prepared)
-        held = self._held
-        if held is not None and held.is_of(x) and (output := held.outputs.pop(position, None)) is not None:
-            if not held.outputs:
-                self._held = None
-                self._missed = 0
+        mine = self._of_thread
+        waiting = mine.waiting
+        if (
+            waiting is not None
+            and waiting.is_of(x, held)
+            and (output := waiting.outputs.pop(position, None)) is not None
+        ):
+            if not waiting.outputs:
+                mine.waiting = None
+                mine.missed = 0
             return output
         if position:
             return matmul(x, kernel, prepared)
-        if held is not None:
-            self._missed += 1
-            if self._missed >= MOST_MISSES:
-                self.part(member)
-                self._missed = MOST_MISSES + 1  # for good
+        if waiting is not None:
+            mine.missed += 1
+            if mine.missed >= MOST_MISSES:
+                self._in_vain, mine.waiting = True, None  # for good, and for all threads
                 return matmul(x, kernel, prepared)
         sizes = [member.out_features for member in self._members]
         outputs: dict[int, Tensor] = {
-            at: part.contiguous() for at, part in enumerate(kernel.matmul(x, self.joint).split(sizes, -1))
+            at: part.contiguous() for at, part in enumerate(kernel.matmul(x, held.prepared).split(sizes, -1))
         }
         first = outputs.pop(0)
-        self._held = _Held(x=weakref.ref(x), version=x._version, outputs=outputs)
+        mine.waiting = _Waiting(weakref.ref(x), x._version, weakref.ref(held), outputs)
         return first
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}  # weak references cannot be copied
+
+class _OfThread(threading.local):
+    """What a thread has left to be fetched. A copy, or another process, begins with nothing."""
+
+    waiting: _Waiting | None = None
+    missed = 0
+
+    def __reduce__(self) -> tuple[type["_OfThread"], tuple[()]]:
+        return _OfThread, ()
 
 
 def _may_wait(x: Tensor) -> bool:

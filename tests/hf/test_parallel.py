@@ -122,7 +122,7 @@ for name in cases:
         "tokens": model.generate(ids, max_new_tokens=6, do_sample=False).tolist(),
         "packed": {f"{key}.qweight": layer.packed.qweight.nbytes for key, layer in layers.items()},
         "groups": {key: len(layer.scales) for key, layer in layers.items()},
-        "kernel_groups": {key: layer._prepared.group_width for key, layer in layers.items()},
+        "kernel_groups": {key: layer.held.prepared.group_width for key, layer in layers.items()},
     }
     model.save_pretrained(f"{folder}/{name}/again")
 

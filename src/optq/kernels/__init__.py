@@ -5,6 +5,10 @@ A kernel is a row, not a class. `why_not` answers in words, and the same words f
 explanations. To add a kernel, add a row; rows are tried from fastest to slowest.
 """
 
+from .held import CHANGING as CHANGING
+from .held import Held as Held
+from .modes import as_in_no_mode as as_in_no_mode
+from .modes import autocast_dtype as autocast_dtype
 from .op import grouped as grouped
 from .op import matmul as matmul
 from .prepared import Prepared as Prepared

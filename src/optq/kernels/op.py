@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .modes import without_autocast
 from .prepared import Prepared
-from .table import KERNELS, Kernel
+from .table import BY_NAME, Kernel
 
 _ARGUMENTS = (
     "Tensor codes, Tensor[] extras, Tensor? order, Tensor scales, Tensor zeros, Tensor group_of_column, int bits, "
@@ -62,7 +63,8 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.kernel.transposed(grad_outputs[0], ctx.prepared), None, None
+        with without_autocast(grad_outputs[0].device):  # a backward may be called under autocast, too
+            return ctx.kernel.transposed(grad_outputs[0], ctx.prepared), None, None
 
 
 def _flat(prepared: Prepared) -> tuple[Any, ...]:
@@ -91,7 +93,7 @@ def _prepared(arguments: Sequence[Any]) -> tuple[Prepared, Kernel]:
         bits=bits,
         group_width=group_width,
     )
-    return prepared, KERNELS[name]
+    return prepared, BY_NAME[name]
 
 
 def _run(x: Tensor, *arguments: Any) -> Tensor:

@@ -156,7 +156,8 @@ def pieces(prepared: Prepared, unpack: Unpack) -> Iterator[tuple[slice, Tensor]]
     width = max(ALIGNMENT, PIECE_BYTES // (4 * prepared.in_features) // ALIGNMENT * ALIGNMENT)
     for start in range(0, prepared.out_features, width):
         stop = min(start + width, prepared.out_features)
-        steps = unpack(prepared, start, stop).float()
+        # One layout in memory, whosever codes these are: products then agree to the last bit.
+        steps = unpack(prepared, start, stop).to(torch.float32, memory_format=torch.contiguous_format)
         zeros, scales = prepared.zeros[:, start:stop].float(), prepared.scales[:, start:stop].float()
         if prepared.order is None and prepared.group_width * prepared.scales.shape[0] == prepared.in_features:
             groups = steps.view(-1, prepared.group_width, stop - start)

@@ -2,7 +2,7 @@
 """The rows, and how one is chosen."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from optq.checkpoint import PackedWeight
 from optq.errors import KernelError
 
 from . import cpu, gemlite_gpu, reference, triton_gpu
-from .prepared import Joint, Prepared, Unpack, matmul_transposed
+from .prepared import Joint, Prepared, Unpack, matmul_dense, matmul_transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,22 @@ KERNELS: dict[str, Kernel] = {
 }
 """By name, from fastest to slowest, as far as they are chosen unasked."""
 
+DENSELY: dict[str, Kernel] = {
+    name: replace(
+        kernel,
+        name=f"{name}, densely",
+        matmul=partial(matmul_dense, unpack=kernel.unpack),
+        transposed=partial(matmul_transposed, unpack=kernel.unpack),
+        joint=None,
+        grouped=None,
+    )
+    for name, kernel in KERNELS.items()
+}
+"""By the name of the kernel that has laid the codes out: the reference's product of them, to the last bit. For
+activations of another dtype than that kernel's, so that there need be no second copy of the codes."""
+
+BY_NAME = {kernel.name: kernel for kernel in (*KERNELS.values(), *DENSELY.values())}
+
 BACKENDS: dict[str, tuple[str, ...]] = {
     "auto": tuple(name for name, kernel in KERNELS.items() if not kernel.only_by_name),
     "cpu": tuple(name for name in KERNELS if name.startswith("cpu_")),
@@ -147,5 +163,5 @@ def choose_kernel(packed: PackedWeight, dtype: torch.dtype, backend: str = "auto
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise KernelError(
         f"backend={backend!r} cannot run a {packed.bits}-bit layer of {packed.in_features} x {packed.out_features} "
-        f"with {dtype} on {packed.qweight.device}: {listed}. backend='auto' always finds a kernel."
+        f"with {dtype} on {packed.scales.device}: {listed}. backend='auto' always finds a kernel."
     )
