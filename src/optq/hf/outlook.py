@@ -23,6 +23,7 @@ from optq.serving import Linear, refusals, split_of
 
 from .api import model_without_weights
 from .config import GPTQConfig
+from .origin import where_in
 from .preparation import prepare, prepare_data, vocabulary_of
 from .source import head_width_of, parallel_plan_of
 
@@ -124,9 +125,10 @@ def plan(
     """
     config = GPTQConfig.from_stock(config)
     model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
-    prepared = prepare(model, config)
+    where = where_in(kwargs)
+    prepared = prepare(model, config, where)
     planned = prepared.plan
-    calibration = prepared.calibration or prepare_data(model, config, partial(_stand_in, vocabulary_of(model)))
+    calibration = prepared.calibration or prepare_data(model, config, where, partial(_stand_in, vocabulary_of(model)))
     put_split(model, prepared.experts)
     device = execution_device(config.device)
     targets = planned.all_targets
