@@ -168,7 +168,7 @@ def test_repeated_samples_are_used_once_and_counted(prepare, caplog):
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}, {"input_ids": [1, 2, 3]}]
     with caplog.at_level(logging.INFO, logger="optq"):
         assert rows_of(prepare(rows)) == [[1, 2, 3], [4, 5]]
-    assert "1 calibration samples are exact repetitions" in caplog.text
+    assert "1 calibration sample is an exact repetition of others" in caplog.text
     assert "2 samples (2 of list), 5 tokens" in caplog.text
 
 
@@ -276,9 +276,9 @@ def test_empty_rows_separate_paragraphs_in_one_document_and_are_no_samples_elsew
 
     rows = datasets.Dataset.from_dict({"text": ["one", "", "two"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
-    assert read("wikitext2", 4, seed=0)[0] == ["one\n\n\n\ntwo"]
+    assert [row.content for row in read("wikitext2", 4, seed=0)[0]] == ["one\n\n\n\ntwo"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows.to_iterable_dataset())
-    assert sorted(read("c4", 4, seed=0)[0]) == ["one", "two"]
+    assert sorted(row.content for row in read("c4", 4, seed=0)[0]) == ["one", "two"]
 
 
 def test_without_a_connection_the_way_out_is_named(prepare):
@@ -386,4 +386,4 @@ def test_chats_without_a_template_are_refused(tiny_llama):
 def test_samples_that_are_too_short_are_counted(prepare, caplog):
     with caplog.at_level(logging.WARNING):
         assert prepare(["hello", "x"]).recipe["samples"] == 1
-    assert "1 calibration samples shorter than 2 tokens" in caplog.text
+    assert "1 calibration sample shorter than 2 tokens is" in caplog.text

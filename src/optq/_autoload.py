@@ -12,14 +12,14 @@ from types import ModuleType
 HOSTS = {
     "transformers.configuration_utils": ("PreTrainedConfig", "optq.hf.legacy"),
     "transformers.quantizers.auto": ("get_hf_quantizer", "optq.hf.register"),
+    "transformers.modeling_utils": ("PreTrainedModel", "optq.hf.origin"),
     "peft.tuners.lora": ("LoraModel", "optq.hf.peft"),
 }
 """What we register with -> a name that it has once it is loaded, and our module that does it."""
 WATCHED = (
     *HOSTS,
-    # When torch itself was imported by one of these, that is too late to catch them: the next ones do.
+    # When torch itself was imported by one of these, that is too late to catch them: this one does, or modeling_utils.
     "transformers.models.auto.configuration_auto",
-    "transformers.modeling_utils",
 )
 
 

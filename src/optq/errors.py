@@ -1,9 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors of optq: one class per cause, all derived from `OptqError`."""
 
+LONGEST_MESSAGE = 2000
+"""Characters of a message: it may quote data, or what another library says, of any length."""
+
 
 class OptqError(Exception):
     """Whatever optq refuses or cannot do; the message says what was asked, found and allowed, and what to do."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(shortened(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def shortened(message: str, longest: int = LONGEST_MESSAGE) -> str:
+    """At most so many characters: the start, which says what is wrong, and the end, which says what to do."""
+    if len(message) <= longest:
+        return message
+    start, end = longest * 5 // 8, longest * 5 // 16
+    return f"{message[:start]} … [{len(message) - start - end} characters] … {message[-end:]}"
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """A number and what it counts, by default with an s if it is not 1: "1 sample", "2 samples"."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
 
 
 class ConfigError(OptqError, ValueError):

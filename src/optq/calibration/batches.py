@@ -5,18 +5,20 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from optq.errors import CalibrationError
+from optq.errors import CalibrationError, counted
 
-from .encoding import Encoder, cut, joined
-from .sources import SELF, accepted, check_sources, mixture, name_of, read, shares
+from .encoding import TEXT_INPUTS, Encoder, cut, is_fractional, joined
+from .sources import SELF, Row, accepted, check_sources, is_in_memory, is_row, mixture, name_of, read, shares
 
 logger = logging.getLogger(__name__)
 
@@ -118,19 +120,22 @@ def prepare_calibration(
     dtype: torch.dtype = torch.float32,
     separator: int | None = None,
     write: Callable[[int], list[list[int]]] | None = None,
+    padded: bool = True,
 ) -> Calibration:
     """Turn whatever `GPTQConfig.dataset` accepts into micro-batches.
 
     Args:
         dataset: a list of strings, of chats, of dicts with input_ids, or of what a processor returns for one sample
-            with images or sound; a `datasets.Dataset`; a path; a name; or several of these with weights.
+            with images or sound; what a tokenizer returns for texts; a `datasets.Dataset`, a DataLoader or another
+            iterable of these; a path; a name; or several of these with weights.
         load_tokenizer: called only if there is text to encode.
         vocabulary: rows of the model's input embedding; every token id must be below.
         window: longest sequence, in tokens.
         samples: windows to use at most, drawn with `seed`; by default all of a list, and 128 of anything else. Of
             several sources, each gives its share by weight.
         batch_size: samples per micro-batch; by default as many as fit in `micro_batch_tokens`.
-        pad_token_id: fills up shorter samples; they are masked, so any id of the vocabulary does.
+        pad_token_id: fills up shorter samples; they are masked, so any id does, and what is none stands for 0.
+        padded: whether samples of unequal length may run together.
         probe: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
             samples none is held out; the longest is then used for both.
         decoded: of a model with an encoder and a decoder: both read the text.
@@ -141,12 +146,13 @@ def prepare_calibration(
     Raises:
         CalibrationError: the data is missing, empty, too short, of an unknown form, or does not fit the vocabulary.
     """
-    if isinstance(dataset, Sequence) and any(_is_more_than_text(row) for row in dataset):
-        rows = [_whole(row, index, decoded, dtype) for index, row in enumerate(dataset)]
-        return _prepare_whole(dataset, rows, vocabulary, window, samples, seed, probe)
     check_sources(dataset)
-    listed = isinstance(dataset, Sequence) and not isinstance(dataset, str)
-    limit = DEFAULT_SAMPLES if samples is None and not listed else samples
+    limit = DEFAULT_SAMPLES if samples is None and not is_in_memory(dataset) else samples
+    dataset, whole = _peeked(dataset)
+    if whole:
+        found = read(dataset, limit, seed)[0]
+        rows = [_whole(row, decoded, dtype) for row in islice(found, None if is_in_memory(dataset) else limit)]
+        return _prepare_whole(dataset, rows, vocabulary, window, samples, seed, probe)
     windows_of = partial(
         _windows, encode=Encoder(load_tokenizer), window=window, separator=separator, seed=seed, write=write
     )
@@ -155,6 +161,8 @@ def prepare_calibration(
     fitted, probes = _set_apart(chosen, seed) if probe else (chosen, [])
     tokens = sum(map(len, fitted))
     held_out = len(chosen) - len(fitted)
+    # Some models name -1, or an id that only their tokenizer has; embeddings take ids of the vocabulary.
+    padding = pad_token_id if pad_token_id is not None and 0 <= pad_token_id < vocabulary else 0
     recipe = {
         "source": ", ".join(source["name"] for source in sources),
         "sources": sources,
@@ -166,17 +174,17 @@ def prepare_calibration(
         "sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
     }
     logger.info(
-        "Calibration: %d samples (%s), %d tokens, at most %d each; %d more samples are held out to judge the result.",
-        recipe["samples"],
+        "Calibration: %s (%s), %s, at most %d each; %s held out to judge the result.",
+        counted(len(fitted), "sample"),
         ", ".join(f"{source['samples']} of {source['name']}" for source in sources),
-        tokens,
+        counted(tokens, "token"),
         recipe["longest"],
-        held_out,
+        counted(held_out, "more sample is", "more samples are"),
     )
     return Calibration(
-        batches=tuple(_batches(fitted, batch_size, pad_token_id or 0, micro_batch_tokens, decoded)),
+        batches=tuple(_batches(fitted, batch_size, padding, micro_batch_tokens, decoded, padded)),
         recipe=recipe,
-        probes=tuple(_batches([ids[:PROBE_TOKENS] for ids in probes], 1, pad_token_id or 0, decoded=decoded)),
+        probes=tuple(_batches([ids[:PROBE_TOKENS] for ids in probes], 1, padding, decoded=decoded)),
         probes_held_out=held_out > 0,
         weaknesses=(*unmet, *_weaknesses(chosen, window, samples)),
     )
@@ -206,9 +214,16 @@ def _gather(
         chosen += drawn
         sources.append({"name": name_of(source), "weight": weight, **facts, "samples": len(drawn)})
         if len(parts) > 1 and count is not None and len(drawn) < count:
-            unmet.append(f"{name_of(source)} has {len(drawn)} samples, but {count} are its share of the mixture")
+            unmet.append(
+                f"{name_of(source)} has {counted(len(drawn), 'sample')}, but {count} are its share of the mixture"
+            )
     if repeated:
-        logger.warning("%d calibration samples are exact repetitions of others and are left out.", repeated)
+        logger.warning(
+            "%s of others and left out.",
+            counted(
+                repeated, "calibration sample is an exact repetition", "calibration samples are exact repetitions"
+            ),
+        )
     return chosen, sources, unmet
 
 
@@ -228,19 +243,25 @@ def _windows(
             raise CalibrationError(f"dataset={SELF!r} needs a model that can write. Pass {accepted()}.")
         return write(count), {}
     rows, facts = read(source, count, seed)
-    documents = [encode(row, index) for index, row in enumerate(rows)]
+    documents = [ids for row in rows for ids in encode(row)]
     if not documents:
-        raise CalibrationError(f"The calibration dataset ({name_of(source)}) is empty. Pass {accepted()}.")
+        hint = " An iterator can be read only once." if isinstance(source, Iterator) else ""
+        raise CalibrationError(f"The calibration dataset ({name_of(source)}) is empty.{hint} Pass {accepted()}.")
     whole = documents if separator is None else [joined(documents, separator)]
     windows = [ids for document in whole for ids in cut(document, window, encode.opening)]
     long_enough = [ids for ids in windows if len(ids) >= SHORTEST_SAMPLE]
     if not long_enough:
         raise CalibrationError(
-            f"All {len(documents)} calibration samples are shorter than {SHORTEST_SAMPLE} tokens (the longest has "
-            f"{max(map(len, documents))}). Pass longer texts: a few hundred tokens each, some ten thousand in all."
+            f"Every calibration sample is shorter than {SHORTEST_SAMPLE} tokens: of {len(documents)}, the longest has "
+            f"{max(map(len, documents))}. Pass longer texts: a few hundred tokens each, some ten thousand in all."
         )
     if dropped := len(windows) - len(long_enough):
-        logger.warning("%d calibration samples shorter than %d tokens are left out.", dropped, SHORTEST_SAMPLE)
+        logger.warning(
+            "%s shorter than %d tokens %s left out.",
+            counted(dropped, "calibration sample"),
+            SHORTEST_SAMPLE,
+            "is" if dropped == 1 else "are",
+        )
     return long_enough, facts
 
 
@@ -268,7 +289,7 @@ def _prepare_whole(
         "seed": seed,
         "sha256": digest.hexdigest(),
     }
-    logger.info("Calibration: %d samples with %s, as they are.", len(fitted), ", ".join(names))
+    logger.info("Calibration: %s with %s, as they are.", counted(len(fitted), "sample"), ", ".join(names))
     return Calibration(
         batches=tuple(fitted),
         recipe=recipe,
@@ -287,34 +308,56 @@ def bytes_of(tensor: Tensor) -> bytes:
     return str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _is_more_than_text(row: Any) -> bool:
-    """Whether a row has images or sound in numbers."""
-    return isinstance(row, Mapping) and any(
-        isinstance(value, Tensor) and value.is_floating_point() for value in row.values()
+def _peeked(dataset: Any) -> tuple[Any, bool]:
+    """The data, none of it consumed, and whether its samples are more than text."""
+    if isinstance(dataset, (str, Path)) or (isinstance(dataset, Mapping) and not is_row(dataset)):
+        return dataset, False
+    if isinstance(dataset, Mapping):
+        return dataset, _is_more_than_text(dataset)
+    if isinstance(dataset, Sequence):
+        return dataset, any(map(_is_more_than_text, dataset))
+    if not isinstance(dataset, Iterable) or hasattr(dataset, "columns"):
+        return dataset, False
+    first = list(islice(dataset, 1))
+    return (
+        chain(first, dataset) if isinstance(dataset, Iterator) else dataset,
+        any(map(_is_more_than_text, first)),
     )
 
 
-def _whole(row: Any, index: int, decoded: bool, dtype: torch.dtype) -> MicroBatch:
+def _is_more_than_text(row: Any) -> bool:
+    """Whether a row has images or sound in numbers."""
+    return isinstance(row, Mapping) and any(
+        name not in TEXT_INPUTS and is_fractional(value) for name, value in row.items()
+    )
+
+
+def _whole(found: Row, decoded: bool, dtype: torch.dtype) -> MicroBatch:
     """What a processor has returned for one sample, with or without labels."""
+    place, row = found
     if not isinstance(row, Mapping):
         raise CalibrationError(
-            f"Calibration sample {index} is a {type(row).__name__}, but others have images or sound. Pass what the "
+            f"Calibration {place} is a {type(row).__name__}, but others have images or sound. Pass what the "
             "model's processor returns for every sample, with return_tensors='pt'."
         )
-    inputs = {name: value for name, value in row.items() if isinstance(value, Tensor)}
+    inputs = {
+        name: torch.as_tensor(value)
+        for name, value in row.items()
+        if isinstance(value, Tensor) or getattr(getattr(value, "dtype", None), "kind", "") in ("i", "u", "b", "f")
+    }
     labels = inputs.pop("labels", None)
     if decoded and "decoder_input_ids" not in inputs:
         predicted = labels if labels is not None else inputs.get("input_ids")
         if predicted is None:
             raise CalibrationError(
-                f"Calibration sample {index} has {', '.join(sorted(inputs))}, but nothing for the decoder to read. "
+                f"Calibration {place} has {', '.join(sorted(inputs))}, but nothing for the decoder to read. "
                 "Add decoder_input_ids or labels: the text that belongs to it, encoded."
             )
         inputs["decoder_input_ids"] = predicted.clamp(min=0)  # -100: of no interest to the loss
     ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
     if ids is None or ids.ndim != 2 or ids.numel() == 0:
         raise CalibrationError(
-            f"Calibration sample {index} has {', '.join(sorted(inputs))}, but no input_ids of shape (samples, "
+            f"Calibration {place} has {', '.join(sorted(inputs))}, but no input_ids of shape (samples, "
             "tokens). Pass what the model's processor returns for one sample, with return_tensors='pt'."
         )
     mask = inputs.get("attention_mask")
@@ -351,11 +394,12 @@ def _set_apart(
 def _weaknesses(samples: list[list[int]], window: int, asked: int | None) -> Iterable[str]:
     tokens = sum(map(len, samples))
     if tokens < FEW_TOKENS:
-        yield f"{tokens} tokens in all are few: {FEW_TOKENS} or more are usual"
+        yield f"{counted(tokens, 'token in all is', 'tokens in all are')} few: {FEW_TOKENS} or more are usual"
     if asked is not None and len(samples) < asked:
-        yield f"only {len(samples)} samples of the {asked} asked for were found"
+        found = counted(len(samples), f"sample of the {asked} asked for was", f"samples of the {asked} asked for were")
+        yield f"only {found} found"
     if (longest := max(map(len, samples))) < min(window, SHORT_SAMPLES):
-        yield f"the longest sample has {longest} tokens, so the model is never seen reading long texts"
+        yield f"the longest sample has {counted(longest, 'token')}, so the model is never seen reading long texts"
 
 
 def _draw(
@@ -379,12 +423,15 @@ def _batches(
     pad_token_id: int,
     tokens: int = TOKENS_PER_MICRO_BATCH,
     decoded: bool = False,
+    padded: bool = True,
 ) -> Iterable[MicroBatch]:
-    """Pad samples of similar length together."""
+    """Samples of similar length together, or of equal length if they must not be padded."""
     pending = sorted(samples, key=len, reverse=True)  # stable
     while pending:
         longest = len(pending[0])
         count = batch_size if batch_size is not None else max(1, tokens // longest)
+        if not padded:
+            count = min(count, sum(len(ids) == longest for ids in pending))
         rows, pending = pending[:count], pending[count:]
         input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
         mask = torch.zeros_like(input_ids)

@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows become lists of token ids: texts and chats through the tokenizer, ids as they are."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optq.errors import CalibrationError
 
-from .sources import CHAT_COLUMNS, KNOWN_COLUMNS, TEXT_COLUMNS, accepted, read_to_judge
+from .sources import CHAT_COLUMNS, KNOWN_COLUMNS, TEXT_COLUMNS, Row, accepted, read_to_judge
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names for those of chat templates."""
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of a content's parts that hold text."""
+
+SAID_ELSEWHERE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What a turn without content has instead."""
+
+RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What the code of a tokenizer or a chat template may raise on data that it was not written for."""
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels")
+"""What a tokenizer returns, as far as it may be numbers that are no integers."""
 
 
 class Encoder:
@@ -31,78 +44,264 @@ class Encoder:
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer()
             bos = self._tokenizer.bos_token_id
-            self.opening = bos if bos is not None and self._ids("")[:1] == [bos] else None
+            self.opening = bos if bos is not None and self._ids("", "nothing")[:1] == [bos] else None
         return self._tokenizer
 
-    def __call__(self, row: Any, index: int) -> list[int]:
-        """The tokens of a row, as many as there are, with the special ones that the tokenizer or the template adds.
+    def __call__(self, row: Row) -> list[list[int]]:
+        """The tokens of a row's samples: one, or as many as the batch that it holds.
+
+        Each has as many as there are, with the special ones that the tokenizer or the template adds.
 
         Raises:
-            CalibrationError: the row has no known form; `index` says which it is.
+            CalibrationError: the row has no known form; its place says which it is.
         """
-        if isinstance(row, str):
-            return self._ids(row)
-        if chat := _messages(row):
-            return self._chat(chat, index)
-        if isinstance(row, Mapping):
-            if "input_ids" in row:
-                return _unpadded(row, index)
-            for column in CHAT_COLUMNS:
-                if chat := _messages(row.get(column)):
-                    return self._chat(chat, index)
-            for column in TEXT_COLUMNS:
-                if isinstance(row.get(column), str):
-                    return self._ids(row[column])
-        found = f"a {type(row).__name__}"
-        if isinstance(row, Mapping):
-            found = f"a dict with {sorted(row)}, of which none of {', '.join(KNOWN_COLUMNS)} holds text, a chat or ids"
-        raise CalibrationError(f"Calibration sample {index} is {found}. Pass {accepted()}.")
+        return list(self._samples(row.content, row.place))
 
-    def _ids(self, text: str, **settings: Any) -> list[int]:
-        # verbose: a long document is cut into windows, so the tokenizer's warning about its length is moot
-        return list(self.tokenizer(text, verbose=False, **settings)["input_ids"])
+    def _samples(self, content: Any, place: str) -> Iterator[list[int]]:
+        if isinstance(content, str):
+            yield self._ids(content, place)
+        elif _is_chat(content):
+            yield self._chat(content, place)
+        elif isinstance(content, Mapping):
+            yield from self._of_columns(content, place)
+        elif _is_list(content) and len(content) > 1 and all(getattr(part, "ndim", 0) for part in content):
+            raise CalibrationError(
+                f"Calibration {place} is {len(content)} arrays without names. Name them, as in "
+                '{"input_ids": ..., "attention_mask": ...}, or pass each as a sample.'
+            )
+        elif _are_ids(content):
+            yield from _unpadded(content, None, place)
+        elif _is_list(content) and len(content):
+            for index, part in enumerate(content):
+                yield from self._samples(part, f"{place}, row {index} of its batch,")
+        else:
+            raise CalibrationError(f"Calibration {place} is a {type(content).__name__}. Pass {accepted()}.")
 
-    def _chat(self, messages: list[dict[str, Any]], index: int) -> list[int]:
+    def _of_columns(self, row: Mapping[str, Any], place: str) -> Iterator[list[int]]:
+        if "role" in row and "content" in row and not any(name in row for name in ("input_ids", *CHAT_COLUMNS)):
+            raise CalibrationError(
+                f"Calibration {place} is one turn of a chat. Put the turns of each chat into a list: "
+                '[[{"role": "user", "content": ...}, ...], ...].'
+            )
+        if row.get("input_ids") is not None:
+            if more := sorted(name for name, value in row.items() if name not in TEXT_INPUTS and is_fractional(value)):
+                raise CalibrationError(
+                    f"Calibration {place} has {', '.join(more)} besides text, and the first samples have not. Pass "
+                    "what the model's processor returns for every sample, in a list."
+                )
+            yield from _unpadded(row["input_ids"], row.get("attention_mask"), place)
+            return
+        for column in (*CHAT_COLUMNS, *TEXT_COLUMNS):
+            value, is_text = row.get(column, ()), column in TEXT_COLUMNS
+            if isinstance(value, str) if is_text else _is_chat(value):
+                yield from self._samples(value, place)
+                return
+            fits = (lambda part: isinstance(part, str)) if is_text else _is_chat
+            if _is_list(value) and len(value) and all(map(fits, value)):
+                yield from self._samples(value, place)
+                return
+        raise CalibrationError(
+            f"Calibration {place} is a dict with {sorted(map(str, row))}, of which none of {', '.join(KNOWN_COLUMNS)} "
+            f"holds text, a chat or ids. Pass {accepted()}."
+        )
+
+    def _ids(self, text: str, place: str, **settings: Any) -> list[int]:
+        tokenizer = self.tokenizer
+        try:
+            # verbose: a long document is cut into windows, so the tokenizer's warning about its length is moot
+            return list(tokenizer(text, verbose=False, **settings)["input_ids"])
+        except RAISED as error:
+            raise CalibrationError(f"Calibration {place} cannot be encoded by the tokenizer: {error}") from error
+
+    def _chat(self, turns: Sequence[Mapping[str, Any]], place: str) -> list[int]:
+        messages = [_message(turn, f"{place}, turn {index}") for index, turn in enumerate(turns)]
         if not getattr(self.tokenizer, "chat_template", None):
             raise CalibrationError(
-                f"Calibration sample {index} is a chat, but the tokenizer has no chat template. "
+                f"Calibration {place} is a chat, but the tokenizer has no chat template. "
                 "Pass plain strings, or a tokenizer with a chat template."
             )
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        return self._ids(text, add_special_tokens=False)  # the template has them
+        text = self._rendered(messages, place)
+        if any(_lost(message, text) for message in messages):
+            # Some templates for images and text take lists of parts only, and nothing from strings.
+            in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+            with_parts = self._rendered(in_parts, place)
+            if "[{" not in with_parts and not any(_lost(message, with_parts) for message in messages):
+                text = with_parts
+        return self._ids(text, place, add_special_tokens=False)  # the template has them
+
+    def _rendered(self, messages: list[dict[str, Any]], place: str) -> str:
+        try:
+            from jinja2 import TemplateError
+        except ImportError as error:
+            raise CalibrationError(
+                f"Calibration {place} is a chat, which takes jinja2: pip install jinja2."
+            ) from error
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except (TemplateError, *RAISED) as error:
+            raise CalibrationError(
+                f"Calibration {place} is a chat that the tokenizer's chat template refuses: {error}. "
+                "Bring it into the form that the template expects, or leave it out."
+            ) from error
 
 
 def read_for_evaluation(dataset: Any, load_tokenizer: Callable[[], Any]) -> list[list[int]]:
     """Samples of token ids from one source, whole and in order; of a named dataset, its part for evaluation."""
     encode = Encoder(load_tokenizer)
-    return [encode(row, index) for index, row in enumerate(read_to_judge(dataset))]
+    return [ids for row in read_to_judge(dataset) for ids in encode(row)]
 
 
-def _messages(row: Any) -> list[dict[str, Any]]:
-    """A chat as templates take it, from OpenAI's form (role, content) or ShareGPT's (from, value); else nothing."""
-    if isinstance(row, str) or not isinstance(row, Sequence) or not all(isinstance(turn, Mapping) for turn in row):
-        return []
-    if all("role" in turn for turn in row):
-        return list(row)
-    if all("from" in turn and "value" in turn for turn in row):
-        return [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in row]
-    return []
+def is_fractional(value: Any) -> bool:
+    """Whether this is an array of numbers that are no integers: an image, sound, …"""
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return getattr(getattr(value, "dtype", None), "kind", "") == "f"
 
 
-def _unpadded(row: Mapping[str, Any], index: int) -> list[int]:
-    """The real tokens of a row with input_ids and, maybe, attention_mask."""
-    ids = torch.as_tensor(row["input_ids"]).reshape(-1)
-    mask = row.get("attention_mask")
-    if mask is not None:
-        mask = torch.as_tensor(mask).reshape(-1).bool()
-        if mask.shape != ids.shape:
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether these are turns in OpenAI's form (role, content) or ShareGPT's (from, value)."""
+    return (
+        _is_list(value)
+        and len(value) > 0
+        and all(isinstance(turn, Mapping) for turn in value)
+        and any("role" in turn or ("from" in turn and "value" in turn) for turn in value)
+    )
+
+
+def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A turn as templates take it, its content a string.
+
+    Raises:
+        CalibrationError: it says nothing, or something that is no text.
+    """
+    # Tables fill up what some rows lack with None, and templates ask only whether it is there.
+    message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str):
+        raise CalibrationError(f"Calibration {place} has no role: it has {', '.join(map(str, turn))}.")
+    content = turn.get("content") if "role" in turn else turn.get("value")
+    message["role"] = ROLES.get(role, role) if "role" not in turn else role
+    message["content"] = _text_of(content, place)
+    if content is None and not any(message.get(key) for key in SAID_ELSEWHERE):
+        raise CalibrationError(
+            f"Calibration {place} ({role}) has no content. Give it a text; only one with {', '.join(SAID_ELSEWHERE)} "
+            "may do without."
+        )
+    return message
+
+
+def _text_of(content: Any, place: str) -> str:
+    """The text of a content, which may be a list of parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    parts = [content] if isinstance(content, Mapping) else content
+    if not _is_list(parts):
+        raise CalibrationError(
+            f"Calibration {place} has a content that is a {type(content).__name__}; text is needed."
+        )
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind not in TEXT_PARTS or not isinstance(text, str):
             raise CalibrationError(
-                f"Calibration sample {index} has {ids.numel()} input_ids and {mask.numel()} entries in attention_mask."
+                f"Calibration {place} has a part that is no text, of the type {kind!r}; of chats, only text is read. "
+                "Leave it out, or pass what the model's processor returns for the sample."
             )
-        ids = ids[mask]
-    if ids.is_floating_point() or (ids.numel() and int(ids.min()) < 0):
-        raise CalibrationError(f"Calibration sample {index} has input_ids that are not non-negative integers.")
-    return [int(token) for token in ids]
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _lost(message: Mapping[str, Any], text: str) -> bool:
+    """Whether what a user said is missing in a rendered chat."""
+    return message["role"] == "user" and message["content"].strip() not in text
+
+
+def _are_ids(value: Any) -> bool:
+    """Whether this is a list or an array of numbers, to any depth."""
+    if hasattr(value, "ndim") and hasattr(value, "dtype"):
+        return True
+    return _is_list(value) and len(value) > 0 and (isinstance(value[0], (int, float)) or _are_ids(value[0]))
+
+
+def _sequences(value: Any) -> list[Any]:
+    """The rows of a batch of any depth: lists and arrays of one dimension."""
+    if hasattr(value, "ndim") and hasattr(value, "dtype"):
+        return (
+            [value.reshape(1)]
+            if value.ndim == 0
+            else [value]
+            if value.ndim == 1
+            else [row for part in value for row in _sequences(part)]
+        )
+    if _is_list(value) and any(_is_list(part) or getattr(part, "ndim", 0) > 0 for part in value):
+        return [row for part in value for row in _sequences(part)]
+    return [value]
+
+
+def _unpadded(ids: Any, mask: Any, place: str) -> Iterator[list[int]]:
+    """The real tokens of every sample in input_ids and, maybe, attention_mask."""
+    rows = _sequences(ids)
+    masks = [None] * len(rows) if mask is None else _sequences(mask)
+    if len(rows) != len(masks):
+        raise CalibrationError(
+            f"Calibration {place} has {len(rows)} rows of input_ids and {len(masks)} of attention_mask."
+        )
+    is_added = any(kept is not None and _is_negative(_as_tensor(kept, place, "attention_mask")) for kept in masks)
+    for index, (row, kept) in enumerate(zip(rows, masks, strict=True)):
+        where = place if len(rows) == 1 else f"{place}, row {index} of its batch,"
+        found = _integers(row, where)
+        if kept is not None:
+            keep = _kept(kept, is_added, where)
+            if keep.shape != found.shape:
+                raise CalibrationError(
+                    f"Calibration {where} has {found.numel()} input_ids and {keep.numel()} entries in attention_mask."
+                )
+            found = found[keep]
+        yield [int(token) for token in found]
+
+
+def _integers(row: Any, place: str) -> Tensor:
+    """(tokens,) int64."""
+    found = _as_tensor(row, place, "input_ids")
+    if found.numel() == 0:
+        return found.to(torch.int64)
+    is_integer = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if not is_integer or int(found.to(torch.int64).min()) < 0:
+        raise CalibrationError(
+            f"Calibration {place} has input_ids that are not non-negative integers: {found.dtype}, "
+            f"{found.tolist()[:8]} …."
+        )
+    return found.to(torch.int64)
+
+
+def _is_negative(mask: Tensor) -> bool:
+    """Whether a mask is to be added to scores, so that its real tokens have 0, and not 1."""
+    return mask.is_floating_point() and bool((mask < 0).any())
+
+
+def _kept(mask: Any, is_added: bool, place: str) -> Tensor:
+    """Which tokens are real, (tokens,) bool."""
+    found = _as_tensor(mask, place, "attention_mask").to(torch.float64)
+    if bool(found.isnan().any()) or bool(((found > 0) if is_added else (found < 0)).any()):
+        raise CalibrationError(f"Calibration {place} has an attention_mask that is not made of 0 and 1.")
+    return found == 0 if is_added else found != 0
+
+
+def _as_tensor(row: Any, place: str, name: str) -> Tensor:
+    """A row of numbers on the CPU, with as few copies as possible."""
+    try:
+        if not isinstance(row, Tensor) and getattr(row, "dtype", None) is not None and not row.dtype.isnative:
+            row = row.astype(row.dtype.newbyteorder("="))
+        return torch.as_tensor(row).detach().cpu()
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise CalibrationError(f"Calibration {place} has {name} that are not integers: {error}.") from error
 
 
 def joined(documents: Iterable[list[int]], separator: int) -> list[int]:

@@ -2,17 +2,22 @@
 """Where calibration data comes from: names, files, folders and objects, alone or mixed by weight, become rows."""
 
 import difflib
+import gzip
 import json
 import logging
 import math
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from optq.errors import CalibrationError
 
@@ -23,6 +28,13 @@ SELF = "self"
 
 ROWS_PER_SAMPLE = 16  # read of a source that may be far larger than what is drawn from it
 WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>-?(?:\d+\.?\d*|\.\d+))")
+
+
+class Row(NamedTuple):
+    """What becomes one sample, or several if it holds a batch, and what errors call it."""
+
+    place: str
+    content: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +134,16 @@ DATASETS = {
     ),
 }
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+GZIP = b"\x1f\x8b"
+ENCODINGS = {  # what a file begins with -> how it is read; that of UTF-32 begins with that of UTF-16
+    BOM_UTF8: "utf-8-sig",
+    BOM_UTF32_LE: "utf-32",
+    BOM_UTF32_BE: "utf-32",
+    BOM_UTF16_LE: "utf-16",
+    BOM_UTF16_BE: "utf-16",
+}
+TABLES = {"to_pylist": (), "to_dicts": (), "to_dict": ("records",)}
+"""Methods of tables (pyarrow's, polars', pandas') -> their arguments, to get rows."""
 TEXT_COLUMNS = ("text", "content", "sentence")
 CHAT_COLUMNS = ("messages", "conversations")
 KNOWN_COLUMNS = ("input_ids", *CHAT_COLUMNS, *TEXT_COLUMNS)
@@ -130,8 +152,9 @@ KNOWN_COLUMNS = ("input_ids", *CHAT_COLUMNS, *TEXT_COLUMNS)
 def accepted() -> str:
     return (
         "a list of strings, a list of chats, a list of dicts with input_ids, a list of what a processor returns for "
-        "samples with images or sound, a datasets.Dataset, a path to a "
-        f"{'/'.join(FILE_SUFFIXES)} file or a folder of them or of datasets.save_to_disk, one of the names "
+        "samples with images or sound, what a tokenizer returns for texts, a datasets.Dataset, a DataLoader or "
+        f"another iterable of these, a path to a {'/'.join(FILE_SUFFIXES)} file or a folder of them or of "
+        "datasets.save_to_disk, one of the names "
         f"{', '.join((SELF, *DATASETS))}, or several of these by weight: 'wikitext2:0.7,./my.jsonl:0.3'"
     )
 
@@ -142,7 +165,7 @@ def mixture(dataset: Any) -> list[tuple[Any, float]]:
     Raises:
         CalibrationError: weights that are no finite positive numbers, or all zero.
     """
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) and not (is_row(dataset) or hasattr(dataset, "column_names")):
         weights = dict(dataset)
     elif isinstance(dataset, str):
         weights = _weights_in(dataset)
@@ -158,6 +181,22 @@ def mixture(dataset: Any) -> list[tuple[Any, float]]:
     if not any(weights.values()):
         raise CalibrationError(f"dataset: all weights of {', '.join(map(str, weights))} are 0; one has to count.")
     return [(source, float(weight)) for source, weight in weights.items() if weight]
+
+
+def is_row(dataset: Any) -> bool:
+    """Whether this is one row, which may hold a batch, as a tokenizer returns it, and not sources by weight."""
+    return isinstance(dataset, Mapping) and any(
+        key in dataset and not isinstance(dataset[key], (int, float)) for key in KNOWN_COLUMNS
+    )
+
+
+def is_in_memory(dataset: Any) -> bool:
+    """Whether somebody has put the samples together, so that all of them are meant."""
+    return (
+        (isinstance(dataset, Sequence) and not isinstance(dataset, str))
+        or is_row(dataset)
+        or hasattr(dataset, "tolist")  # a tensor, an array, a column of a table
+    )
 
 
 def check_sources(dataset: Any) -> None:
@@ -195,13 +234,13 @@ def shares(weights: Sequence[float], count: int) -> list[int]:
 def name_of(source: Any) -> str:
     """What the recipe calls a source: its name on the Hub, the kind of file, or the type of the object; no path."""
     if not isinstance(source, (str, Path)):
-        return type(source).__name__
+        return "iterator" if isinstance(source, Iterator) else type(source).__name__
     if source == SELF or source in DATASETS:
         return str(source)
-    return f"{Path(source).suffix} file" if Path(source).is_file() else "folder"
+    return f"{_suffix(Path(source))} file" if Path(source).is_file() else "folder"
 
 
-def read(source: Any, samples: int | None, seed: int) -> tuple[Iterable[Any], dict[str, Any]]:
+def read(source: Any, samples: int | None, seed: int) -> tuple[Iterable[Row], dict[str, Any]]:
     """The rows of one source, and what the recipe says of them beyond its name.
 
     Args:
@@ -210,22 +249,41 @@ def read(source: Any, samples: int | None, seed: int) -> tuple[Iterable[Any], di
     Raises:
         CalibrationError: there is no such source, it cannot be read, or has no known column.
     """
-    rows: Iterable[Any]
     if isinstance(source, (str, Path)):
         if str(source) in DATASETS:
             named = DATASETS[str(source)]
             return _read_named(named, named.arguments, samples, seed)
-        rows = _read_path(Path(source))
-    elif hasattr(source, "column_names"):
-        rows = _with_known_column(source)
-    elif isinstance(source, Sequence):
-        rows = source
-    else:
-        raise CalibrationError(f"dataset= is a {type(source).__name__}; pass {accepted()}.")
-    return _some(rows, samples, seed), {}
+        return _some(_read_path(Path(source)), samples, seed), {}
+    rows = _rows_of(source)
+    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        return [Row(f"sample {index}", rows[index]) for index in _some(range(len(rows)), samples, seed)], {}
+    return _some((Row(f"sample {index}", row) for index, row in enumerate(rows)), samples, seed), {}
 
 
-def read_to_judge(dataset: Any) -> Iterable[Any]:
+def _rows_of(source: Any) -> Any:
+    """The rows of an object: what has a length and is indexed, or at least can be iterated."""
+    if is_row(source) or (hasattr(source, "tolist") and _is_numeric(source)):
+        return [source]  # one row, which may hold a batch
+    if hasattr(source, "columns"):
+        for method, arguments in TABLES.items():
+            if hasattr(source, method):
+                return getattr(source, method)(*arguments)
+    if hasattr(source, "column_names"):
+        return _with_known_column(source)
+    if hasattr(source, "tolist"):
+        return source.tolist()
+    indexed = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    if isinstance(source, (bytes, bytearray, memoryview, Mapping)) or not (indexed or isinstance(source, Iterable)):
+        hint = " Call it, and pass what it returns." if callable(source) else ""
+        raise CalibrationError(f"dataset= is a {type(source).__name__}; pass {accepted()}.{hint}")
+    return source
+
+
+def _is_numeric(array: Any) -> bool:
+    return isinstance(array, Tensor) or getattr(getattr(array, "dtype", None), "kind", "") in ("i", "u", "f", "b")
+
+
+def read_to_judge(dataset: Any) -> Iterable[Row]:
     """All rows of one source, in order; of a named dataset, of its part for evaluation.
 
     Raises:
@@ -252,7 +310,7 @@ def _some(rows: Any, samples: int | None, seed: int) -> Any:
     if samples is None:
         return rows
     most = ROWS_PER_SAMPLE * samples
-    if not hasattr(rows, "__len__"):
+    if isinstance(rows, Iterator):
         return islice(rows, most)
     if len(rows) <= most:
         return rows
@@ -272,17 +330,23 @@ def _with_known_column(dataset: Any) -> Iterable[Any]:
     return rows
 
 
-def _read_path(path: Path) -> Sequence[Any] | Iterable[Any]:
+def _read_path(path: Path) -> Sequence[Row] | Iterator[Row]:
     """Rows of a file, of all files of a folder, or of a dataset saved as a folder."""
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return _with_known_column(_datasets("a saved dataset").load_from_disk(str(path)))
-        files = sorted(file for file in path.iterdir() if file.suffix in FILE_SUFFIXES)
+            saved = _with_known_column(_datasets("a saved dataset").load_from_disk(str(path)))
+            return [Row(f"sample {index} of {path}", row) for index, row in enumerate(saved)]
+        files = sorted(file for file in path.iterdir() if _suffix(file) in FILE_SUFFIXES)
         if files:
             return [row for file in files for row in _read_file(file)]
-    elif path.is_file() and path.suffix in FILE_SUFFIXES:
+    elif path.is_file() and _suffix(path) in FILE_SUFFIXES:
         return _read_file(path)
     raise CalibrationError(_no_such_source(str(path)))
+
+
+def _suffix(path: Path) -> str:
+    """What kind of file it is, compressed or not."""
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix
 
 
 def _no_such_source(source: str) -> str:
@@ -296,32 +360,104 @@ def _no_such_source(source: str) -> str:
     return f"dataset={source[:200]!r} is neither a known name nor a readable file or folder.{hint} Pass {accepted()}."
 
 
-def _read_file(path: Path) -> Sequence[Any]:
-    if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
-    if path.suffix == ".parquet":
-        from pyarrow import ArrowInvalid, parquet
+def _read_file(path: Path) -> list[Row]:
+    """Rows with the file, and their lines or numbers in it, as their places."""
+    suffix = _suffix(path)
+    if suffix == ".parquet":
+        found = _read_parquet(path)
+    else:
+        text = _text_of(path)
+        if suffix == ".txt":
+            return [Row(f"text {path}", text)]
+        found = _read_lines(path, text) if suffix == ".jsonl" else _read_json(path, text)
+    if not found:
+        raise CalibrationError(f"{path} is empty. Leave it out, or write samples to it.")
+    for place, content in found:
+        if not isinstance(content, (str, list, dict)):
+            raise CalibrationError(
+                f"Calibration {place} is {_json_type(content)}; it has to be a text, a chat or a dict with one of "
+                f"{', '.join(KNOWN_COLUMNS)}."
+            )
+    return found
 
-        try:
-            found: list[Any] = parquet.read_table(path).to_pylist()
-        except ArrowInvalid as error:
-            raise CalibrationError(f"{path} is not a valid Parquet file: {error}.") from error
-        return found
+
+def _text_of(path: Path) -> str:
+    """A file's text: UTF-8, or what a byte order mark at its start says; decompressed, if need be."""
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = (
-            json.loads(text) if path.suffix == ".json" else list(map(json.loads, filter(str.strip, text.split("\n"))))
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data.startswith(GZIP) else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise CalibrationError(f"{path} cannot be read: {error}.") from error
+    encoding = next((encoding for mark, encoding in ENCODINGS.items() if data.startswith(mark)), "utf-8")
+    advice = "Save it as UTF-8: iconv -f ITS_ENCODING -t UTF-8 does."
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise CalibrationError(
+            f"{path} is not {encoding.upper()} text: line {line}, {error.reason}. {advice}"
+        ) from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise CalibrationError(
+            f"{path}, line {line} has a NUL character, so it is no text, or UTF-16 without a byte order mark. {advice}"
         )
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{path} is not valid {path.suffix[1:].upper()}: {error}.") from error
-    if not isinstance(rows, list):
-        raise CalibrationError(f"{path} holds a {type(rows).__name__}; a list of texts, chats or dicts is needed.")
+    if not text.strip():
+        raise CalibrationError(f"{path} is empty. Leave it out, or write a text to it.")
+    return text
+
+
+def _read_lines(path: Path, text: str) -> list[Row]:
+    """The rows of a JSONL file."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(Row(f"sample in {path}, line {number},", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
+                column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                kind = _suffix(path)[1:].upper()
+                raise CalibrationError(f"{path}, line {number}{column}, is not valid {kind}: {reason}.") from error
     return rows
+
+
+def _read_json(path: Path, text: str) -> list[Row]:
+    """The rows of a JSON file: a list, or an object per line under the wrong suffix."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.lineno > 1:
+            return _read_lines(path, text)
+        raise CalibrationError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(found, list):
+        raise CalibrationError(f"{path} holds {_json_type(found)}; a list of texts, chats or dicts is needed.")
+    return [Row(f"sample {index} of {path}", row) for index, row in enumerate(found)]
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise CalibrationError(f"{path} is not a valid Parquet file: {error}.") from error
+    if not any(column in table.column_names for column in KNOWN_COLUMNS):
+        raise CalibrationError(
+            f"{path} has columns {', '.join(table.column_names)}; one of {', '.join(KNOWN_COLUMNS)} is needed."
+        )
+    return [Row(f"sample {index} of {path}", row) for index, row in enumerate(table.to_pylist())]
+
+
+def _json_type(value: Any) -> str:
+    return {dict: "a dict", str: "a text", type(None): "null", bool: "true or false"}.get(
+        type(value), f"a number, {value}"
+    )
 
 
 def _read_named(
     named: NamedDataset, arguments: Mapping[str, Any], samples: int | None, seed: int
-) -> tuple[list[Any], dict[str, Any]]:
+) -> tuple[list[Row], dict[str, Any]]:
     """Rows of a dataset of the Hub, as `read`: shuffled if not all are wanted."""
     datasets = _datasets("a dataset by name")
     revision = _revision(named.path, arguments.get("revision"))
@@ -341,7 +477,8 @@ def _read_named(
     if named.one_document:
         # With the empty lines, as the GPTQ paper's code joins them: else perplexities cannot be compared with others'.
         found = ["\n\n".join(found)]
-    return [row for row in found if not isinstance(row, str) or row.strip()], {
+    kept = [row for row in found if not isinstance(row, str) or row.strip()]
+    return [Row(f"sample {index} of {named.path}", row) for index, row in enumerate(kept)], {
         "path": named.path,
         "revision": revision,
     }

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from optq.positions import fitting
 from optq.torch_state import default_torch_state
 
 from .comparison import Comparer, Comparison, exponential
@@ -105,12 +106,13 @@ def perplexity(
     Args:
         model: a causal language model; its device and dtype are used, losses are summed in float64.
         input_ids: (tokens,) or (1, tokens) int64. For "rolling" with the token before the text as its first.
-        window: the most tokens read at once.
+        window: the most tokens read at once; cut to the positions that the model has.
         windows: how many to use at most, from the start; by default all.
         protocol, stride: see `Protocol` and `spans`.
     Raises:
         ValueError: the text is too short for the protocol.
     """
+    window = fitting(model, window, f"window={window}")
     return perplexity_on(model, input_ids, spans(input_ids.numel(), protocol, window, stride)[:windows])
 
 

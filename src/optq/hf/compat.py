@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every use of transformers that is internal to it or differs between versions 5.17 and 5.23, but for `parallel`."""
 
+import copy
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +22,9 @@ from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from optq.errors import CalibrationError
+from optq.errors import CalibrationError, ConfigError
+
+from .origin import where_for
 
 logger = logging.getLogger(__name__)
 
@@ -169,20 +173,56 @@ def _model_around(model: Any, name: str) -> Any:
     return [module for module in around if isinstance(module, PreTrainedModel)][-1]
 
 
-def load_tokenizer(tokenizer: Any, model: Any) -> Any:
-    """The tokenizer itself, or the one of a model id or folder, by default the model's own."""
-    if tokenizer is not None and not isinstance(tokenizer, str):
-        return tokenizer
+def load_tokenizer(tokenizer: Any, model: str, where: Mapping[str, Any]) -> Any:
+    """The tokenizer itself, or the one of a model id or folder, by default the model's own.
+
+    Args:
+        tokenizer: as `check_tokenizer` takes it.
+        model: the model's id or folder.
+        where: arguments of `from_pretrained` with which the model is found: subfolder, revision, token, …
+    """
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        return _tokenizer_of(tokenizer)
     from transformers import AutoTokenizer
 
-    source = tokenizer or model.config.name_or_path
+    source = str(tokenizer or model)
+    told = where_for(source, model, where)
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(source, **told)
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
+        folder = f", subfolder {told['subfolder']!r}" if told.get("subfolder") else ""
         raise CalibrationError(
-            f"The calibration data is text, but no tokenizer could be loaded from {source!r}: {error} "
+            f"The calibration data is text, but no tokenizer could be loaded from {source!r}{folder}: {error} "
             "Pass tokenizer= with an object, a model id or a folder, or pass token ids."
         ) from error
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is neither None, a model id or folder, a tokenizer, nor a processor with one.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        _tokenizer_of(tokenizer)
+
+
+def _tokenizer_of(given: Any) -> Any:
+    """A tokenizer, or that of a processor, whose chat template is its own."""
+    tokenizer = getattr(given, "tokenizer", given)
+    if not callable(tokenizer) or not hasattr(tokenizer, "bos_token_id"):
+        hint = ""
+        if type(tokenizer).__module__.partition(".")[0] == "tokenizers":
+            hint = " Wrap it: PreTrainedTokenizerFast(tokenizer_object=...)."
+        raise ConfigError(
+            f"tokenizer= is a {type(given).__name__}; it may be a model id, a folder, a tokenizer of transformers, or "
+            f"a processor that has one.{hint}"
+        )
+    template = getattr(given, "chat_template", None)
+    if tokenizer is not given and template and not getattr(tokenizer, "chat_template", None):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def untie_head(model: Any) -> None:

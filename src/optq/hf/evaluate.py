@@ -30,10 +30,12 @@ from optq.evaluation import (
 )
 from optq.layers import QuantLinear
 from optq.placement import execution_device
+from optq.positions import fitting, stated_positions
 from optq.torch_state import default_torch_state
 
 from .compat import load_tokenizer
 from .inspection import inspect
+from .origin import where_in
 from .preparation import LONGEST_WRITTEN, vocabulary_of
 from .source import model_config_of
 from .writing import opening_of
@@ -125,7 +127,7 @@ def compare(
         dataset: the text, in any form that `GPTQConfig.dataset` takes; of a named dataset its part for evaluation;
             "self": text that the baseline writes, not what it writes to be calibrated on. Samples are read one after
             another, as one text.
-        tokenizer: object, id or folder; by default that of the baseline, else of the first model.
+        tokenizer: object, processor, id or folder; by default that of the baseline, else of the first model.
         protocols: see `optq.evaluation.Protocol`; not "rolling", which wants a token before the text.
         window: tokens that a model reads at once, at most what all of the models can.
         stride: of the protocol "sliding"; by default 512, or half of a window that is shorter than 1024.
@@ -141,11 +143,16 @@ def compare(
     names = [os.fspath(model) for model in models]
     origin = None if baseline is None else os.fspath(baseline)
     reference = origin or names[0]
-    longest = getattr(model_config_of(reference, kwargs).get_text_config(), "max_position_embeddings", None)
-    window = min(window, longest or window)
-    stride = min(STRIDE, window // 2) if stride is None else stride
-    encoder = cache(lambda: load_tokenizer(tokenizer or reference, None))
+    stated = {name: stated_positions(model_config_of(name, kwargs)) for name in dict.fromkeys([reference, *names])}
+    shortest = min(stated, key=lambda name: stated[name] or window)
+    if (limit := stated[shortest] or window) < window:
+        logger.warning("window=%d: %s has %d positions, so windows are cut to %d.", window, shortest, limit, limit)
+        window = limit
+    encoder = cache(lambda: load_tokenizer(tokenizer, reference, where_in(kwargs)))
     original = None if origin is None else _load(origin, device, kwargs)
+    if original is not None:
+        window = fitting(original, window, f"window={window}")
+    stride = min(STRIDE, window // 2) if stride is None else stride
     samples = _own_text(original, tokens) if dataset == SELF else read_for_evaluation(dataset, encoder)
     ids = torch.tensor([token for sample in samples for token in sample][:tokens])
     yardstick = _Yardstick(

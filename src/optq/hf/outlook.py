@@ -24,6 +24,7 @@ from optq.torch_state import default_torch_state
 
 from .api import model_without_weights
 from .config import GPTQConfig
+from .origin import where_in
 from .preparation import prepare, prepare_data, vocabulary_of
 from .source import head_width_of, parallel_plan_of
 
@@ -126,9 +127,10 @@ def plan(
     """
     config = GPTQConfig.from_stock(config)
     model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
-    prepared = prepare(model, config)
+    where = where_in(kwargs)
+    prepared = prepare(model, config, where)
     planned = prepared.plan
-    calibration = prepared.calibration or prepare_data(model, config, partial(_stand_in, vocabulary_of(model)))
+    calibration = prepared.calibration or prepare_data(model, config, where, partial(_stand_in, vocabulary_of(model)))
     put_split(model, prepared.experts)
     device = execution_device(config.device)
     targets = planned.all_targets

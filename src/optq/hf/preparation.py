@@ -2,7 +2,7 @@
 """What a configuration means for a model: which linears are quantized and how, and on what data. No weight is read."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from optq.calibration import TOKENS_PER_MICRO_BATCH, TOKENS_PER_STEP, Calibratio
 from optq.errors import CalibrationError, ConfigError
 from optq.model import Experts, find_blocks, find_fused_experts, find_linears, put_fused, put_split
 from optq.planning import Plan, plan_quantization
+from optq.positions import fitting, positions_of, stated_positions
 
 from . import compat
 from .config import GPTQConfig
@@ -36,9 +37,11 @@ class Preparation:
     experts: dict[str, Experts]
 
 
-def prepare(model: Any, config: GPTQConfig) -> Preparation:
+def prepare(model: Any, config: GPTQConfig, where: Mapping[str, Any]) -> Preparation:
     """The plan and the calibration data for a model, which may be on the meta device and is left as it is.
 
+    Args:
+        where: arguments of `from_pretrained` with which the model is found, and its tokenizer.
     Raises:
         ConfigError, CalibrationError, ModelError: whatever can be refused before any work.
     """
@@ -49,7 +52,7 @@ def prepare(model: Any, config: GPTQConfig) -> Preparation:
         )
     plan, experts = plan_for(model, config)
     with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
-        calibration = None if config.own_text else prepare_data(model, config)
+        calibration = None if config.own_text else prepare_data(model, config, where)
     return Preparation(plan=plan, calibration=calibration, experts=experts)
 
 
@@ -114,21 +117,28 @@ def _find_head(model: Any) -> dict[str, nn.Module]:
 
 
 def prepare_data(
-    model: Any, config: GPTQConfig, write: Callable[[int, int], list[list[int]]] | None = None
+    model: Any,
+    config: GPTQConfig,
+    where: Mapping[str, Any],
+    write: Callable[[int, int], list[list[int]]] | None = None,
 ) -> Calibration:
     """The calibration data.
 
     Args:
+        where: arguments of `from_pretrained` with which the model is found, and its tokenizer.
         write: has the model write: so many samples of so many tokens.
     """
+    compat.check_tokenizer(config.tokenizer)
     text_config = model.config.get_text_config(decoder=True)
-    longest = getattr(text_config, "max_position_embeddings", None) or LONGEST
-    longest = config.model_seqlen or (min(longest, LONGEST) if longest > 0 else LONGEST)  # XLNet's is -1: no limit
-    length = config.model_seqlen or min(longest, LONGEST_WRITTEN)
+    if config.model_seqlen is not None:
+        longest = fitting(model, config.model_seqlen, f"model_seqlen={config.model_seqlen}")
+    else:
+        longest = min(LONGEST, stated_positions(model.config) or LONGEST, positions_of(model) or LONGEST)
+    length = longest if config.model_seqlen is not None else min(longest, LONGEST_WRITTEN)
     padding = config.pad_token_id
     return prepare_calibration(
         config.calibration_data,
-        lambda: compat.load_tokenizer(config.tokenizer, model),
+        lambda: compat.load_tokenizer(config.tokenizer, model.config.name_or_path, where),
         vocabulary=vocabulary_of(model),
         window=longest,
         samples=config.num_samples,
@@ -141,6 +151,8 @@ def prepare_data(
         micro_batch_tokens=TOKENS_PER_STEP if config.polish_passes else TOKENS_PER_MICRO_BATCH,
         separator=_end_of_text(text_config) if config.packing else None,
         write=None if write is None else lambda count: write(count, length),
+        # What stands after a token is nothing to a model that writes; others may look there, whatever the mask says.
+        padded=why_not_written(model) is None or _has_decoder_inputs(model),
     )
 
 

@@ -42,6 +42,7 @@ from .config import GPTQConfig
 from .journal import Journal, check_same, described
 from .labels import check_label, zeros_contradict
 from .legacy import UNPICKLE
+from .origin import where_told
 from .parallel import ParallelLinear
 from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
@@ -111,7 +112,7 @@ class OptqHfQuantizer(HfQuantizer):
         parallel.refuse_to_quantize(model)
         config = self.quantization_config
         self._files = checkpoint_files or []
-        prepared = prepare(model, config)
+        prepared = prepare(model, config, where_told())
         if config.own_text and (reason := why_not_loaded_again(self._files)):
             raise CalibrationError(
                 f"The model cannot write its own calibration data: {reason}. Pass dataset= with {accepted()}."
@@ -145,7 +146,7 @@ class OptqHfQuantizer(HfQuantizer):
         if self._calibration is None:
             # Not in *before*: there, transformers holds back the initialisation of whatever model is loaded.
             write = partial(write_own_text, model, self._files, config, ranks=ranks)
-            self._take(prepare_data(model, config, write))
+            self._take(prepare_data(model, config, where_told(), write))
         assert self._calibration is not None
         description = described(self._files, config.settings(), self._calibration, model.dtype)
         check_same(ranks.gathered(description))

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the model that is being loaded comes from, in the words of whoever asked for it.
+
+transformers tells a quantizer the model's name and its files, but neither the revision, subfolder and token that were
+asked for nor whether code may be run. Its tokenizer has to come from the same place, so a call's arguments are kept
+for as long as it lasts.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+FOR_ALL = ("token", "cache_dir", "local_files_only", "trust_remote_code")
+"""What holds for whatever is read along with the model."""
+
+FOR_ONE = ("revision", "subfolder")
+"""What holds for the model's own repository or folder only."""
+
+_TOLD: ContextVar[Mapping[str, Any] | None] = ContextVar("optq_told", default=None)
+
+
+def register() -> None:
+    """Have transformers' `PreTrainedModel.from_pretrained` remember what it was called with. Idempotent."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    load = PreTrainedModel.from_pretrained.__func__
+    if hasattr(load, "optq_wraps"):
+        return
+
+    @wraps(load)
+    def from_pretrained(cls: type[Any], /, *args: Any, **kwargs: Any) -> Any:
+        with _told(kwargs):
+            return load(cls, *args, **kwargs)
+
+    from_pretrained.optq_wraps = True  # type: ignore[attr-defined]  # transformers wraps it as well
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+@contextmanager
+def _told(kwargs: Mapping[str, Any]) -> Iterator[None]:
+    token = _TOLD.set(where_in(kwargs))
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
+
+
+def where_told() -> Mapping[str, Any]:
+    """What the call of `from_pretrained` that is running was told of where the model is."""
+    return _TOLD.get() or {}
+
+
+def where_in(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What arguments of `from_pretrained` say of where the model is; as arguments."""
+    return {key: kwargs[key] for key in (*FOR_ALL, *FOR_ONE) if kwargs.get(key) is not None}
+
+
+def where_for(name: str, model: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with which `name` is read, when `model` is where `where` says."""
+    return {key: value for key, value in where.items() if name == model or key in FOR_ALL}
