@@ -2,11 +2,17 @@
 """Every use of transformers that is internal to it or differs between versions 5.17 and 5.23, but for `parallel`."""
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import offload_state_dict
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -220,21 +226,71 @@ def make_generation_config_savable(model: Any) -> None:
         generation_config.do_sample = True
 
 
-def dispatch(model: Any, device_map: Any, quantizer: Any) -> None:
-    """Place the finished model as `from_pretrained(device_map=...)` asked."""
-    if device_map is None:
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where `from_pretrained` was asked to place a model: its arguments of these names."""
+
+    device_map: Any = None
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: str | os.PathLike[str] | None = None
+    offload_buffers: bool = False
+
+
+def asked_placement(device_map: Any) -> Placement:
+    """Of the `from_pretrained` that is calling, which tells its quantizer no more than `device_map`."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "from_pretrained" and "offload_folder" in frame.f_locals:
+            names = ("max_memory", "offload_folder", "offload_buffers")
+            return Placement(device_map=device_map, **{name: frame.f_locals[name] for name in names})
+        frame = frame.f_back
+    return Placement(device_map=device_map)
+
+
+def _disjoint(model: Any, placement: dict[str, Any]) -> dict[str, Any]:
+    """The same, but no module is inside of another one that is named.
+
+    Else accelerate hangs two hooks on modules, and transformers finds neither when it saves what is offloaded.
+    """
+    modules, found = dict(model.named_modules()), dict(placement)
+    waiting = list(placement)
+    for name in waiting:  # it grows
+        prefix, module = f"{name}." if name else "", modules.get(name)
+        if module is None or not any(key != name and key.startswith(prefix) for key in found):
+            continue
+        if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            device = found.pop(name)
+            inside = {prefix + child: device for child, _ in module.named_children()}
+            waiting += [child for child in inside if child not in found]
+            found = {**inside, **found}
+    return found
+
+
+def dispatch(model: Any, asked: Placement, quantizer: Any) -> None:
+    """Place a model that is on the CPU; if that fails, it is there again.
+
+    Raises:
+        OSError, RuntimeError, ValueError: of torch or accelerate.
+    """
+    if asked.device_map is None:
         return
-    from transformers.modeling_utils import _get_device_map
+    from transformers.integrations.accelerate import _get_device_map, accelerate_dispatch
 
-    placement = _get_device_map(model, device_map, None, quantizer)
-    devices = set(placement.values())
-    if len(devices) == 1:
-        device = devices.pop()
-        if device == "disk":
-            raise ValueError("device_map places the whole model on disk; give it a device to run on.")
-        model.to(torch.device(device) if not isinstance(device, int) else device)
-    else:
-        from accelerate import dispatch_model
-
-        dispatch_model(model, placement)
+    try:
+        placement = _disjoint(model, _get_device_map(model, asked.device_map, asked.max_memory, quantizer))
+        devices = set(placement.values())
+        if len(devices) == 1 and "disk" not in devices:
+            model.to(devices.pop())
+        else:
+            if asked.offload_folder is not None:
+                disk = tuple(f"{name}." if name else "" for name, device in placement.items() if device == "disk")
+                state = model.state_dict()
+                # Without this, accelerate takes what an earlier model has left in the folder for this one's.
+                offload_state_dict(asked.offload_folder, {key: state[key] for key in state if key.startswith(disk)})
+            accelerate_dispatch(model, quantizer, placement, asked.offload_folder, None, asked.offload_buffers)
+    except (OSError, RuntimeError, ValueError):
+        remove_hook_from_submodules(model)
+        model.__dict__.pop("to", None)  # accelerate's, which refuses to move what is offloaded
+        model.to("cpu")
+        raise
     model.hf_device_map = placement

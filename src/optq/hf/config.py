@@ -78,6 +78,13 @@ RUN_ONLY = (
 """Fields that say how to run, not what the checkpoint is: never written to config.json."""
 
 
+NOT_DECISIVE = (
+    *("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "journal_folder"),
+    *("quality_gate", "max_perplexity_ratio"),  # whether rows are held out shows in the data
+)
+"""Fields that a run may change when it goes on: the checkpoint gets the same bytes."""
+
+
 class GPTQConfig(transformers.GPTQConfig):
     """How to quantize a model, or how a checkpoint was quantized. See docs/configuration.md for every field.
 
@@ -439,6 +446,10 @@ class GPTQConfig(transformers.GPTQConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to config.json: names and values that GPTQ readers expect, and keys found but not known."""
+        return copy.deepcopy(self.written())
+
+    def written(self) -> dict[str, Any]:
+        """The same, but its values are this config's own, also those that cannot be copied."""
         written = {
             key: value for key, value in vars(self).items() if key not in (*RUN_ONLY, "unknown") and value is not None
         }
@@ -446,12 +457,11 @@ class GPTQConfig(transformers.GPTQConfig):
             written["dataset"] = self._dataset_name
         written["quant_method"] = QuantizationMethod.GPTQ.value
         written["checkpoint_format"] = self.format
-        return copy.deepcopy({**self.unknown, **written})
+        return {**self.unknown, **written}
 
     def settings(self) -> dict[str, Any]:
         """Whatever decides what the checkpoint will be, besides the data."""
-        without = ("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "journal_folder")
-        return {key: value for key, value in vars(self).items() if key not in without}
+        return {key: value for key, value in vars(self).items() if key not in NOT_DECISIVE}
 
     def activation_limits(self, device: torch.device, processes: int = 1) -> tuple[float, float]:
         """Bytes that activations may take on the device, and of the machine's memory; `processes` share the latter."""

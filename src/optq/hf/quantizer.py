@@ -20,10 +20,10 @@ from accelerate.utils import align_module_device
 from transformers.quantizers.base import HfQuantizer
 
 from optq.allocation import allocate
-from optq.calibration import Calibration, accepted, check_sources
+from optq.calibration import Calibration, accepted
 from optq.checkpoint import find_quantized_linears, read_headers
 from optq.driver import quantize_model
-from optq.errors import CalibrationError, CheckpointError
+from optq.errors import CalibrationError, CheckpointError, QualityError
 from optq.evaluation import Comparison, is_good, judge
 from optq.kernels import tune
 from optq.layers import QuantLinear, join_experts, join_siblings
@@ -44,6 +44,7 @@ from .legacy import UNPICKLE
 from .parallel import ParallelLinear
 from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
+from .upfront import check_backend, check_kernels, check_placement, check_request
 from .writing import why_not_loaded_again, write_own_text
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class OptqHfQuantizer(HfQuantizer):
         self.log: RunLog | None = None
         self.quality: Comparison | None = None
         self._ranks = ALONE
-        self._device_map: Any = None
+        self._placement = compat.Placement()
         self._plan: Plan | None = None
         self._calibration: Calibration | None = None
         self._streamed: StreamedBlocks | None = None
@@ -88,16 +89,17 @@ class OptqHfQuantizer(HfQuantizer):
         """Refuse, before anything is downloaded, what can never be quantized."""
         self._weights_only = weights_only
         if self.pre_quantized:
+            check_backend(self.quantization_config.backend)
             return
         self._ranks = join()
-        check_sources(self.quantization_config.calibration_data)
-        execution_device(self.quantization_config.device)
+        self._placement = compat.asked_placement(kwargs.get("device_map"))
+        folder = self._placement.offload_folder
+        check_request(self.quantization_config, self._placement.device_map, folder)
 
     def update_device_map(self, device_map: Any) -> Any:
         """While quantizing, load to the CPU: blocks visit the accelerator one by one. The result goes where asked."""
         if self.pre_quantized:
             return device_map
-        self._device_map = device_map
         return None if device_map is None else {"": "cpu"}
 
     def _process_model_before_weight_loading(
@@ -115,6 +117,10 @@ class OptqHfQuantizer(HfQuantizer):
                 f"The model cannot write its own calibration data: {reason}. Pass dataset= with {accepted()}."
             )
         self._plan, self._experts = prepared.plan, prepared.experts
+        asked, placed = self._placement, config.journal_folder is None
+        if placed:
+            check_placement(model, self._plan, asked.device_map, asked.offload_folder)
+        check_kernels(model, self._plan, config, asked.device_map, placed=placed)
         blocks = {name: block for name, block in self._plan.blocks.items() if name != self._plan.head}
         if reason := why_not_streamed(model, blocks, checkpoint_files or []):
             logger.info("The whole model is read into memory: %s.", reason)
@@ -200,17 +206,47 @@ class OptqHfQuantizer(HfQuantizer):
             if self.quality is not None:
                 limit = config.max_perplexity_ratio
                 self.log.emit("gate", green=is_good(self.quality, limit), max_perplexity_ratio=limit)
-                judge(
-                    self.quality,
-                    limit,
-                    held_out=self._calibration.probes_held_out,
-                    strict=config.quality_gate == "raise",
-                )
-        self._record(model)
-        self.pre_quantized = True  # from here on it is like a loaded checkpoint
-        if self.journal is None:  # else its blocks are on the disk, and not in memory
-            compat.dispatch(model, self._device_map, self)
+            held_out = self._calibration.probes_held_out
+            self._record(model)
+            self.pre_quantized = True  # from here on it is like a loaded checkpoint
+            if self.journal is None:  # else its blocks are on the disk, and not in memory
+                self._place(model)
+            if self.quality is not None:
+                self._judge(model, config, held_out=held_out)
+
+    def _place(self, model: Any) -> None:
+        """Make the finished model ready where it was asked for. What fails here costs the place, not the work."""
+        try:
+            compat.dispatch(model, self._placement, self)
             self._prepare_layers(model)
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
+            logger.warning(
+                "The model is quantized, but could not be made ready where device_map=%r and backend=%r ask for it: "
+                "%s: %s. It is returned as it is; save it with save_pretrained(), and load it as there is room.",
+                self._placement.device_map,
+                self.quantization_config.backend,
+                type(error).__name__,
+                error,
+            )
+
+    def _judge(self, model: Any, config: GPTQConfig, *, held_out: bool) -> None:
+        """The gate, when the work is safe: its error says where that is."""
+        assert self.quality is not None
+        try:
+            judge(self.quality, config.max_perplexity_ratio, held_out=held_out, strict=config.quality_gate == "raise")
+        except QualityError as error:
+            if self.journal is None:
+                refused = QualityError(f"{error} The quantized model is the attribute `model` of this error.")
+                refused.model = model
+            else:
+                folder = Path(config.journal_folder or "").parent
+                goes_on = (
+                    "the same call with quality_gate='warn' writes the checkpoint from them; " * self.quality.finite
+                )
+                refused = QualityError(
+                    f"{error} The finished blocks are kept in {folder}: {goes_on}deleting the folder gives them up."
+                )
+            raise refused from None
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
