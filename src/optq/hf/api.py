@@ -17,6 +17,7 @@ from optq.errors import OutputError
 from optq.progress import LOG_NAME
 from optq.ranks import join
 
+from .bases import check_base
 from .card import card
 from .config import GPTQConfig
 from .journal import RUN_FILES, differences_to, is_worth_keeping, write_whole
@@ -65,14 +66,14 @@ def quantize(
     source, output = os.fspath(model_id_or_dir), Path(output_dir)
     config = copy.copy(GPTQConfig.from_stock(config))
     check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"))
+    described = model_config_of(source, kwargs)
+    check_base(described, source)
     ranks, partial = join(), output / PARTIAL
     if ranks.from_first(lambda: _begin(output, config)):
         config.log_file = config.log_file or str(output / LOG_NAME)
         config.journal_folder = str(partial)
         try:
-            model = model_class_of(model_config_of(source, kwargs)).from_pretrained(
-                source, quantization_config=config, **kwargs
-            )
+            model = model_class_of(described).from_pretrained(source, quantization_config=config, **kwargs)
             if ranks.is_first:
                 _write_rest(model, companions_folder(source, kwargs), partial)
         finally:
@@ -143,6 +144,7 @@ def _write_rest(model: Any, companions: Path, partial: Path) -> None:
 def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
     """The model on the meta device, in the dtype that it would be loaded in."""
     model_config = model_config_of(source, kwargs)
+    check_base(model_config, source)
     model_class = model_class_of(model_config)
     dtype = kwargs.get("dtype", "auto")
     if isinstance(dtype, str):

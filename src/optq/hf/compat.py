@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils import logging as transformers_logging
 
 from optq.errors import CalibrationError
@@ -44,9 +45,37 @@ def renamed(tensors: dict[str, Value], model: Any) -> dict[str, Value]:
     }
 
 
-def names_in_model(keys: Iterable[str], model: Any, *, fused: bool = True) -> dict[str, str]:
-    """What tensors of a dense checkpoint are called in the model; of those that become one, its name if `fused`."""
-    conversions = get_model_conversion_mapping(model)
+DEQUANTIZED_METHODS = ("fp8", "mxfp8", "mxfp4")
+"""The values of quant_method that transformers can dequantize while it reads a checkpoint, and optq has it do so."""
+
+
+def can_dequantize(method: str) -> bool:
+    return method in DEQUANTIZED_METHODS and method in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def dequantizer(stated: dict[str, Any]) -> Any:
+    """transformers' own quantizer for a checkpoint with this quantization_config, told to dequantize it."""
+    config = AutoQuantizationConfig.from_dict({**stated, "dequantize": True})
+    return AutoHfQuantizer.from_config(config, pre_quantized=True)
+
+
+def forget_dequantizing(model: Any) -> None:
+    """Have saving write what was dequantized as the ordinary model that it is now, not quantize it back."""
+
+    def key(entry: Any) -> tuple[Any, ...]:
+        return type(entry), tuple(entry._original_target_patterns), entry.scope_prefix
+
+    applied = {key(entry) for entry in model._weight_conversions or ()}
+    model._weight_conversions = [entry for entry in get_model_conversion_mapping(model) if key(entry) in applied]
+
+
+def names_in_model(keys: Iterable[str], model: Any, base: Any = None, *, fused: bool = True) -> dict[str, str]:
+    """What tensors of a dense checkpoint are called in the model; of those that become one, its name if `fused`.
+
+    Args:
+        base: the `dequantizer` of a checkpoint that is not dense.
+    """
+    conversions = get_model_conversion_mapping(model, None, base)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if fused and isinstance(entry, WeightConverter)]
     state = model.state_dict()
@@ -110,15 +139,21 @@ def named_as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, 
     return named
 
 
-def load_tensors(model: Any, tensors: dict[str, Any]) -> None:
-    """Read slices of a checkpoint into the model, as `from_pretrained` does: renamed, converted, cast, on the CPU."""
+def load_tensors(model: Any, tensors: dict[str, Any], base: Any = None) -> None:
+    """Read slices of a checkpoint into the model, as `from_pretrained` does: renamed, converted, cast, on the CPU.
+
+    Args:
+        base: the `dequantizer` of a checkpoint that is not dense.
+    """
     applied = model._weight_conversions  # what saving has to undo; the slices are a part of the checkpoint only
     settings = LoadStateDictConfig(
         device_map={"": "cpu"},
         dtype=model.dtype,
         dtype_plan=model._get_dtype_plan(model.dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=get_model_conversion_mapping(model, None, base),
+        hf_quantizer=base,
     )
+    empty = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_meta}
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -127,6 +162,9 @@ def load_tensors(model: Any, tensors: dict[str, Any]) -> None:
         model._weight_conversions = applied
         if shown:
             transformers_logging.enable_progress_bar()
+    for name, parameter in model.named_parameters() if base is not None else ():
+        # Before 5.18, mxfp4 becomes bfloat16 whatever the model is.
+        parameter.data = parameter.data.to(empty.get(name, parameter.dtype))
 
 
 def initialise_buffers(model: Any, name: str) -> None:

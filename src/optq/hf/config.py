@@ -74,12 +74,13 @@ RUN_ONLY = (
     "activation_memory",
     "log_file",
     "journal_folder",
+    "base",
 )
 """Fields that say how to run, not what the checkpoint is: never written to config.json."""
 
 
 NOT_DECISIVE = (
-    *("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "journal_folder"),
+    *("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "journal_folder", "base"),
     *("quality_gate", "max_perplexity_ratio"),  # whether rows are held out shows in the data
 )
 """Fields that a run may change when it goes on: the checkpoint gets the same bytes."""
@@ -224,6 +225,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.activation_memory = activation_memory
         self.log_file = log_file
         self.journal_folder: str | None = None  # set by optq.quantize: where finished blocks are written at once
+        self.base: dict[str, Any] | None = None  # set by register: the quantization_config of the model to quantize
         self.max_input_length = max_input_length
         self.cache_block_outputs = cache_block_outputs
         self.modules_in_block_to_quantize = modules_in_block_to_quantize
@@ -426,6 +428,9 @@ class GPTQConfig(transformers.GPTQConfig):
             "quantizer": [f"optq:{__version__}"],
             "calibration": recipe,
         }
+        if self.base is not None:
+            config.meta["dequantized_from"] = self.base["quant_method"]
+            config.base = None
         if self.has_budget:
             base = Counter(scheme_of.values()).most_common(1)[0][0]
             config.bits, config.group_size, config.sym = base.bits, base.group_size, base.symmetric

@@ -37,6 +37,7 @@ from optq.scheme import LayerScheme
 from optq.serving import kind_of
 
 from . import compat, parallel
+from .bases import check_dense, method_of
 from .config import GPTQConfig
 from .journal import Journal, check_same, described
 from .labels import check_label, zeros_contradict
@@ -71,6 +72,10 @@ class OptqHfQuantizer(HfQuantizer):
         super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
         self.quantization_config: GPTQConfig
         self.pre_quantized: bool
+        base = self.quantization_config.base
+        # To transformers, pre_quantized says that tensors of the checkpoint are no weights yet.
+        self._quantizes = not self.pre_quantized or base is not None
+        self._base = compat.dequantizer(base) if base is not None else None
         self.log: RunLog | None = None
         self.quality: Comparison | None = None
         self._ranks = ALONE
@@ -88,7 +93,7 @@ class OptqHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
         """Refuse, before anything is downloaded, what can never be quantized."""
         self._weights_only = weights_only
-        if self.pre_quantized:
+        if not self._quantizes:
             check_backend(self.quantization_config.backend)
             return
         self._ranks = join()
@@ -98,19 +103,21 @@ class OptqHfQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         """While quantizing, load to the CPU: blocks visit the accelerator one by one. The result goes where asked."""
-        if self.pre_quantized:
+        if not self._quantizes:
             return device_map
         return None if device_map is None else {"": "cpu"}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if self.pre_quantized:
+        if not self._quantizes:
             self._insert_empty_layers(model, checkpoint_files or [])
             return
         parallel.refuse_to_quantize(model)
         config = self.quantization_config
         self._files = checkpoint_files or []
+        if self._base is None:
+            check_dense(self._files)
         prepared = prepare(model, config)
         if config.own_text and (reason := why_not_loaded_again(self._files)):
             raise CalibrationError(
@@ -125,7 +132,7 @@ class OptqHfQuantizer(HfQuantizer):
         if reason := why_not_streamed(model, blocks, checkpoint_files or []):
             logger.info("The whole model is read into memory: %s.", reason)
         else:
-            self._streamed = StreamedBlocks(model, blocks, checkpoint_files or [], self._experts)
+            self._streamed = StreamedBlocks(model, blocks, checkpoint_files or [], self._experts, self._base)
             self._streamed.leave()
         if prepared.calibration is not None:
             self._take(prepared.calibration)
@@ -137,7 +144,7 @@ class OptqHfQuantizer(HfQuantizer):
             logger.warning("Weak calibration data: %s.", weakness)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self.pre_quantized:
+        if not self._quantizes:
             self._complete_layers(model)
             self._doubt_labels(model)
             self._prepare_layers(model)
@@ -162,6 +169,8 @@ class OptqHfQuantizer(HfQuantizer):
             for experts in self._experts.values():
                 experts.take_weights()
         put_split(model, self._experts)
+        if self._base is not None:
+            compat.forget_dequantizing(model)
         planned = [target.view.name for target in self._plan.all_targets]
         compat.keep_unconverted(model, planned)
         if self._plan.head is not None:
@@ -176,6 +185,8 @@ class OptqHfQuantizer(HfQuantizer):
             folder=Path(config.journal_folder) if config.journal_folder is not None else None,
         )
         with self.log:
+            if config.base is not None:
+                logger.info("The model is stored in %s, and dequantized as it is read.", method_of(config.base))
             if config.has_budget:
                 self._plan = allocate(
                     model,
@@ -203,12 +214,14 @@ class OptqHfQuantizer(HfQuantizer):
                 store=store,
                 ranks=ranks,
             )
+            if config.base is not None:
+                self.log.emit("dequantized", quant_method=method_of(config.base))
             if self.quality is not None:
                 limit = config.max_perplexity_ratio
                 self.log.emit("gate", green=is_good(self.quality, limit), max_perplexity_ratio=limit)
             held_out = self._calibration.probes_held_out
             self._record(model)
-            self.pre_quantized = True  # from here on it is like a loaded checkpoint
+            self._quantizes, self.pre_quantized = False, True  # from here on it is like a loaded checkpoint
             if self.journal is None:  # else its blocks are on the disk, and not in memory
                 self._place(model)
             if self.quality is not None:
@@ -311,10 +324,13 @@ class OptqHfQuantizer(HfQuantizer):
             self._calibration.recipe, left_out, {name: scheme for name, scheme in planned.items() if name in done}
         )
         model.config.quantization_config = self.quantization_config
+        text_config = model.config.get_text_config(decoder=True)
+        if text_config is not model.config and hasattr(text_config, "quantization_config"):
+            del text_config.quantization_config  # of the base
         compat.make_generation_config_savable(model)
         for experts in self._experts.values():
             experts.every_token = False
-        self._plan = self._calibration = self._streamed = None  # free the calibration data
+        self._plan = self._calibration = self._streamed = self._base = None  # free the calibration data
 
     def _insert_empty_layers(self, model: Any, checkpoint_files: list[str]) -> None:
         config = self.quantization_config
@@ -367,10 +383,17 @@ class OptqHfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """While a checkpoint is read, experts that were split stay split."""
+        if self._base is not None:
+            based: list[Any] = self._base.update_weight_conversions(weight_conversions, *args, **kwargs)
+            return based
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *args, **kwargs)
-        if self.pre_quantized and self._experts:
+        if not self._quantizes and self._experts:
             conversions = compat.without_fusing_experts(conversions)
-        return compat.without_converting(conversions, self._packed) if self.pre_quantized else conversions
+        return conversions if self._quantizes else compat.without_converting(conversions, self._packed)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of a model that does not say in which dtype it is once it is dequantized, bfloat16."""
+        return torch.bfloat16 if self._base is not None and dtype.itemsize == 1 else dtype
 
     def _doubt_labels(self, model: Any) -> None:
         """Warn where the first layer of a kind has zeros that its label does not explain."""
