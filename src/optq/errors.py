@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors of optq: one class per cause, all derived from `OptqError`."""
 
+from typing import Any
+
 LONGEST_MESSAGE = 2000
 """Characters of a message: it may quote data, or what another library says, of any length."""
 
@@ -42,7 +44,13 @@ class SolveError(OptqError, RuntimeError):
 
 
 class QualityError(OptqError, RuntimeError):
-    """The finished model is too far from the original to be used."""
+    """The finished model is too far from the original to be used.
+
+    Attributes:
+        model: of `from_pretrained`, the quantized model, complete; None where a folder keeps the work.
+    """
+
+    model: Any = None
 
 
 class CheckpointError(OptqError, ValueError):

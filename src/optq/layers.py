@@ -239,8 +239,10 @@ class QuantLinear(nn.Module):
         was_shared = self.g_idx.is_shared()
         moved = fn(self.g_idx)
         if moved is self.g_idx and moved.is_shared() == was_shared:
-            packed, bias = {id(tensor) for tensor in (self.qweight, self.qzeros, self.scales, self.g_idx)}, self.bias
-            super()._apply(lambda tensor: tensor if id(tensor) in packed else fn(tensor), recurse)
+            bias = self.bias
+            with CHANGING:  # another thread may be having the words laid out
+                packed = {id(tensor) for tensor in (self.qweight, self.qzeros, self.scales, self.g_idx)}
+                super()._apply(lambda tensor: tensor if id(tensor) in packed else fn(tensor), recurse)
             if self.siblings is not None and self.bias is not bias:
                 self.siblings.bias_changed()
         else:

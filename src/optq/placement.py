@@ -15,18 +15,24 @@ def working_dtype(device: torch.device) -> torch.dtype | None:
     return torch.float32 if device.type == "cpu" else None
 
 
+def devices_here() -> list[str]:
+    """The devices of this machine, as torch writes them."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    return ["cpu", accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
 def execution_device(asked: torch.device | str | None = None) -> torch.device:
     """The device asked for; by default the accelerator, if there is one, else the CPU.
 
     Raises:
         ConfigError: this machine has no such device.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if asked is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator if accelerator is not None else torch.device("cpu")
-    here = ["cpu"]
-    if accelerator is not None:
-        here += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    here = devices_here()
     if str(asked) not in here:
         raise ConfigError(f"device={str(asked)!r} was asked for; this machine has {', '.join(here)}.")
     return torch.device(asked)

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optq.errors import ConfigError, OutputError
@@ -17,11 +18,13 @@ from optq.progress import LOG_NAME
 from optq.ranks import join
 from optq.torch_state import default_torch_state
 
+from .bases import check_base
 from .card import card
 from .config import GPTQConfig
 from .in_memory import quantize_in_memory, refuse_unless_whole
 from .journal import RUN_FILES, differences_to, is_worth_keeping, write_whole
 from .source import companions_folder, copy_companions, model_class_of, model_config_of
+from .upfront import check_request
 
 PARTIAL = ".optq-partial"
 """Where files grow inside the output folder before they get their names."""
@@ -90,19 +93,18 @@ def quantize(
             "exist or is empty. For a model in memory call from_pretrained(..., quantization_config=config)."
         )
     source, output = os.fspath(model), Path(output_dir)
-    config, ranks = copy.copy(GPTQConfig.from_stock(config)), join()
-    partial = output / PARTIAL
+    config = copy.copy(GPTQConfig.from_stock(config))
+    check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"))
+    described = model_config_of(source, kwargs)
+    check_base(described, source)
+    ranks, partial = join(), output / PARTIAL
     if ranks.from_first(lambda: _begin(output, config)):
         config.log_file = config.log_file or str(output / LOG_NAME)
         config.journal_folder = str(partial)
         try:
-            loaded = model_class_of(model_config_of(source, kwargs)).from_pretrained(
-                source, quantization_config=config, **kwargs
-            )
+            loaded = model_class_of(described).from_pretrained(source, quantization_config=config, **kwargs)
             if ranks.is_first:
-                loaded.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
-                copy_companions(companions_folder(source, kwargs), partial)
-                _make_ready(partial, loaded.hf_quantizer.journal.final_names(partial / "model.safetensors"))
+                _write_rest(loaded, companions_folder(source, kwargs), partial)
         finally:
             if ranks.is_first and not is_worth_keeping(partial):
                 shutil.rmtree(partial)
@@ -155,7 +157,6 @@ def _begin(output: Path, config: GPTQConfig) -> bool:
     """Make the folder ours; whether there is still anything to quantize."""
     _claim(output)
     partial = output / PARTIAL
-    partial.mkdir(exist_ok=True)
     if not (partial / READY).exists():
         return True
     if differences := differences_to(partial, config):
@@ -188,12 +189,32 @@ def _claim(output: Path) -> None:
             f"output_dir={str(output)!r} is not empty: it holds {shown}. "
             f"{push}Name a folder that does not exist or is empty; nothing was changed."
         )
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / PARTIAL).mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"output_dir={str(output)!r} cannot be made or written to: {error}. Name another folder; nothing was done."
+        ) from error
+
+
+def _write_rest(model: Any, companions: Path, partial: Path) -> None:
+    """Add to the blocks' files all that is no block, and what every model's folder has."""
+    try:
+        model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
+        copy_companions(companions, partial)
+        _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"All blocks are quantized and kept in {partial.parent}, but what else the checkpoint needs could not be "
+            f"written: {error}. Once it can be, the same call goes on from there."
+        ) from error
 
 
 def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
     """The model on the meta device, in the dtype that it would be loaded in."""
     model_config = model_config_of(source, kwargs)
+    check_base(model_config, source)
     model_class = model_class_of(model_config)
     dtype = kwargs.get("dtype", "auto")
     if isinstance(dtype, str):

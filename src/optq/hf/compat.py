@@ -3,12 +3,16 @@
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import offload_state_dict
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -20,11 +24,12 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils import logging as transformers_logging
 
 from optq.errors import CalibrationError, ConfigError
 
-from .origin import where_for
+from .origin import PLACEMENT, told, where_for
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +47,37 @@ def renamed(tensors: dict[str, Value], model: Any) -> dict[str, Value]:
     }
 
 
-def names_in_model(keys: Iterable[str], model: Any, *, fused: bool = True) -> dict[str, str]:
-    """What tensors of a dense checkpoint are called in the model; of those that become one, its name if `fused`."""
-    conversions = get_model_conversion_mapping(model)
+DEQUANTIZED_METHODS = ("fp8", "mxfp8", "mxfp4")
+"""The values of quant_method that transformers can dequantize while it reads a checkpoint, and optq has it do so."""
+
+
+def can_dequantize(method: str) -> bool:
+    return method in DEQUANTIZED_METHODS and method in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def dequantizer(stated: dict[str, Any]) -> Any:
+    """transformers' own quantizer for a checkpoint with this quantization_config, told to dequantize it."""
+    config = AutoQuantizationConfig.from_dict({**stated, "dequantize": True})
+    return AutoHfQuantizer.from_config(config, pre_quantized=True)
+
+
+def forget_dequantizing(model: Any) -> None:
+    """Have saving write what was dequantized as the ordinary model that it is now, not quantize it back."""
+
+    def key(entry: Any) -> tuple[Any, ...]:
+        return type(entry), tuple(entry._original_target_patterns), entry.scope_prefix
+
+    applied = {key(entry) for entry in model._weight_conversions or ()}
+    model._weight_conversions = [entry for entry in get_model_conversion_mapping(model) if key(entry) in applied]
+
+
+def names_in_model(keys: Iterable[str], model: Any, base: Any = None, *, fused: bool = True) -> dict[str, str]:
+    """What tensors of a dense checkpoint are called in the model; of those that become one, its name if `fused`.
+
+    Args:
+        base: the `dequantizer` of a checkpoint that is not dense.
+    """
+    conversions = get_model_conversion_mapping(model, None, base)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if fused and isinstance(entry, WeightConverter)]
     state = model.state_dict()
@@ -108,15 +141,21 @@ def named_as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, 
     return named
 
 
-def load_tensors(model: Any, tensors: dict[str, Any]) -> None:
-    """Read slices of a checkpoint into the model, as `from_pretrained` does: renamed, converted, cast, on the CPU."""
+def load_tensors(model: Any, tensors: dict[str, Any], base: Any = None) -> None:
+    """Read slices of a checkpoint into the model, as `from_pretrained` does: renamed, converted, cast, on the CPU.
+
+    Args:
+        base: the `dequantizer` of a checkpoint that is not dense.
+    """
     applied = model._weight_conversions  # what saving has to undo; the slices are a part of the checkpoint only
     settings = LoadStateDictConfig(
         device_map={"": "cpu"},
         dtype=model.dtype,
         dtype_plan=model._get_dtype_plan(model.dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=get_model_conversion_mapping(model, None, base),
+        hf_quantizer=base,
     )
+    empty = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_meta}
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -125,6 +164,9 @@ def load_tensors(model: Any, tensors: dict[str, Any]) -> None:
         model._weight_conversions = applied
         if shown:
             transformers_logging.enable_progress_bar()
+    for name, parameter in model.named_parameters() if base is not None else ():
+        # Before 5.18, mxfp4 becomes bfloat16 whatever the model is.
+        parameter.data = parameter.data.to(empty.get(name, parameter.dtype))
 
 
 def initialise_buffers(model: Any, name: str) -> None:
@@ -260,21 +302,65 @@ def make_generation_config_savable(model: Any) -> None:
         generation_config.do_sample = True
 
 
-def dispatch(model: Any, device_map: Any, quantizer: Any) -> None:
-    """Place the finished model as `from_pretrained(device_map=...)` asked."""
-    if device_map is None:
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where `from_pretrained` was asked to place a model: its arguments of these names."""
+
+    device_map: Any = None
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: str | os.PathLike[str] | None = None
+    offload_buffers: bool = False
+
+
+def asked_placement(device_map: Any) -> Placement:
+    """Of the `from_pretrained` that is running, which tells its quantizer no more than `device_map`."""
+    return Placement(device_map=device_map, **told(PLACEMENT))
+
+
+def _disjoint(model: Any, placement: dict[str, Any]) -> dict[str, Any]:
+    """The same, but no module is inside of another one that is named.
+
+    Else accelerate hangs two hooks on modules, and transformers finds neither when it saves what is offloaded.
+    """
+    modules, found = dict(model.named_modules()), dict(placement)
+    waiting = list(placement)
+    for name in waiting:  # it grows
+        prefix, module = f"{name}." if name else "", modules.get(name)
+        if module is None or not any(key != name and key.startswith(prefix) for key in found):
+            continue
+        if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            device = found.pop(name)
+            inside = {prefix + child: device for child, _ in module.named_children()}
+            waiting += [child for child in inside if child not in found]
+            found = {**inside, **found}
+    return found
+
+
+def dispatch(model: Any, asked: Placement, quantizer: Any) -> None:
+    """Place a model that is on the CPU; if that fails, it is there again.
+
+    Raises:
+        OSError, RuntimeError, ValueError: of torch or accelerate.
+    """
+    if asked.device_map is None:
         return
-    from transformers.modeling_utils import _get_device_map
+    from transformers.integrations.accelerate import _get_device_map, accelerate_dispatch
 
-    placement = _get_device_map(model, device_map, None, quantizer)
-    devices = set(placement.values())
-    if len(devices) == 1:
-        device = devices.pop()
-        if device == "disk":
-            raise ValueError("device_map places the whole model on disk; give it a device to run on.")
-        model.to(torch.device(device) if not isinstance(device, int) else device)
-    else:
-        from accelerate import dispatch_model
-
-        dispatch_model(model, placement)
+    try:
+        placement = _disjoint(model, _get_device_map(model, asked.device_map, asked.max_memory, quantizer))
+        devices = set(placement.values())
+        if len(devices) == 1 and "disk" not in devices:
+            model.to(devices.pop())
+        else:
+            if asked.offload_folder is not None:
+                disk = tuple(f"{name}." if name else "" for name, device in placement.items() if device == "disk")
+                state = model.state_dict()
+                # Without this, accelerate takes what an earlier model has left in the folder for this one's.
+                offload_state_dict(asked.offload_folder, {key: state[key] for key in state if key.startswith(disk)})
+            accelerate_dispatch(model, quantizer, placement, asked.offload_folder, None, asked.offload_buffers)
+    except (OSError, RuntimeError, ValueError):
+        remove_hook_from_submodules(model)
+        model.__dict__.pop("to", None)  # accelerate's, which refuses to move what is offloaded
+        model.to("cpu")
+        raise
     model.hf_device_map = placement

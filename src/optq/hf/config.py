@@ -74,8 +74,16 @@ RUN_ONLY = (
     "activation_memory",
     "log_file",
     "journal_folder",
+    "base",
 )
 """Fields that say how to run, not what the checkpoint is: never written to config.json."""
+
+
+NOT_DECISIVE = (
+    *("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "journal_folder", "base"),
+    *("quality_gate", "max_perplexity_ratio"),  # whether rows are held out shows in the data
+)
+"""Fields that a run may change when it goes on: the checkpoint gets the same bytes."""
 
 
 class GPTQConfig(transformers.GPTQConfig):
@@ -217,6 +225,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.activation_memory = activation_memory
         self.log_file = log_file
         self.journal_folder: str | None = None  # set by optq.quantize: where finished blocks are written at once
+        self.base: dict[str, Any] | None = None  # set by register: the quantization_config of the model to quantize
         self.max_input_length = max_input_length
         self.cache_block_outputs = cache_block_outputs
         self.modules_in_block_to_quantize = modules_in_block_to_quantize
@@ -419,6 +428,9 @@ class GPTQConfig(transformers.GPTQConfig):
             "quantizer": [f"optq:{__version__}"],
             "calibration": recipe,
         }
+        if self.base is not None:
+            config.meta["dequantized_from"] = self.base["quant_method"]
+            config.base = None
         if self.has_budget:
             base = Counter(scheme_of.values()).most_common(1)[0][0]
             config.bits, config.group_size, config.sym = base.bits, base.group_size, base.symmetric
@@ -439,6 +451,10 @@ class GPTQConfig(transformers.GPTQConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to config.json: names and values that GPTQ readers expect, and keys found but not known."""
+        return copy.deepcopy(self.written())
+
+    def written(self) -> dict[str, Any]:
+        """The same, but its values are this config's own, also those that cannot be copied."""
         written = {
             key: value for key, value in vars(self).items() if key not in (*RUN_ONLY, "unknown") and value is not None
         }
@@ -446,12 +462,11 @@ class GPTQConfig(transformers.GPTQConfig):
             written["dataset"] = self._dataset_name
         written["quant_method"] = QuantizationMethod.GPTQ.value
         written["checkpoint_format"] = self.format
-        return copy.deepcopy({**self.unknown, **written})
+        return {**self.unknown, **written}
 
     def settings(self) -> dict[str, Any]:
         """Whatever decides what the checkpoint will be, besides the data."""
-        without = ("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "journal_folder")
-        return {key: value for key, value in vars(self).items() if key not in without}
+        return {key: value for key, value in vars(self).items() if key not in NOT_DECISIVE}
 
     def activation_limits(self, device: torch.device, processes: int = 1) -> tuple[float, float]:
         """Bytes that activations may take on the device, and of the machine's memory; `processes` share the latter."""

@@ -30,15 +30,14 @@ def quantize_in_memory(model: PreTrainedModel, config: transformers.GPTQConfig) 
     """
     refuse_unless_whole(model)
     quantizer = OptqHfQuantizer(config, pre_quantized=False)
-    quantizer.validate_environment()
     device_map = getattr(model, "hf_device_map", None)
+    quantizer.validate_environment(device_map=device_map)
     marks = {name: getattr(model, name, None) for name in ("is_quantized", "quantization_method")}
     stated = getattr(model.config, "quantization_config", None)
     try:
         quantizer.preprocess_model(model, checkpoint_files=[])
         if device_map is not None:  # the hooks that move activations between devices would get into the way
             remove_hook_from_submodules(model)
-            quantizer.update_device_map(device_map)
         quantizer.postprocess_model(model)
     except BaseException:
         for name, value in marks.items():
@@ -47,7 +46,7 @@ def quantize_in_memory(model: PreTrainedModel, config: transformers.GPTQConfig) 
         if stated is None:
             del model.config.quantization_config
         if device_map is not None:
-            compat.dispatch(model, device_map, quantizer)
+            compat.dispatch(model, compat.Placement(device_map=device_map), quantizer)
         raise
     model.hf_quantizer = quantizer
     return model

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the model that is being loaded comes from, in the words of whoever asked for it.
+"""What `from_pretrained` was asked for: where the model comes from, and where it is to be placed.
 
 transformers tells a quantizer the model's name and its files, but neither the revision, subfolder and token that were
-asked for nor whether code may be run. Its tokenizer has to come from the same place, so a call's arguments are kept
-for as long as it lasts.
+asked for nor whether code may be run, and of the placement the device_map only. The tokenizer has to come from that
+place, and the finished model goes where it was asked, so a call's arguments are kept for as long as it lasts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -17,6 +17,9 @@ FOR_ALL = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 
 FOR_ONE = ("revision", "subfolder")
 """What holds for the model's own repository or folder only."""
+
+PLACEMENT = ("max_memory", "offload_folder", "offload_buffers")
+"""What belongs to a device_map."""
 
 _TOLD: ContextVar[Mapping[str, Any] | None] = ContextVar("optq_told", default=None)
 
@@ -40,16 +43,22 @@ def register() -> None:
 
 @contextmanager
 def _told(kwargs: Mapping[str, Any]) -> Iterator[None]:
-    token = _TOLD.set(where_in(kwargs))
+    token = _TOLD.set(kwargs)
     try:
         yield
     finally:
         _TOLD.reset(token)
 
 
-def where_told() -> Mapping[str, Any]:
-    """What the call of `from_pretrained` that is running was told of where the model is."""
-    return _TOLD.get() or {}
+def told(names: Iterable[str]) -> dict[str, Any]:
+    """Of these arguments, those that the `from_pretrained` that is running was called with, and that are not None."""
+    kwargs = _TOLD.get() or {}
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def where_told() -> dict[str, Any]:
+    """What it was told of where the model is."""
+    return told((*FOR_ALL, *FOR_ONE))
 
 
 def where_in(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from .config import GPTQConfig
 from .origin import where_in
 from .preparation import prepare, prepare_data, vocabulary_of
 from .source import head_width_of, parallel_plan_of
+from .upfront import check_kernels, check_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +127,13 @@ def plan(
         ConfigError, CalibrationError, ModelError: whatever would stop the run before its work.
     """
     config = GPTQConfig.from_stock(config)
+    device_map = kwargs.get("device_map")
+    check_request(config, device_map, kwargs.get("offload_folder"))
     model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
     where = where_in(kwargs)
     prepared = prepare(model, config, where)
     planned = prepared.plan
+    check_kernels(model, planned, config, device_map, placed=False)
     calibration = prepared.calibration or prepare_data(model, config, where, partial(_stand_in, vocabulary_of(model)))
     put_split(model, prepared.experts)
     device = execution_device(config.device)

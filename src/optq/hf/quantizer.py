@@ -20,10 +20,10 @@ from accelerate.utils import align_module_device
 from transformers.quantizers.base import HfQuantizer
 
 from optq.allocation import allocate
-from optq.calibration import Calibration, accepted, check_sources
+from optq.calibration import Calibration, accepted
 from optq.checkpoint import find_quantized_linears, read_headers
 from optq.driver import quantize_model
-from optq.errors import CalibrationError, CheckpointError
+from optq.errors import CalibrationError, CheckpointError, QualityError
 from optq.evaluation import Comparison, is_good, judge
 from optq.kernels import tune
 from optq.layers import QuantLinear, join_experts, join_siblings
@@ -38,6 +38,7 @@ from optq.serving import kind_of
 from optq.torch_state import default_torch_state, leave_inference_mode
 
 from . import compat, parallel
+from .bases import check_dense, method_of
 from .config import GPTQConfig
 from .journal import Journal, check_same, described
 from .labels import check_label, zeros_contradict
@@ -46,6 +47,7 @@ from .origin import where_told
 from .parallel import ParallelLinear
 from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
+from .upfront import check_backend, check_kernels, check_placement, check_request
 from .writing import why_not_loaded_again, write_own_text
 
 logger = logging.getLogger(__name__)
@@ -72,10 +74,14 @@ class OptqHfQuantizer(HfQuantizer):
         super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
         self.quantization_config: GPTQConfig
         self.pre_quantized: bool
+        base = self.quantization_config.base
+        # To transformers, pre_quantized says that tensors of the checkpoint are no weights yet.
+        self._quantizes = not self.pre_quantized or base is not None
+        self._base = compat.dequantizer(base) if base is not None else None
         self.log: RunLog | None = None
         self.quality: Comparison | None = None
         self._ranks = ALONE
-        self._device_map: Any = None
+        self._placement = compat.Placement()
         self._plan: Plan | None = None
         self._calibration: Calibration | None = None
         self._streamed: StreamedBlocks | None = None
@@ -89,40 +95,47 @@ class OptqHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
         """Refuse, before anything is downloaded, what can never be quantized."""
         self._weights_only = weights_only
-        if self.pre_quantized:
+        if not self._quantizes:
+            check_backend(self.quantization_config.backend)
             return
         self._ranks = join()
-        check_sources(self.quantization_config.calibration_data)
-        execution_device(self.quantization_config.device)
+        self._placement = compat.asked_placement(kwargs.get("device_map"))
+        folder = self._placement.offload_folder
+        check_request(self.quantization_config, self._placement.device_map, folder)
 
     def update_device_map(self, device_map: Any) -> Any:
         """While quantizing, load to the CPU: blocks visit the accelerator one by one. The result goes where asked."""
-        if self.pre_quantized:
+        if not self._quantizes:
             return device_map
-        self._device_map = device_map
         return None if device_map is None else {"": "cpu"}
 
     @default_torch_state(device=False)
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if self.pre_quantized:
+        if not self._quantizes:
             self._insert_empty_layers(model, checkpoint_files or [])
             return
         parallel.refuse_to_quantize(model)
         config = self.quantization_config
         self._files = checkpoint_files or []
+        if self._base is None:
+            check_dense(self._files)
         prepared = prepare(model, config, where_told())
         if config.own_text and (reason := why_not_loaded_again(self._files)):
             raise CalibrationError(
                 f"The model cannot write its own calibration data: {reason}. Pass dataset= with {accepted()}."
             )
         self._plan, self._experts = prepared.plan, prepared.experts
+        asked, placed = self._placement, config.journal_folder is None
+        if placed:
+            check_placement(model, self._plan, asked.device_map, asked.offload_folder)
+        check_kernels(model, self._plan, config, asked.device_map, placed=placed)
         blocks = {name: block for name, block in self._plan.blocks.items() if name != self._plan.head}
         if reason := why_not_streamed(model, blocks, checkpoint_files or []):
             logger.info("The whole model is read into memory: %s.", reason)
         else:
-            self._streamed = StreamedBlocks(model, blocks, checkpoint_files or [], self._experts)
+            self._streamed = StreamedBlocks(model, blocks, checkpoint_files or [], self._experts, self._base)
             self._streamed.leave()
         if prepared.calibration is not None:
             self._take(prepared.calibration)
@@ -136,7 +149,7 @@ class OptqHfQuantizer(HfQuantizer):
     @default_torch_state()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         leave_inference_mode(model)
-        if self.pre_quantized:
+        if not self._quantizes:
             self._complete_layers(model)
             self._doubt_labels(model)
             self._prepare_layers(model)
@@ -161,6 +174,8 @@ class OptqHfQuantizer(HfQuantizer):
             for experts in self._experts.values():
                 experts.take_weights()
         put_split(model, self._experts)
+        if self._base is not None:
+            compat.forget_dequantizing(model)
         planned = [target.view.name for target in self._plan.all_targets]
         compat.keep_unconverted(model, planned)
         if self._plan.head is not None:
@@ -175,6 +190,8 @@ class OptqHfQuantizer(HfQuantizer):
             folder=Path(config.journal_folder) if config.journal_folder is not None else None,
         )
         with self.log:
+            if config.base is not None:
+                logger.info("The model is stored in %s, and dequantized as it is read.", method_of(config.base))
             if config.has_budget:
                 self._plan = allocate(
                     model,
@@ -202,20 +219,52 @@ class OptqHfQuantizer(HfQuantizer):
                 store=store,
                 ranks=ranks,
             )
+            if config.base is not None:
+                self.log.emit("dequantized", quant_method=method_of(config.base))
             if self.quality is not None:
                 limit = config.max_perplexity_ratio
                 self.log.emit("gate", green=is_good(self.quality, limit), max_perplexity_ratio=limit)
-                judge(
-                    self.quality,
-                    limit,
-                    held_out=self._calibration.probes_held_out,
-                    strict=config.quality_gate == "raise",
-                )
-        self._record(model)
-        self.pre_quantized = True  # from here on it is like a loaded checkpoint
-        if self.journal is None:  # else its blocks are on the disk, and not in memory
-            compat.dispatch(model, self._device_map, self)
+            held_out = self._calibration.probes_held_out
+            self._record(model)
+            self._quantizes, self.pre_quantized = False, True  # from here on it is like a loaded checkpoint
+            if self.journal is None:  # else its blocks are on the disk, and not in memory
+                self._place(model)
+            if self.quality is not None:
+                self._judge(model, config, held_out=held_out)
+
+    def _place(self, model: Any) -> None:
+        """Make the finished model ready where it was asked for. What fails here costs the place, not the work."""
+        try:
+            compat.dispatch(model, self._placement, self)
             self._prepare_layers(model)
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
+            logger.warning(
+                "The model is quantized, but could not be made ready where device_map=%r and backend=%r ask for it: "
+                "%s: %s. It is returned as it is; save it with save_pretrained(), and load it as there is room.",
+                self._placement.device_map,
+                self.quantization_config.backend,
+                type(error).__name__,
+                error,
+            )
+
+    def _judge(self, model: Any, config: GPTQConfig, *, held_out: bool) -> None:
+        """The gate, when the work is safe: its error says where that is."""
+        assert self.quality is not None
+        try:
+            judge(self.quality, config.max_perplexity_ratio, held_out=held_out, strict=config.quality_gate == "raise")
+        except QualityError as error:
+            if self.journal is None:
+                refused = QualityError(f"{error} The quantized model is the attribute `model` of this error.")
+                refused.model = model
+            else:
+                folder = Path(config.journal_folder or "").parent
+                goes_on = (
+                    "the same call with quality_gate='warn' writes the checkpoint from them; " * self.quality.finite
+                )
+                refused = QualityError(
+                    f"{error} The finished blocks are kept in {folder}: {goes_on}deleting the folder gives them up."
+                )
+            raise refused from None
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
@@ -280,10 +329,13 @@ class OptqHfQuantizer(HfQuantizer):
             self._calibration.recipe, left_out, {name: scheme for name, scheme in planned.items() if name in done}
         )
         model.config.quantization_config = self.quantization_config
+        text_config = model.config.get_text_config(decoder=True)
+        if text_config is not model.config and hasattr(text_config, "quantization_config"):
+            del text_config.quantization_config  # of the base
         compat.make_generation_config_savable(model)
         for experts in self._experts.values():
             experts.every_token = False
-        self._plan = self._calibration = self._streamed = None  # free the calibration data
+        self._plan = self._calibration = self._streamed = self._base = None  # free the calibration data
 
     def _insert_empty_layers(self, model: Any, checkpoint_files: list[str]) -> None:
         config = self.quantization_config
@@ -336,10 +388,17 @@ class OptqHfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """While a checkpoint is read, experts that were split stay split."""
+        if self._base is not None:
+            based: list[Any] = self._base.update_weight_conversions(weight_conversions, *args, **kwargs)
+            return based
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *args, **kwargs)
-        if self.pre_quantized and self._experts:
+        if not self._quantizes and self._experts:
             conversions = compat.without_fusing_experts(conversions)
-        return compat.without_converting(conversions, self._packed) if self.pre_quantized else conversions
+        return conversions if self._quantizes else compat.without_converting(conversions, self._packed)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of a model that does not say in which dtype it is once it is dequantized, bfloat16."""
+        return torch.bfloat16 if self._base is not None and dtype.itemsize == 1 else dtype
 
     def _doubt_labels(self, model: Any) -> None:
         """Warn where the first layer of a kind has zeros that its label does not explain."""

@@ -2,12 +2,18 @@
 """Take the place of transformers' own GPTQ quantizer.
 
 `register_quantizer("gptq")` refuses names that are taken, so the tables are assigned; they are read at call time,
-which covers transformers' own `GPTQConfig` and checkpoints from the Hub as well.
+which covers transformers' own `GPTQConfig` and checkpoints from the Hub as well. A model that says itself how it is
+quantized never reaches them when it is to be quantized with GPTQ, so we also stand where transformers compares both.
 """
 
+import copy
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from transformers.quantizers import auto
+
+from optq.errors import ModelError
 
 from .config import GPTQConfig
 
@@ -25,7 +31,37 @@ def make_quantizer(quantization_config: Any, **kwargs: Any) -> "OptqHfQuantizer"
     return OptqHfQuantizer(quantization_config, **kwargs)
 
 
+def merged(stated: Any, asked: transformers.GPTQConfig) -> GPTQConfig | None:
+    """What is to be done with a model that is quantized already, and is to be quantized with GPTQ.
+
+    None if it is a GPTQ checkpoint, and all that is asked is how to load it.
+
+    Raises:
+        ModelError: it cannot be quantized again.
+    """
+    from .bases import method_of, why_no_base
+
+    if method_of(stated) == "gptq" and getattr(asked, "dataset", None) is None:
+        return None
+    if reason := why_no_base(stated, "this model"):
+        as_it_is = " To load it as it is, leave out dataset=." if method_of(stated) == "gptq" else ""
+        raise ModelError(reason + as_it_is)
+    config = copy.copy(GPTQConfig.from_stock(asked))
+    config.base = stated if isinstance(stated, dict) else stated.to_dict()
+    return config
+
+
 def register() -> None:
     """Idempotent."""
     auto.AUTO_QUANTIZER_MAPPING["gptq"] = make_quantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
+    merge = auto.AutoHfQuantizer.merge_quantization_configs.__func__
+    if hasattr(merge, "__wrapped__"):
+        return
+
+    @wraps(merge)
+    def merge_quantization_configs(cls: type[Any], stated: Any, asked: Any) -> Any:
+        found = merged(stated, asked) if isinstance(asked, transformers.GPTQConfig) else None
+        return merge(cls, stated, asked) if found is None else found
+
+    auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)

@@ -58,8 +58,10 @@ def stated_quantization(model_config: Any) -> GPTQConfig | None:
 
 
 def quantization_entry(model_config: Any) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint in any format."""
-    stated: Any = getattr(model_config, "quantization_config", None)
+    """The quantization_config of a checkpoint in any format; that of its text model, if only that has one."""
+    stated: Any = getattr(model_config, "quantization_config", None) or getattr(
+        model_config.get_text_config(decoder=True), "quantization_config", None
+    )
     return stated if stated is None or isinstance(stated, dict) else stated.to_dict()
 
 

@@ -33,6 +33,7 @@ class StreamedBlocks:
         blocks: by name.
         files: the checkpoint's safetensors files.
         experts: by name, those to be split into linears once their block has been read; fused in the model until then.
+        base: the `compat.dequantizer` of a checkpoint that is not dense.
     """
 
     def __init__(
@@ -41,14 +42,16 @@ class StreamedBlocks:
         blocks: dict[str, nn.Module],
         files: Iterable[str],
         experts: dict[str, Experts] | None = None,
+        base: Any = None,
     ) -> None:
         self._model = model
+        self._base = base
         self._blocks = blocks
         self._experts = {
             block: {name: module for name, module in (experts or {}).items() if name.startswith(f"{block}.")}
             for block in blocks
         }
-        self._keys = _keys_by_block(model, blocks, files)
+        self._keys = _keys_by_block(model, blocks, files, base)
         self._ignored = model._keys_to_ignore_on_load_unexpected
 
     def leave(self) -> None:
@@ -79,7 +82,7 @@ class StreamedBlocks:
         block, experts = self._blocks[name], self._experts[name]
         put_fused(self._model, experts)
         with _opened(self._keys[name]) as slices:
-            compat.load_tensors(self._model, slices)
+            compat.load_tensors(self._model, slices, self._base)
         compat.initialise_buffers(self._model, name)
         missing = [key for key, tensor in block.state_dict(keep_vars=True).items() if tensor.is_meta]
         if missing:
@@ -120,14 +123,16 @@ def why_not_streamed(model: Any, blocks: dict[str, nn.Module], files: list[str])
     return f"{foreign} is initialised from outside of its block" if foreign else None
 
 
-def _keys_by_block(model: Any, blocks: dict[str, nn.Module], files: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+def _keys_by_block(
+    model: Any, blocks: dict[str, nn.Module], files: Iterable[str], base: Any
+) -> dict[str, dict[str, list[str]]]:
     """Block -> file -> the names, in that file, of the block's tensors."""
     file_of: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
             file_of |= dict.fromkeys(opened.keys(), file)
     keys: dict[str, dict[str, list[str]]] = {name: {} for name in blocks}
-    for key, renamed in compat.names_in_model(file_of, model).items():
+    for key, renamed in compat.names_in_model(file_of, model, base).items():
         block = _prefix_among(renamed, blocks)
         if block is not None:
             keys[block].setdefault(file_of[key], []).append(key)

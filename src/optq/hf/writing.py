@@ -97,7 +97,9 @@ def _original(model: Any, files: Sequence[str], asked: str | None) -> Iterator[A
         model.generation_config = generation_config
         return
     config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
+    if config.quantization_config.base is not None:
+        config.quantization_config = {**config.quantization_config.base, "dequantize": True}
+    else:
         del config.quantization_config
     yield type(model).from_pretrained(
         Path(files[0]).parent,

@@ -154,6 +154,8 @@ def percent(fraction: float) -> str:
 def notes_on(run: Run) -> list[str]:
     """Whatever a run did otherwise than asked, or could do better."""
     notes = [f"Weak calibration data: {weakness}." for weakness in run.started["weaknesses"]]
+    if base := run.last("dequantized"):
+        notes.append(f"The original is stored in {base['quant_method']}; it was dequantized as it was read.")
     if damped := [linear.linear for linear in run.linears if linear.is_damped]:
         notes.append(f"Damping was raised, because the Hessian was singular: {_named(damped)}.")
     if starved := list(dict.fromkeys(event["block"] for event in run.events_of("starved_experts"))):

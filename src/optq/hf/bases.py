@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose own checkpoint is quantized already: which are read as what they stand for, and the way on for others.
+
+Some models are published in no other form than fp8 or mxfp4. transformers knows how to dequantize those while it reads
+them, so they are read in that way, block by block like any other.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from safetensors import safe_open
+
+from optq.errors import ModelError
+
+from . import compat
+from .source import quantization_entry
+
+_CONVERTED = (
+    "optq.convert({source!r}, output_dir=..., to='dense') makes an ordinary model of it, which can be quantized"
+)
+_DEQUANTIZED = (
+    "from_pretrained({source!r}).dequantize() may make an ordinary model of it, which save_pretrained() writes and "
+    "which can be quantized"
+)
+
+WAYS_ON = {"gptq": _CONVERTED, "awq": _CONVERTED, "compressed-tensors": _CONVERTED}
+"""By quant_method, what can be done with a model that is not read as a base; `_DEQUANTIZED` for others."""
+
+PACKED_NAMES = ("weight", "qweight", "weight_packed", "qdata")
+"""What a tensor with the integers of a quantized weight is called; others may be masks and indices."""
+
+
+def method_of(stated: Any) -> str:
+    """What quantized a model, from its quantization_config."""
+    entry = stated if isinstance(stated, dict) else stated.to_dict()
+    if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = entry.get("quant_method", "no known method")
+    return str(getattr(method, "value", method))
+
+
+def why_no_base(stated: Any, source: str) -> str | None:
+    """Why a model with this quantization_config is not quantized again, or None."""
+    method = method_of(stated)
+    if compat.can_dequantize(method):
+        return None
+    way = WAYS_ON.get(method, _DEQUANTIZED).format(source=source)
+    return (
+        f"{source} is quantized already ({method}), so it has no weights to quantize; of quantized models, those in "
+        f"{', '.join(compat.DEQUANTIZED_METHODS)} are read. Use the model that it was made from: that loses less. "
+        f"Otherwise {way}."
+    )
+
+
+def check_dense(files: Iterable[str]) -> None:
+    """Refuse safetensors files with quantized tensors, of a model whose config does not say how they are to be read.
+
+    Raises:
+        ModelError: the first of them is named.
+    """
+    for file in files:
+        if not file.endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                dtype = opened.get_slice(name).get_dtype()
+                packed = dtype in ("I8", "U8", "I32") and name.rpartition(".")[2] in PACKED_NAMES
+                if packed or dtype.startswith(("F4", "F6", "F8")):
+                    raise ModelError(
+                        f"{name} is stored as {dtype}, so the model is quantized already; but its config.json says "
+                        "nothing that could be understood about how. Restore its quantization_config, or use the "
+                        "model that it was made from."
+                    )
+
+
+def check_base(model_config: Any, source: str) -> str | None:
+    """How the model is quantized already, if it is and can be read as a base; None for an ordinary one.
+
+    Raises:
+        ModelError: it is, and cannot.
+    """
+    stated = quantization_entry(model_config)
+    if not stated:
+        return None
+    if reason := why_no_base(stated, source):
+        raise ModelError(reason)
+    return method_of(stated)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases that are quantized already: fp8 and mxfp4 are read as what they stand for, all others refused by name."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
+
+import optq
+from conftest import interrupted_after, rewritten, save_tiny_tokenizer
+from optq import GPTQConfig
+from optq.duration import Duration
+from optq.errors import ModelError
+from optq.hf import quantizer
+
+BLOCK = 32  # of fp8 scales, in both directions
+
+
+def fp8_of(weight):
+    """The weight in fp8, its scales, and what they stand for."""
+    blocks = weight.float().reshape(weight.shape[0] // BLOCK, BLOCK, weight.shape[1] // BLOCK, BLOCK)
+    scales = blocks.abs().amax((1, 3), keepdim=True) / 448  # the largest number of float8_e4m3fn
+    codes = (blocks / scales).to(torch.float8_e4m3fn)
+    return codes.reshape(weight.shape), scales[:, 0, :, 0].contiguous(), (codes.float() * scales).reshape(weight.shape)
+
+
+def mxfp4_of(weight, generator):
+    """Arbitrary codes and scales in the shapes for an expert's weight (experts, in, out), and what they stand for."""
+    experts, in_features, out_features = weight.shape
+    blocks = torch.randint(256, (experts, out_features, in_features // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(120, 124, blocks.shape[:-1], dtype=torch.uint8, generator=generator)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    decoded = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], dim=-1).flatten(-2)
+    decoded = decoded * torch.exp2(scales.float() - 127)[..., None]
+    return blocks, scales, decoded.flatten(-2).transpose(1, 2).contiguous()
+
+
+def in_two_forms(folder, encoded, stated):
+    """A model's folder, once with encoded weights and once with what they stand for.
+
+    Args:
+        encoded: (name, weight) -> None, or the stored tensors by what their names end with, and the dense weight.
+    """
+    stored, dense = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        found = encoded(name, weight)
+        stored |= {name: weight} if found is None else {name + end: tensor for end, tensor in found[0].items()}
+        dense[name] = weight if found is None else found[1]
+    for form, tensors in (("stored", stored), ("dense", dense)):
+        shutil.copytree(folder, folder / form, ignore=shutil.ignore_patterns("dense", "stored"))
+        save_file(tensors, folder / form / "model.safetensors", metadata={"format": "pt"})
+    with rewritten(folder / "stored/config.json") as config:
+        config["quantization_config"] = stated
+    return folder / "stored", folder / "dense"
+
+
+def encoded_in_fp8(name, weight):
+    if weight.ndim != 2 or "layers" not in name or name.endswith("mlp.gate.weight"):
+        return None
+    codes, scales, dense = fp8_of(weight)
+    return {"": codes, "_scale_inv": scales}, dense
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+SHAPE = {
+    **{"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
+    **{"num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 256, "dtype": "float32"},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tiny_llama, tmp_path_factory):
+    """Folders by the name of the format: as it is stored, and what that stands for. Not to be changed."""
+    folders = {name: tmp_path_factory.mktemp(name) / "model" for name in ("fp8", "fp8-experts", "mxfp4")}
+    shutil.copytree(tiny_llama, folders["fp8"])
+    torch.manual_seed(0)
+    mixture = Qwen3MoeConfig(**SHAPE, intermediate_size=96, moe_intermediate_size=32, num_experts=4)
+    oss = GptOssConfig(
+        **{**SHAPE, "max_position_embeddings": 4096 * 32},
+        **{"intermediate_size": 64, "num_local_experts": 4, "sliding_window": 32, "pad_token_id": 0},
+        **{"bos_token_id": 1, "eos_token_id": 2},
+    )
+    for name, config in (("fp8-experts", mixture), ("mxfp4", oss)):
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+        save_tiny_tokenizer(folders[name])
+    generator = torch.Generator().manual_seed(3)
+
+    def encoded_in_mxfp4(name, weight):
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            return None
+        blocks, scales, dense = mxfp4_of(weight, generator)
+        return {"_blocks": blocks, "_scales": scales}, dense
+
+    return {
+        "fp8": in_two_forms(folders["fp8"], encoded_in_fp8, FP8),
+        "fp8-experts": in_two_forms(folders["fp8-experts"], encoded_in_fp8, FP8),
+        "mxfp4": in_two_forms(folders["mxfp4"], encoded_in_mxfp4, {"quant_method": "mxfp4"}),
+    }
+
+
+@pytest.fixture
+def config(token_rows):
+    def make(**settings):
+        return GPTQConfig(**{"bits": 4, "group_size": 32, "effort": "fast", "dataset": token_rows, **settings})
+
+    return make
+
+
+def same_tensors(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("base", ["fp8", "fp8-experts", "mxfp4"])
+def test_a_base_is_read_as_what_it_stands_for(bases, config, base, tmp_path):
+    stored, dense = bases[base]
+    expected = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config())
+    model = AutoModelForCausalLM.from_pretrained(stored, quantization_config=config())
+    assert same_tensors(model.state_dict(), expected.state_dict())
+    for name, one in (("expected", expected), ("found", model)):
+        one.save_pretrained(tmp_path / name)
+    saved = load_file(tmp_path / "found/model.safetensors")
+    assert same_tensors(saved, load_file(tmp_path / "expected/model.safetensors"))
+    stated = optq.inspect(tmp_path / "found").config
+    assert stated.meta["dequantized_from"] == base.removesuffix("-experts")
+    assert "fp8" not in (tmp_path / "found/config.json").read_text().replace('"dequantized_from": "fp8"', "")
+
+
+def test_a_base_is_quantized_block_by_block_and_goes_on_after_an_interruption(bases, config, tmp_path, monkeypatch):
+    stored, dense = bases["fp8"]
+    output = tmp_path / "out"
+    interrupted_after(1, monkeypatch, lambda: optq.quantize(stored, config(), output_dir=output))
+    optq.quantize(stored, config(), output_dir=output)
+    optq.quantize(dense, config(), output_dir=tmp_path / "expected")
+    for file in sorted(output.glob("*.safetensors")):
+        assert same_tensors(load_file(file), load_file(tmp_path / "expected" / file.name))
+    assert "The original is stored in fp8; it was dequantized" in (output / "README.md").read_text()
+
+
+def test_a_base_that_is_read_at_once_is_dequantized_as_well(bases, config, monkeypatch):
+    stored, dense = bases["fp8"]
+    expected = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config())
+    monkeypatch.setattr(quantizer, "why_not_streamed", lambda *arguments: "the test wants it")
+    model = AutoModelForCausalLM.from_pretrained(stored, quantization_config=config())
+    assert same_tensors(model.state_dict(), expected.state_dict())
+
+
+def test_a_base_writes_the_text_that_it_stands_for(bases, config):
+    settings = config(dataset="self", num_samples=2, model_seqlen=64)
+    found, expected = (
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings) for folder in bases["fp8"]
+    )
+    assert (
+        found.config.quantization_config.meta["calibration"] == expected.config.quantization_config.meta["calibration"]
+    )
+
+
+def test_a_plan_knows_such_a_base(bases, config, monkeypatch):
+    monkeypatch.setattr("optq.hf.outlook._duration", lambda *arguments: Duration(seconds={}))
+    stored, dense = bases["fp8"]
+    assert optq.plan(stored, config()).linears == optq.plan(dense, config()).linears
+
+
+METHODS = {
+    "awq": "to='dense'",
+    "compressed-tensors": "to='dense'",
+    "bitsandbytes": r"dequantize\(\)",
+    "fbgemm_fp8": r"dequantize\(\)",
+    "hqq": r"dequantize\(\)",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_other_is_refused_by_name_by_all(tiny_llama, config, tmp_path, method):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    with rewritten(folder / "config.json") as stated:
+        stated["quantization_config"] = {"quant_method": method, "load_in_4bit": method == "bitsandbytes"}
+    for way in (
+        lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config()),
+        lambda: optq.quantize(folder, config(), output_dir=tmp_path / "out"),
+        lambda: optq.plan(folder, config()),
+        lambda: optq.check(folder, config()),
+    ):
+        with pytest.raises(ModelError, match=rf"quantized already \({method}\).*{METHODS[method]}"):
+            way()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gptq_checkpoint_is_not_quantized_again_but_loaded(saved, config, tmp_path):
+    with pytest.raises(ModelError, match=r"quantized already \(gptq\).*leave out dataset="):
+        AutoModelForCausalLM.from_pretrained(saved, quantization_config=config())
+    with pytest.raises(ModelError, match=r"quantized already \(gptq\).*to='dense'"):
+        optq.quantize(saved, config(), output_dir=tmp_path / "out")
+    with pytest.warns(UserWarning, match="already has a"):
+        model = AutoModelForCausalLM.from_pretrained(
+            saved, quantization_config=GPTQConfig(bits=4, backend="reference")
+        )
+    assert model.model.layers[0].mlp.up_proj.kernel_name == "reference"
+
+
+def test_codes_that_the_config_does_not_explain_are_not_taken_for_weights(bases, config, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(bases["fp8"][0], folder)
+    with rewritten(folder / "config.json") as stated:
+        del stated["quantization_config"]
+    with pytest.raises(ModelError, match=r"down_proj.weight is stored as F8_E4M3"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config())
