@@ -3,11 +3,22 @@
 
 import json
 import logging
+import os
+import signal
+import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import optq
 from conftest import interrupted_after, tiny_llama_config
@@ -128,6 +139,80 @@ def test_a_run_that_goes_on_neither_writes_again_nor_differs(source, tmp_path, m
         assert weights(optq.quantize(source, config(), output_dir=output)) == expected
     assert "Going on with the 20 samples" in caplog.text
     assert not (output / api.PARTIAL).exists()
+
+
+@contextmanager
+def parts_written(monkeypatch, most=None):
+    """How many samples are written at a time; at the part after `most`, Ctrl-C."""
+    sizes, generate = [], LlamaForCausalLM.generate
+
+    def counting(self, ids, **settings):
+        if len(sizes) == most:
+            raise KeyboardInterrupt
+        sizes.append(len(ids))
+        return generate(self, ids, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "generate", counting)
+        yield sizes
+
+
+class TestInterruptedWriting:
+    """What was written when a run was interrupted is kept, and the same call goes on from there."""
+
+    def test_parts_do_not_depend_on_those_before(self, source):
+        model, kept = AutoModelForCausalLM.from_pretrained(source), []
+        settings = {"opening": [1], "vocabulary": 128, "seed": 5}
+        whole = write_samples(model, 10, LENGTH, **settings, keep=lambda written: kept.append(list(written)))
+        assert [len(written) for written in kept] == [3, 6, 9, 10]
+        assert all(write_samples(model, 10, LENGTH, **settings, written=written) == whole for written in kept)
+        assert whole[:3] != whole[3:6]  # negative control: not the same part again and again
+
+    def test_with_a_folder_it_is_kept_there(self, source, tmp_path, monkeypatch, caplog):
+        expected = weights(optq.quantize(source, config(effort="fast"), output_dir=tmp_path / "whole"))
+        output = tmp_path / "out"
+        for most in (1, 2):
+            with parts_written(monkeypatch, most) as sizes, pytest.raises(KeyboardInterrupt):
+                optq.quantize(source, config(effort="fast"), output_dir=output)
+            assert sizes == [5] * most
+        with parts_written(monkeypatch) as sizes, caplog.at_level(logging.INFO, logger="optq"):
+            assert weights(optq.quantize(source, config(effort="fast"), output_dir=output)) == expected
+        assert sizes == [5]
+        assert "Going on with the 15 samples, of 20, that the model has written before" in caplog.text
+
+    def test_a_killed_process_leaves_it_there_too(self, source, tmp_path, monkeypatch):
+        code = (
+            "import os, signal, sys, optq\n"
+            "from optq.hf import journal\n"
+            "whole = journal.write_whole\n"
+            "def write(path, content):\n"
+            "    whole(path, content)\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "journal.write_whole = write\n"
+            "config = optq.GPTQConfig(\n"
+            "    bits=4, group_size=32, dataset='self', num_samples=20, model_seqlen=24, effort='fast'\n"
+            ")\n"
+            "optq.quantize(sys.argv[1], config, output_dir=sys.argv[2])\n"
+        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([sys.executable, "-c", code, source, tmp_path / "out"], env=environment)
+        assert ended.returncode == -signal.SIGTERM
+        with parts_written(monkeypatch) as sizes:
+            found = weights(optq.quantize(source, config(effort="fast"), output_dir=tmp_path / "out"))
+        assert sizes == [5] * 3
+        assert found == weights(optq.quantize(source, config(effort="fast"), output_dir=tmp_path / "whole"))
+
+    def test_without_a_folder_it_is_kept_in_the_process(self, source, monkeypatch):
+        expected = recipe(quantize(source, effort="fast"))
+        with parts_written(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+            quantize(source, effort="fast")
+        with parts_written(monkeypatch) as sizes:
+            assert recipe(quantize(source, effort="fast", seed=1)) != expected  # another text, from its start
+            assert sizes == [5] * 4
+            assert recipe(quantize(source, effort="fast")) == expected
+            assert sizes == [5] * 5
+            quantize(source, effort="fast")  # what is finished is not kept
+            assert sizes == [5] * 9
 
 
 def test_blocks_calibrated_on_other_text_are_not_gone_on_with(source, tmp_path, monkeypatch):

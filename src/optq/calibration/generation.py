@@ -6,20 +6,32 @@ in the same sample, as in training.
 """
 
 import logging
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from optq.errors import counted
 
 logger = logging.getLogger(__name__)
 
 TOP_K = 50  # likeliest tokens that one is drawn from: the tail of a small model's distribution is noise
 TOKENS_AT_ONCE = 16384  # of all samples that are written together; their keys and values are in memory
+FEWEST_PARTS = 4  # that are written one after the other: what is finished is kept if the rest is interrupted
 
 
 def write_samples(
-    model: Any, samples: int, length: int, *, opening: Sequence[int], vocabulary: int, seed: int
+    model: Any,
+    samples: int,
+    length: int,
+    *,
+    opening: Sequence[int],
+    vocabulary: int,
+    seed: int,
+    written: Sequence[list[int]] = (),
+    keep: Callable[[list[list[int]]], None] = lambda written: None,
 ) -> list[list[int]]:
     """Let a model write.
 
@@ -28,19 +40,21 @@ def write_samples(
         length: tokens of each sample, the opening included.
         opening: tokens that every sample begins with; if there are none, one drawn from the vocabulary.
         seed: the same one gives the same tokens, on the same machine.
+        written: what a call with the same arguments had written when it was interrupted; this one goes on.
+        keep: called with all that is written so far, after every part.
     """
     from transformers import GenerationConfig
 
     # A fresh one: a checkpoint's own may end texts early, forbid tokens or narrow the distribution.
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=TOP_K, pad_token_id=0)
     device = model.get_input_embeddings().weight.device
-    at_once = max(1, TOKENS_AT_ONCE // length)
-    written: list[list[int]] = []
+    at_once = max(1, min(TOKENS_AT_ONCE // length, -(-samples // FEWEST_PARTS)))
+    done = list(written)
     began = time.monotonic()
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad():
-        torch.manual_seed(seed)
-        while len(written) < samples:
-            count = min(at_once, samples - len(written))
+        while len(done) < samples:
+            torch.manual_seed(random.Random(f"{seed}, {len(done)}").getrandbits(63))  # whatever was before this part
+            count = min(at_once, samples - len(done))
             if opening:
                 start = torch.tensor([list(opening)] * count, device=device)
             else:
@@ -48,12 +62,13 @@ def write_samples(
             ids = model.generate(
                 start, attention_mask=torch.ones_like(start), max_new_tokens=length - start.shape[1], use_cache=True
             )
-            written += ids.tolist()
+            done += ids.tolist()
+            keep(done)
             logger.info(
-                "Written %d of %d samples of %d tokens, %.0f s.",
-                len(written),
-                samples,
+                "Written %d of %s of %d tokens, %.0f s.",
+                len(done),
+                counted(samples, "sample"),
                 length,
                 time.monotonic() - began,
             )
-    return written
+    return done

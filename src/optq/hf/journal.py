@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from optq.calibration import Calibration, bytes_of
 from optq.checkpoint import PackedWeight, find_quantized_linears, read_headers
-from optq.errors import OutputError, RankError
+from optq.errors import OutputError, RankError, counted
 from optq.version import __version__
 
 from . import compat
@@ -83,7 +83,7 @@ class Journal:
             differences = _differences(found, description)
             if differences:
                 raise OutputError(
-                    f"{self._folder.parent} holds {len(self.finished)} finished blocks of another run: "
+                    f"{self._folder.parent} holds {counted(len(self.finished), 'finished block')} of another run: "
                     f"{'; '.join(differences[:6])}{' …' if len(differences) > 6 else ''}. Go on with the same model, "
                     "settings and data, or name another folder, or delete this one."
                 )
@@ -157,37 +157,64 @@ def is_worth_keeping(folder: Path) -> bool:
     return has_finished_blocks(folder) or (folder / WRITTEN).exists()
 
 
+_INTERRUPTED: dict[str, list[list[int]]] = {}
+"""Without a folder: what models had written when they were interrupted, by the description, for this process only."""
+
+
 def kept_samples(
-    folder: str | None, files: Iterable[str], asked: dict[str, Any], write: Callable[[], list[list[int]]]
+    folder: str | None,
+    files: Iterable[str],
+    asked: dict[str, Any],
+    write: Callable[[list[list[int]], Callable[[list[list[int]]], None]], list[list[int]]],
 ) -> list[list[int]]:
-    """What `write` returns, or returned in the run that goes on in `folder`.
+    """What `write` returns, or returned in the run that goes on in `folder`, or in this process if that is None.
 
     Args:
-        files, asked: the model's files, and whatever else decides what is written.
+        files, asked: the model's files, and whatever else decides what is written; `samples` says how many.
+        write: goes on with the samples that are there; calls its second argument with all samples, after every part.
     Raises:
         OutputError: blocks were finished on samples that were written otherwise.
     """
+    described = json.dumps({"model files": _identities(files), **asked}, sort_keys=True)
+    description = json.loads(described)
     if folder is None:
-        return write()
+        # On the same files only: what they hold besides their headers may have changed.
+        key = described + "".join(f"{file}{Path(file).stat().st_mtime_ns}" for file in files)
+        before = _INTERRUPTED.get(key, [])
+        _say_kept(before, asked["samples"])
+        samples = write(before, lambda written: _INTERRUPTED.update({key: list(written)}))
+        _INTERRUPTED.pop(key, None)
+        return samples
     path = Path(folder, WRITTEN)
-    description = json.loads(json.dumps({"model files": _identities(files), **asked}))
+    before = []
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         differences = _differences(found["description"], description)
         if not differences:
-            logger.info("Going on with the %d samples that the model has written before.", len(found["samples"]))
-            samples: list[list[int]] = found["samples"]
-            return samples
-        if has_finished_blocks(Path(folder)):
+            before = found["samples"]
+        elif has_finished_blocks(Path(folder)):
             raise OutputError(
                 f"{Path(folder).parent} holds a part of another run, whose model wrote other calibration data: "
                 f"{'; '.join(differences)}. Go on with the same model and settings, or name another folder, or delete "
                 "this one."
             )
-    samples = write()
-    content = json.dumps({"description": description, "samples": samples})
-    write_whole(path, lambda target: target.write_text(content, encoding="utf-8"))
+    _say_kept(before, asked["samples"])
+    if len(before) == asked["samples"]:
+        return before
+
+    def keep(written: list[list[int]]) -> None:
+        content = json.dumps({"description": description, "samples": written})
+        write_whole(path, lambda target: target.write_text(content, encoding="utf-8"))
+
+    samples = write(before, keep)
+    keep(samples)
     return samples
+
+
+def _say_kept(before: list[list[int]], samples: int) -> None:
+    if before:
+        of = "" if len(before) == samples else f", of {samples},"
+        logger.info("Going on with the %s%s that the model has written before.", counted(len(before), "sample"), of)
 
 
 def differences_to(folder: Path, config: GPTQConfig) -> list[str]:

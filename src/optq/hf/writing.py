@@ -4,7 +4,7 @@
 import copy
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from optq.calibration import write_samples
-from optq.errors import CalibrationError
+from optq.errors import CalibrationError, counted
 from optq.memory import release_free_memory
 from optq.placement import evaluating, execution_device, placed, working_dtype
 from optq.ranks import ALONE, Ranks
@@ -34,7 +34,7 @@ def why_not_loaded_again(files: Sequence[str]) -> str | None:
 def write_own_text(
     model: Any, files: Sequence[str], config: GPTQConfig, samples: int, length: int, *, ranks: Ranks = ALONE
 ) -> list[list[int]]:
-    """Samples of tokens that the original of `model` writes; with a journal, those of the run that goes on.
+    """Samples of tokens that the original of `model` writes; what a run that goes on has written is taken over.
 
     Args:
         model: what is being quantized. Left as it is.
@@ -47,23 +47,31 @@ def write_own_text(
     opening = opening_of(model)
     if length <= len(opening):
         raise CalibrationError(
-            f"model_seqlen={length} leaves no room for text: the model's own begins with {len(opening)} tokens. "
+            f"model_seqlen={length} leaves no room for text: the model's own begins with "
+            f"{counted(len(opening), 'token')}. "
             "Choose a larger one, 512 for instance."
         )
 
-    def write() -> list[list[int]]:
+    def write(before: list[list[int]], keep: Callable[[list[list[int]]], None]) -> list[list[int]]:
         if config.dataset is None:
             logger.info("No dataset= was given; docs/calibration.md compares what follows with other choices.")
         logger.info(
-            "The model writes its own calibration data: %d samples of %d tokens, begun with %s, seed %d.",
-            samples,
+            "The model writes its own calibration data: %s of %d tokens, begun with %s, seed %d.",
+            counted(samples, "sample"),
             length,
             f"token {opening[0]}" if opening else "a random token",
             config.seed,
         )
         with _original(model, files, config.device) as original:
             written = write_samples(
-                original, samples, length, opening=opening, vocabulary=vocabulary_of(model), seed=config.seed
+                original,
+                samples,
+                length,
+                opening=opening,
+                vocabulary=vocabulary_of(model),
+                seed=config.seed,
+                written=before,
+                keep=keep,
             )
         del original
         gc.collect()  # a model refers to itself
