@@ -4,7 +4,7 @@
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -56,6 +56,12 @@ class Plan:
     def propagates(self) -> bool:
         """Whether any layer makes up for the errors of earlier ones, so that the original model must run as well."""
         return any(target.scheme.propagation > 0 for target in self.all_targets)
+
+    def without_head(self) -> "Plan":
+        """The same, but the output head is no block: nothing of it is quantized."""
+        blocks = {name: block for name, block in self.blocks.items() if name != self.head}
+        targets = {name: targets for name, targets in self.targets.items() if name != self.head}
+        return replace(self, blocks=blocks, targets=targets, head=None)
 
 
 def plan_quantization(

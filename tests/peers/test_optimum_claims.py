@@ -5,6 +5,7 @@ Its arguments are those of transformers' `GPTQConfig`, so they are passed as its
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -226,13 +227,18 @@ class TestSerialization:
             parts = {name.rpartition(".")[2] for name in file.keys() if ".mlp.up_proj." in name}  # noqa: SIM118
         assert parts == {"qweight", "qzeros", "scales", "g_idx"}
 
-    def test_a_quantized_model_is_not_quantized_again(self, folder):
-        """As in transformers: what the checkpoint says holds."""
+    def test_what_the_checkpoint_says_holds_when_it_is_loaded(self, folder):
         with pytest.warns(UserWarning, match="quantization_config"):
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder, quantization_config=GPTQConfig(bits=2, group_size=32, dataset=TEXTS)
+                folder, quantization_config=GPTQConfig(bits=2, group_size=32)
             )
         assert loaded.config.quantization_config.bits == 4
+
+    def test_a_quantized_model_is_not_quantized_again(self, folder):
+        with pytest.raises(ModelError, match=rf"{re.escape(str(folder))} is quantized already \(gptq\)"):
+            AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=GPTQConfig(bits=2, group_size=32, dataset=TEXTS)
+            )
 
     def test_both_formats_hold_the_same_weights(self, quantize, four_bit, tmp_path):
         second = quantize(format="gptq_v2")

@@ -24,7 +24,7 @@ from optq.errors import ConfigError
 from optq.evaluation import GOOD_PERPLEXITY_RATIO
 from optq.memory import free_bytes
 from optq.scheme import BITS, SERVED_GROUP_SIZES, ActOrder, GridFit, LayerScheme
-from optq.serving import FUSED_NAMES
+from optq.serving import FUSED_NAMES, kind_of
 from optq.version import __version__
 
 DEFAULT_DAMPING = 0.1
@@ -78,6 +78,9 @@ RUN_ONLY = (
 )
 """Fields that say how to run, not what the checkpoint is: never written to config.json."""
 
+
+OVERRIDES = ("bits", "group_size", "sym", "desc_act", "damp_percent")
+"""What an entry of `dynamic` may change."""
 
 NOT_DECISIVE = (
     *("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "journal_folder", "base"),
@@ -295,7 +298,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self._check_serving(self._base_scheme())
         for pattern, override in (self.dynamic or {}).items():
             try:
-                re.compile(_pattern(pattern))
+                re.compile(pattern_in(pattern))
             except re.error as error:
                 raise ConfigError(f"dynamic: {pattern!r} is not a regular expression: {error}.") from error
             if not pattern.startswith("-:"):
@@ -309,7 +312,7 @@ class GPTQConfig(transformers.GPTQConfig):
         """The schemes that a budget may choose from for one linear; only one if `dynamic` names it."""
         base = self.scheme_for(name)
         assert base is not None  # it is planned
-        if any(re.match(_pattern(pattern), name) for pattern in self.dynamic or {}):
+        if any(re.match(pattern_in(pattern), name) for pattern in self.dynamic or {}):
             return [base]
         found = []
         for bits in BITS:
@@ -331,18 +334,19 @@ class GPTQConfig(transformers.GPTQConfig):
 
     def scheme_for(self, name: str) -> LayerScheme | None:
         """How the linear called `name` in the model is quantized; None: not at all."""
-        if self.modules_in_block_to_quantize is not None:
-            listed = [
-                entry
-                for group in self.modules_in_block_to_quantize
-                for entry in ([group] if isinstance(group, str) else group)
-            ]
-            if not any(name.endswith(f".{entry}") for entry in listed):
-                return None
+        is_restricted = self.modules_in_block_to_quantize is not None and kind_of(name) != name  # not the head
+        if is_restricted and not any(name.endswith(f".{entry}") for entry in self.listed_modules):
+            return None
         for pattern, override in (self.dynamic or {}).items():
-            if re.match(_pattern(pattern), name):
+            if re.match(pattern_in(pattern), name):
                 return None if pattern.startswith("-:") else self._scheme_with(override)
         return self._base_scheme()
+
+    @property
+    def listed_modules(self) -> list[str]:
+        """What `modules_in_block_to_quantize` names, whatever groups it makes."""
+        groups = self.modules_in_block_to_quantize or []
+        return [entry for group in groups for entry in ([group] if isinstance(group, str) else group)]
 
     @property
     def act_order(self) -> ActOrder:
@@ -396,13 +400,13 @@ class GPTQConfig(transformers.GPTQConfig):
     def _scheme_with(self, override: dict[str, Any]) -> LayerScheme:
         """The base scheme with one entry of `dynamic` applied."""
         merged = copy.copy(self)
-        for key in ("bits", "group_size", "sym", "desc_act", "damp_percent"):
+        for key in OVERRIDES:
             if key in override:
                 setattr(merged, key, override[key])
         return merged._base_scheme()
 
     def for_checkpoint(
-        self, recipe: dict[str, Any], left_out: list[str], scheme_of: dict[str, LayerScheme]
+        self, recipe: dict[str, Any], left_out: list[str], scheme_of: dict[str, LayerScheme], head: str | None = None
     ) -> "GPTQConfig":
         """What the finished checkpoint's config.json says: this config without the means, plus what was done.
 
@@ -410,12 +414,16 @@ class GPTQConfig(transformers.GPTQConfig):
             recipe: facts about the calibration.
             scheme_of: what was done to every quantized linear.
             left_out: linears that stayed in full precision although the config asked for them; readers must know.
+            head: the name of the output head, if that was to be quantized.
         """
         config = copy.copy(self)
         config.tokenizer = None
         config.dataset = self._dataset_name
         config.unknown = dict(self.unknown)
         scheme = self._base_scheme()
+        config.lm_head, config.damp_percent = head in scheme_of, scheme.damping
+        if self.act_group_aware is not None:
+            config.act_group_aware = self.act_order == "group_aware"
         config.static_groups, config.grid = self.act_order in ("static", "group_aware"), scheme.grid
         config.propagation, config.refinement, config.polish = (
             scheme.propagation,
@@ -535,9 +543,14 @@ def pattern_of(parent: str, children: list[str]) -> str:
 
 def _override(scheme: LayerScheme) -> dict[str, Any]:
     """The settings of a scheme that an entry of `dynamic` may change."""
-    return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+    return {
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.symmetric,
+        "desc_act": scheme.act_order == "desc_act",
+    }
 
 
-def _pattern(key: str) -> str:
+def pattern_in(key: str) -> str:
     """The regular expression of an entry of `dynamic`; a key without a sign means "+"."""
     return key[2:] if key[:2] in ("-:", "+:") else key

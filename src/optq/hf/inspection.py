@@ -24,7 +24,7 @@ from optq.serving import READERS, Linear, kind_of, refusals, split_of
 from optq.torch_state import default_torch_state
 
 from .config import GPTQConfig
-from .labels import groups_contradict, zeros_contradict
+from .labels import groups_contradict, scope_contradicts, zeros_contradict
 from .source import head_width_of, model_config_of, parallel_plan_of, stated_quantization, weight_files
 
 
@@ -113,13 +113,16 @@ def inspect(
         dense=dict(Counter(map(kind_of, dense))),
         bits_per_weight=8 * stored / weights if weights else math.nan,
         size_gib=sum(file.stat().st_size for file in files) / GIB,
-        contradictions=tuple(_contradictions(files, linears.values())),
+        contradictions=(
+            *(scope_contradicts(config, quantized, _modules_of(dense)) if config is not None else ()),
+            *_contradictions(files, linears.values()),
+        ),
         refused={
             reader: refusals(
                 reader,
                 linears.values(),
                 tensor_parallel,
-                (name.removesuffix(".weight") for name in dense),
+                _modules_of(dense),
                 version,
             )
             for reader, version in readers.items()
@@ -191,6 +194,10 @@ def kernel_choices(
             )
         )
     return found
+
+
+def _modules_of(weights: Iterable[str]) -> list[str]:
+    return [name.removesuffix(".weight") for name in weights]
 
 
 def _contradictions(files: Sequence[Path], linears: Iterable[Linear]) -> Iterator[str]:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the bytes of a checkpoint are not what its config says: readers that believe the label compute nonsense."""
+"""Where a model or the bytes of a checkpoint are not what a config says: readers that believe it compute nonsense."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -9,6 +11,12 @@ from torch import Tensor
 from optq.checkpoint import CHECKPOINT_FORMATS, QuantizedTensors, unpack_codes
 from optq.errors import CheckpointError
 from optq.scheme import LayerScheme, trivial_groups
+from optq.serving import kind_of
+
+from .config import OVERRIDES, GPTQConfig, pattern_in
+
+HEAD_NAMES = ("lm_head", "embed_out", "output")
+"""What output heads are called, as the last part of their names."""
 
 
 def zeros_contradict(name: str, scheme: LayerScheme, checkpoint_format: str, qzeros: Tensor) -> Iterator[str]:
@@ -61,3 +69,86 @@ def check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
             f"{scheme.group_count(tensors.in_features)} groups of {tensors.in_features} columns, but the tensors hold "
             f"{groups}. Correct quantization_config.group_size, or its dynamic entry for this layer."
         )
+
+
+def scope_contradicts(
+    config: GPTQConfig, quantized: Mapping[str, QuantizedTensors], dense: Iterable[str]
+) -> Iterator[str]:
+    """Where config.json and the tensors disagree about which linears are packed, and how; one of each kind.
+
+    Args:
+        quantized: the packed linears by name.
+        dense: the names of other matrices' modules.
+    """
+    found: dict[tuple[str, str], str] = {}  # by kind and by what is the matter
+    for name, tensors in quantized.items():
+        if (scheme := config.scheme_for(name)) is None:
+            found.setdefault(
+                (kind_of(name), "excluded"),
+                f"{name} is packed, but config.json excludes it. Readers that believe the label look for a dense "
+                "weight. Correct dynamic or modules_in_block_to_quantize.",
+            )
+        try:
+            check_label(tensors, scheme)
+        except CheckpointError as error:
+            found.setdefault((kind_of(name), "shapes"), str(error))
+    packed_kinds = set(map(kind_of, quantized))
+    for name in dense:
+        if kind_of(name) in packed_kinds and config.scheme_for(name) is not None:
+            found.setdefault(
+                (kind_of(name), "dense"),
+                f"{name} is not packed, but config.json does not exclude it, and others of its kind are packed. "
+                f"Readers that believe the label look for packed words. Add '-:^{re.escape(name)}$' to dynamic.",
+            )
+    yield from found.values()
+    heads = [name for name in quantized if name.rpartition(".")[2] in HEAD_NAMES and kind_of(name) == name]
+    if config.lm_head and not any(kind_of(name) == name for name in quantized):
+        yield (
+            "config.json says lm_head=true, but the output head is not packed. Readers that believe the label look "
+            "for packed words. Correct lm_head to false."
+        )
+    if heads and not config.lm_head:
+        yield (
+            f"{heads[0]} is packed, but config.json says lm_head=false. Readers that believe the label look for a "
+            "dense weight. Correct lm_head to true."
+        )
+
+
+def without_effect(config: GPTQConfig, linears: list[str]) -> list[str]:
+    """What the config says of layers that the model does not have, a sentence each; `linears` are the model's."""
+    found = [
+        f"modules_in_block_to_quantize: {entry!r} is the name of no linear layer of a block."
+        + (" The output head is asked for with lm_head=True." if entry in linears else _nearest(entry, linears))
+        for entry in config.listed_modules
+        if not any(name.endswith(f".{entry}") and kind_of(name) != name for name in linears)
+    ]
+    for pattern, override in (config.dynamic or {}).items():
+        if not any(re.match(pattern_in(pattern), name) for name in linears):
+            found.append(
+                f"dynamic: {pattern!r} matches no linear layer, so it has no effect."
+                + _nearest(re.sub(r"\\[dw.]|[^\w.]", "", pattern_in(pattern)).strip("."), linears)
+            )
+        unknown = [key for key in override or () if key not in OVERRIDES]
+        if unknown and not pattern.startswith("-:"):
+            found.append(
+                f"dynamic: {pattern!r} sets {', '.join(map(repr, unknown))}, which has no effect; what can be set is "
+                f"{', '.join(OVERRIDES)}."
+            )
+    return found
+
+
+def _nearest(text: str, linears: Iterable[str]) -> str:
+    """The names most like `text`, as a sentence."""
+    kinds = dict.fromkeys(map(kind_of, linears))
+    known = {ending: None for kind in kinds for ending in (kind, *_endings(kind))}
+    near = (
+        get_close_matches(text, known, n=3, cutoff=0.6)
+        or list(dict.fromkeys(kind.split("*.")[-1] for kind in kinds))[:8]
+    )
+    return f" Near it: {', '.join(near)}." if near else ""
+
+
+def _endings(kind: str) -> list[str]:
+    """The last part of a name, and the last two."""
+    parts = kind.split(".")
+    return [".".join(parts[-count:]) for count in (1, 2)]

@@ -21,6 +21,8 @@ FOR_ONE = ("revision", "subfolder")
 PLACEMENT = ("max_memory", "offload_folder", "offload_buffers")
 """What belongs to a device_map."""
 
+NAME = "pretrained_model_name_or_path"
+
 _TOLD: ContextVar[Mapping[str, Any] | None] = ContextVar("optq_told", default=None)
 
 
@@ -34,7 +36,7 @@ def register() -> None:
 
     @wraps(load)
     def from_pretrained(cls: type[Any], /, *args: Any, **kwargs: Any) -> Any:
-        with _told(kwargs):
+        with _told({**kwargs, NAME: args[0] if args else kwargs.get(NAME)}):
             return load(cls, *args, **kwargs)
 
     from_pretrained.optq_wraps = True  # type: ignore[attr-defined]  # transformers wraps it as well
@@ -54,6 +56,11 @@ def told(names: Iterable[str]) -> dict[str, Any]:
     """Of these arguments, those that the `from_pretrained` that is running was called with, and that are not None."""
     kwargs = _TOLD.get() or {}
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def name_told() -> str:
+    """The model's id or folder, in words if none is known."""
+    return str(told((NAME,)).get(NAME, "this model"))
 
 
 def where_told() -> dict[str, Any]:

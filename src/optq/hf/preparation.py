@@ -2,6 +2,7 @@
 """What a configuration means for a model: which linears are quantized and how, and on what data. No weight is read."""
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from optq.positions import fitting, positions_of, stated_positions
 
 from . import compat
 from .config import GPTQConfig
+from .labels import without_effect
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 2048  # tokens of a calibration sequence, by default
 LONGEST_WRITTEN = 512  # of one that the model writes itself: each takes a forward pass
@@ -67,9 +71,23 @@ def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
     }
     put_split(model, experts)
     try:
-        plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
+        names = [name for block_name, block in blocks.items() for name in find_linears(block, block_name)]
+        idle = without_effect(config, [*names, *_head_names(model)])
+        try:
+            plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
+        except ConfigError as error:
+            raise ConfigError(" ".join((str(error), *idle))) from error
     finally:
         put_fused(model, experts)
+    for sentence in idle:
+        logger.warning("%s", sentence)
+    if plan.head is not None and not plan.targets[plan.head]:
+        logger.warning(
+            "lm_head=True was asked for, but %s stays as it is, and config.json will say lm_head=false: %s.",
+            plan.head,
+            plan.skipped[plan.head],
+        )
+        plan = plan.without_head()
     planned = {target.view.name for target in plan.all_targets}
     experts = {
         name: module for name, module in experts.items() if any(linear.startswith(f"{name}.") for linear in planned)
@@ -105,10 +123,15 @@ def vocabulary_of(model: Any) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)  # some have an embedding per codebook
 
 
+def _head_names(model: Any) -> list[str]:
+    """The name of the output head, if there is one."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head][:1]
+
+
 def _find_head(model: Any) -> dict[str, nn.Module]:
     """The output head by name."""
-    head = model.get_output_embeddings()
-    name = next((name for name, module in model.named_modules() if module is head), None)
+    head, name = model.get_output_embeddings(), next(iter(_head_names(model)), None)
     if head is None or name is None or not find_linears(head):
         raise ConfigError(
             f"lm_head=True was asked for, but {type(model).__name__} has no linear output head; leave it False."

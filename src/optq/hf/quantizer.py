@@ -326,7 +326,10 @@ class OptqHfQuantizer(HfQuantizer):
         asked_for = [name for name in self._plan.skipped if config.scheme_for(name) is not None]
         left_out = [*asked_for, *(name for name in planned if name not in done)]
         self.quantization_config = config.for_checkpoint(
-            self._calibration.recipe, left_out, {name: scheme for name, scheme in planned.items() if name in done}
+            self._calibration.recipe,
+            left_out,
+            {name: scheme for name, scheme in planned.items() if name in done},
+            self._plan.head,
         )
         model.config.quantization_config = self.quantization_config
         text_config = model.config.get_text_config(decoder=True)

@@ -40,10 +40,11 @@ def merged(stated: Any, asked: transformers.GPTQConfig) -> GPTQConfig | None:
         ModelError: it cannot be quantized again.
     """
     from .bases import method_of, why_no_base
+    from .origin import name_told
 
     if method_of(stated) == "gptq" and getattr(asked, "dataset", None) is None:
         return None
-    if reason := why_no_base(stated, "this model"):
+    if reason := why_no_base(stated, name_told()):
         as_it_is = " To load it as it is, leave out dataset=." if method_of(stated) == "gptq" else ""
         raise ModelError(reason + as_it_is)
     config = copy.copy(GPTQConfig.from_stock(asked))
@@ -56,7 +57,7 @@ def register() -> None:
     auto.AUTO_QUANTIZER_MAPPING["gptq"] = make_quantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
     merge = auto.AutoHfQuantizer.merge_quantization_configs.__func__
-    if hasattr(merge, "__wrapped__"):
+    if hasattr(merge, "optq_wraps"):
         return
 
     @wraps(merge)
@@ -64,4 +65,5 @@ def register() -> None:
         found = merged(stated, asked) if isinstance(asked, transformers.GPTQConfig) else None
         return merge(cls, stated, asked) if found is None else found
 
+    merge_quantization_configs.optq_wraps = True  # type: ignore[attr-defined]  # others may wrap it as well
     auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)

@@ -41,6 +41,7 @@ def check_request(
     check_sources(config.calibration_data)
     execution_device(config.device)
     check_backend(config.backend)
+    _check_modules(config.modules_in_block_to_quantize)
     _check_written(config)
     _check_log_file(config.log_file)
     _check_devices(device_map)
@@ -108,6 +109,21 @@ def check_backend(backend: str) -> None:
     """Refuse a name that no kernel has."""
     if backend not in BACKENDS:
         raise KernelError(f"backend={backend!r} was asked for; allowed are {', '.join(BACKENDS)}.")
+
+
+def _check_modules(groups: Any) -> None:
+    if groups is None:
+        return
+    entries = [
+        entry
+        for group in (groups if isinstance(groups, (list, tuple)) else [None])
+        for entry in (group if isinstance(group, (list, tuple)) else [group])
+    ]
+    if not all(isinstance(entry, str) for entry in entries):
+        raise ConfigError(
+            f"modules_in_block_to_quantize={_shown(groups)} was asked for; it is a list of names inside a block, such "
+            "as ['self_attn.q_proj', 'mlp.down_proj'], or a list of such lists."
+        )
 
 
 def _check_written(config: GPTQConfig) -> None:
