@@ -40,8 +40,13 @@ def test_the_words_on_disk_are_not_kept_beside_the_kernels_codes(layer):
     assert torch.equal(layer.state_dict()["qweight"], words)
     held = layer.held.prepared.codes.numel() * layer.held.prepared.codes.element_size()
     assert held == words.numel() * 4
+    assert sum(buffer.nbytes for buffer in layer.buffers()) == sum(
+        tensor.nbytes for tensor in layer.state_dict().values()
+    )
     layer.prepare(torch.float32)
     assert torch.equal(layer.qweight, words)
+    layer.prepare(torch.bfloat16)
+    assert torch.equal(dict(layer.named_buffers(recurse=False))["qweight"], words)  # who asks is about to move it
 
 
 def test_new_tensors_can_be_loaded_into_a_prepared_layer(layer):

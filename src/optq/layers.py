@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`QuantLinear`: a linear layer whose weight stays packed, and whose product is made by a kernel of the table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,8 @@ class QuantLinear(nn.Module):
 
     The tensors of the checkpoint are buffers under their names on disk, and saving writes back the bytes that were
     read. What the kernel wants is derived from them once, by `prepare`, and is not saved. It holds all codes, so from
-    then on the words on disk, by far the largest buffer, are on the meta device, and are made again from the kernel's
-    codes, bit for bit, for whoever asks.
+    then on `codes` is the buffer in the place of the words on disk, by far the largest. Of `qweight` its shape stays,
+    on the meta device; the words are made again from the codes, bit for bit, for whoever asks.
 
     It may be called by several threads at once, each with its own dtype: a forward reads `held`, one value, and what
     that is exchanged for stays right as well. Only moving, casting and loading want a layer that nobody is calling.
@@ -139,7 +139,8 @@ class QuantLinear(nn.Module):
         if self._is_offloaded():  # nothing of it may stay
             return derived
         self.held = derived  # before the words go: whoever finds them gone looks here
-        self.qweight = words if derived.prepared.codes is words else words.to("meta")
+        if derived.prepared.codes is not words:
+            self._put_away(derived.prepared.codes)
         if not hasattr(self, "weight") or self.weight.device != device:
             self._show(dtype, device)
         if self.siblings is not None:
@@ -168,7 +169,8 @@ class QuantLinear(nn.Module):
         """Read this from now on, in the place of what `prepare` made: the same in a memory that others share."""
         assert self.held is not None
         self.held = replace(self.held, prepared=prepared)
-        self.scales = prepared.scales
+        shared = {"scales": prepared.scales, "codes": prepared.codes}
+        self._buffers = {name: shared.get(name, buffer) for name, buffer in self._buffers.items()}
 
     def _words(self) -> Tensor:
         """qweight as on disk."""
@@ -185,14 +187,25 @@ class QuantLinear(nn.Module):
     def _restore(self) -> None:
         """Be as before `prepare`."""
         with CHANGING:
-            self.qweight, self.scales = self._words(), self._own_scales()
-            self._let_go()
-
-    def _let_go(self) -> None:
-        with CHANGING:
+            others = {name: buffer for name, buffer in self._buffers.items() if name not in ("qweight", "codes")}
+            self._buffers = {"qweight": self._words(), **others, "scales": self._own_scales()}
+            self.__dict__.pop("qweight", None)
+            self._non_persistent_buffers_set.discard("codes")
             if self.siblings is not None:
                 self.siblings.part(self)
             self.held = None
+
+    def _put_away(self, codes: Tensor) -> None:
+        """Let the kernel's codes take the place of the words on disk among the buffers; of these the shape is kept.
+
+        Every step leaves a layer that another thread can read.
+        """
+        self.__dict__["qweight"] = self.qweight.to("meta")
+        self._non_persistent_buffers_set.add("codes")
+        self._buffers = {
+            **{name: buffer for name, buffer in self._buffers.items() if name != "qweight"},
+            "codes": codes,
+        }
 
     def fill_trivial_groups(self, group_width: int) -> None:
         """Give g_idx its value where a checkpoint leaves it out: runs of `group_width` neighbouring columns."""
@@ -206,8 +219,6 @@ class QuantLinear(nn.Module):
             return self._product(x.to(dtype))
 
     def _product(self, x: Tensor) -> Tensor:
-        if "_hf_hook" in self.__dict__ and self.held is not None and self._is_offloaded():
-            self._let_go()  # of what was derived before accelerate came: there is no room for it
         held = self.held
         if held is None or held.device != x.device or (kernel := held.products.get(x.dtype)) is None:
             held = self.held_for(x.dtype)
@@ -241,7 +252,7 @@ class QuantLinear(nn.Module):
         if moved is self.g_idx and moved.is_shared() == was_shared:
             bias = self.bias
             with CHANGING:  # another thread may be having the words laid out
-                packed = {id(tensor) for tensor in (self.qweight, self.qzeros, self.scales, self.g_idx)}
+                packed = {id(buffer) for name, buffer in self._buffers.items() if name != "bias"}
                 super()._apply(lambda tensor: tensor if id(tensor) in packed else fn(tensor), recurse)
             if self.siblings is not None and self.bias is not bias:
                 self.siblings.bias_changed()
@@ -257,9 +268,18 @@ class QuantLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}qweight"] = words = self._words()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}qweight"] = self._words()
+        destination[f"{prefix}qweight"] = words
         destination[f"{prefix}scales"] = self._own_scales()
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Who asks this layer for its own is about to move them or to take them away, as accelerate does."""
+        if not recurse and self.held is not None:
+            self._restore()
+        return super().named_buffers(prefix, recurse, remove_duplicate)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._restore()

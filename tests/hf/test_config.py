@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import enum
 import json
+import shutil
+import warnings
 
 import pytest
 import transformers
+from transformers import AutoModelForCausalLM
 
+import optq
+from conftest import rewritten
 from optq import GPTQConfig
-from optq.errors import ConfigError
+from optq.errors import ConfigError, KernelError
 
 
 def test_is_transformers_own_class_by_name_and_type():
@@ -79,6 +85,35 @@ def test_configs_found_on_the_hub_are_read():
         config = GPTQConfig.from_dict({"quant_method": "gptq", **found})
         assert config.scheme_for("any").bits == found["bits"]
     assert GPTQConfig.from_dict({"bits": 4, "damp_percent": 0}).to_dict()["damp_percent"] == 0  # as it was
+
+
+@pytest.mark.parametrize("named", ["marlin", "exllama_v2", "triton", "auto_trainable", "", 3, None])
+def test_kernels_that_a_file_names_are_other_tools(saved, probe_ids, tmp_path, caplog, named):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    with rewritten(tmp_path / "config.json") as written:
+        written["quantization_config"] |= {"backend": named, "kernel": "marlin"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.model.layers[0].mlp.up_proj.kernel_name == "reference"
+    assert ("left aside" in caplog.text) == (named not in ("auto_trainable", None))
+    assert optq.inspect(tmp_path).bits_per_weight
+
+
+@pytest.mark.parametrize("kind", [GPTQConfig, transformers.GPTQConfig])
+def test_a_kernel_that_is_asked_for_in_python_is_known_or_refused_by_name(saved, kind):
+    class Backend(str, enum.Enum):
+        AUTO_TRAINABLE = "auto_trainable"
+
+    def loaded(backend):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # transformers', that the rest is the file's
+            return AutoModelForCausalLM.from_pretrained(saved, quantization_config=kind(bits=4, backend=backend))
+
+    for backend in ("auto_trainable", "AUTO", None, "reference", Backend.AUTO_TRAINABLE):
+        assert loaded(backend).model.layers[0].mlp.up_proj.kernel_name == "reference"
+    assert loaded("auto_trainable").config.quantization_config.backend == "auto"
+    for backend in ("marlin", "exllama_v2", "nonsense"):
+        with pytest.raises(KernelError, match=rf"backend='{backend}' was asked for; allowed are auto, cpu, .*triton"):
+            loaded(backend)
 
 
 def test_the_stock_class_is_taken_over():

@@ -47,6 +47,30 @@ def renamed(tensors: dict[str, Value], model: Any) -> dict[str, Value]:
     }
 
 
+def left_out(names: Iterable[str], model: Any, on_disk: Iterable[str]) -> set[str]:
+    """Which modules a checkpoint may have although the model has not, packed as well as dense.
+
+    Those are what lies outside of the base model, such as the head of another task, and what the class itself lists.
+
+    Args:
+        names: as they would be in the model.
+        on_disk: the names of the checkpoint's tensors.
+    """
+    listed = model._keys_to_ignore_on_load_unexpected or ()
+    inside = f"{model.base_model_prefix}."
+    of_base = {
+        key[len(inside) : -len(".qweight")] for key in on_disk if re.match(rf"{re.escape(inside)}.*\.qweight$", key)
+    }
+
+    def may_be(name: str) -> bool:
+        if any(re.search(pattern, f"{name}.weight") for pattern in listed):
+            return True
+        # With nothing packed under the base model's name, it was saved as a base model, or is of another architecture.
+        return bool(of_base) and not name.startswith(inside) and (model.base_model is not model or name not in of_base)
+
+    return {name for name in names if may_be(name)}
+
+
 DEQUANTIZED_METHODS = ("fp8", "mxfp8", "mxfp4")
 """The values of quant_method that transformers can dequantize while it reads a checkpoint, and optq has it do so."""
 

@@ -7,6 +7,7 @@ tokenizers or calibration texts to disk.
 """
 
 import copy
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -22,10 +23,13 @@ from optq.calibration import SELF, mixture
 from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
 from optq.evaluation import GOOD_PERPLEXITY_RATIO
+from optq.kernels import known_backend
 from optq.memory import free_bytes
 from optq.scheme import BITS, SERVED_GROUP_SIZES, ActOrder, GridFit, LayerScheme
 from optq.serving import FUSED_NAMES, kind_of
 from optq.version import __version__
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_DAMPING = 0.1
 STOCK_DATASETS = ("wikitext2", "c4", "c4-new")  # all that transformers' own class takes in a config.json
@@ -139,7 +143,8 @@ class GPTQConfig(transformers.GPTQConfig):
             {0: "8GiB"}, and of the machine's memory, {"cpu": "32GiB"}. What finds no room in the first goes to the
             second, and from there, if there is an output folder, to its disk. By default 40 % of what is free.
         log_file: a path to which the run's events are appended as JSON lines.
-        backend: a kernel by name, or "auto".
+        backend: a kernel by name, or "auto"; "auto_trainable", as other tools call it, is the same. What a file says
+            about it was written for another tool, and is left aside.
         block_name_to_quantize: the list of blocks, such as "model.layers"; found by itself in most models.
         modules_in_block_to_quantize: names inside a block to which quantization is restricted.
     Raises:
@@ -212,7 +217,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.polish = polish
         self.format = (checkpoint_format or format or "gptq").lower()
         self.meta = meta
-        self.backend = (backend or "auto").lower()
+        self.backend = backend
         self.model_seqlen = model_seqlen
         self.num_samples = num_samples
         self.packing = bool(packing)
@@ -240,6 +245,30 @@ class GPTQConfig(transformers.GPTQConfig):
         self.pack_dtype = str(pack_dtype or "int32").removeprefix("torch.")
         self.unknown = unknown
         self.post_init()
+
+    @property
+    def backend(self) -> str:
+        return str(self.__dict__["backend"])
+
+    @backend.setter  # transformers sets it, too, on the config of a file
+    def backend(self, name: Any) -> None:
+        name = getattr(name, "value", name) or "auto"  # other tools have an enumeration
+        self.__dict__["backend"] = known_backend(
+            "auto" if str(name).lower() == "auto_trainable" else str(name).lower()
+        )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """From a file, or a dict that stands for one."""
+        config_dict = dict(config_dict)
+        backend = config_dict.pop("backend", None)
+        if backend not in (None, "auto", "auto_trainable"):
+            logger.warning(
+                "The quantization_config names the kernel %r, which may be any tool's: it is left aside. To ask for "
+                "one, pass GPTQConfig(..., backend=...) to from_pretrained.",
+                backend,
+            )
+        return super().from_dict(config_dict, *args, **kwargs)
 
     @classmethod
     def from_stock(cls, config: transformers.GPTQConfig) -> "GPTQConfig":

@@ -101,7 +101,7 @@ def describe(stated: dict[str, Any], headers: Headers) -> Source:
 
 
 def _gptq(stated: dict[str, Any], headers: Headers) -> Source:
-    config = GPTQConfig(**stated)
+    config = GPTQConfig.from_dict(stated)
     linears = find_quantized_linears(dict(headers))
 
     def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:

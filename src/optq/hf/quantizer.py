@@ -343,25 +343,28 @@ class OptqHfQuantizer(HfQuantizer):
     def _insert_empty_layers(self, model: Any, checkpoint_files: list[str]) -> None:
         config = self.quantization_config
         pickled = model.config.__dict__.pop(UNPICKLE, False) and self._weights_only
-        headers = compat.renamed(read_headers(checkpoint_files, pickled=pickled), model)
+        on_disk = read_headers(checkpoint_files, pickled=pickled)
+        headers = compat.renamed(on_disk, model)
         self._split_experts(model, headers)
         found = find_quantized_linears(headers)
-        self._packed = list(found)
         if not found:
             raise CheckpointError(
                 f"{model.config.name_or_path} says that it is quantized with GPTQ, but none of its tensors is named "
                 "*.qweight. It is not a GPTQ checkpoint, or its config.json belongs to another one."
             )
         modules = dict(model.named_modules())
-        strangers = [name for name in found if not isinstance(modules.get(name), LINEAR_TYPES)]
+        fitting = {name: tensors for name, tensors in found.items() if isinstance(modules.get(name), LINEAR_TYPES)}
+        strangers = found.keys() - fitting.keys()
+        strangers -= compat.left_out(strangers - modules.keys(), model, on_disk)
         if strangers:
             raise CheckpointError(
-                f"{len(strangers)} quantized tensors of the checkpoint, such as {strangers[0]}, belong to no "
+                f"{len(strangers)} quantized tensors of the checkpoint, such as {min(strangers)}, belong to no "
                 f"linear layer of {type(model).__name__}. The checkpoint was made for another architecture."
             )
+        self._packed = list(fitting)
         dtype = model.dtype
         layer_type = ParallelLinear if parallel.wants_parallel(model) else QuantLinear
-        for name, tensors in found.items():
+        for name, tensors in fitting.items():
             scheme = config.scheme_for(name)
             check_label(tensors, scheme)
             if "g_idx" not in tensors.headers:

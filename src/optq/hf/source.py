@@ -54,7 +54,7 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
 def stated_quantization(model_config: Any) -> GPTQConfig | None:
     """What a GPTQ checkpoint's config says about its quantization, if it says anything."""
     stated = quantization_entry(model_config)
-    return GPTQConfig(**stated) if stated else None
+    return GPTQConfig.from_dict(stated) if stated else None
 
 
 def quantization_entry(model_config: Any) -> dict[str, Any] | None:

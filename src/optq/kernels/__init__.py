@@ -18,4 +18,5 @@ from .table import KERNELS as KERNELS
 from .table import Kernel as Kernel
 from .table import choose_kernel as choose_kernel
 from .table import explain as explain
+from .table import known_backend as known_backend
 from .tuning import tune as tune

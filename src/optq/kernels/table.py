@@ -141,6 +141,17 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 """backend= -> the rows that may be chosen."""
 
 
+def known_backend(name: str) -> str:
+    """The name itself.
+
+    Raises:
+        KernelError: it is none of `BACKENDS`.
+    """
+    if name not in BACKENDS:
+        raise KernelError(f"backend={name!r} was asked for; allowed are {', '.join(BACKENDS)}.")
+    return name
+
+
 def explain(packed: PackedWeight, dtype: torch.dtype) -> dict[str, str | None]:
     """Every kernel's name with the reason it cannot run this layer, or None if it can; in order of preference."""
     return {name: kernel.why_not(packed, dtype) for name, kernel in KERNELS.items()}
@@ -152,10 +163,8 @@ def choose_kernel(packed: PackedWeight, dtype: torch.dtype, backend: str = "auto
     Raises:
         KernelError: the backend is unknown, or none of its kernels can run the layer; the reasons are listed.
     """
-    if backend not in BACKENDS:
-        raise KernelError(f"backend={backend!r} was asked for; allowed are {', '.join(BACKENDS)}.")
     reasons = {}
-    for name in BACKENDS[backend]:
+    for name in BACKENDS[known_backend(backend)]:
         reason = KERNELS[name].why_not(packed, dtype)
         if reason is None:
             return KERNELS[name]
