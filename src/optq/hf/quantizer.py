@@ -23,7 +23,7 @@ from optq.allocation import allocate
 from optq.calibration import Calibration, accepted, check_sources
 from optq.checkpoint import find_quantized_linears, read_headers
 from optq.driver import quantize_model
-from optq.errors import CalibrationError, CheckpointError
+from optq.errors import CalibrationError, CheckpointError, counted
 from optq.evaluation import Comparison, is_good, judge
 from optq.kernels import tune
 from optq.layers import QuantLinear, join_experts, join_siblings
@@ -297,8 +297,9 @@ class OptqHfQuantizer(HfQuantizer):
         strangers = [name for name in found if not isinstance(modules.get(name), LINEAR_TYPES)]
         if strangers:
             raise CheckpointError(
-                f"{len(strangers)} quantized tensors of the checkpoint, such as {strangers[0]}, belong to no "
-                f"linear layer of {type(model).__name__}. The checkpoint was made for another architecture."
+                f"{counted(len(strangers), 'quantized tensor')} of the checkpoint, such as {strangers[0]}, "
+                f"{'belongs' if len(strangers) == 1 else 'belong'} to no linear layer of "
+                f"{type(model).__name__}. The checkpoint was made for another architecture."
             )
         dtype = model.dtype
         layer_type = ParallelLinear if parallel.wants_parallel(model) else QuantLinear
@@ -372,7 +373,9 @@ class OptqHfQuantizer(HfQuantizer):
         release_free_memory()
         if os.environ.get("OPTQ_AUTOTUNE") == "1":
             tune(model)
-        logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))
+        logger.info(
+            "Kernels: %s.", ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in kernels.items())
+        )
 
 
 def _quantized_layers(model: Any) -> dict[str, QuantLinear]:
