@@ -3,14 +3,18 @@
 
 import gzip
 import json
+import logging
+import re
 from collections import deque
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import optq
+from optq import GPTQConfig
 from optq.calibration import prepare_calibration
 from optq.errors import LONGEST_MESSAGE, CalibrationError, OutputError, counted
 
@@ -269,6 +273,7 @@ class TestFiles:
             ("a.jsonl", b'{"text": "ab"}\n{"text": 5}\n', r"a\.jsonl, line 2, is a dict"),
             ("a.parquet", b"", r"a\.parquet is not a valid Parquet file"),
             ("a.parquet", b"PAR1 cut off PAR1", r"a\.parquet is not a valid Parquet file"),
+            ("A.JSONL.GZ", gzip.compress(b"{"), r"A\.JSONL\.GZ, line 1, column 2, is not valid JSONL"),
         ],
     )
     def test_what_cannot_be_read_is_refused_with_file_and_line(self, samples, tmp_path, name, content, message):
@@ -293,6 +298,30 @@ class TestMessages:
         assert message.startswith("What is wrong: x")
         assert message.endswith("What to do.")
         assert str(OutputError("short")) == "short"
+
+    def test_a_saved_dataset_that_is_damaged_is_refused_by_name(self, samples, tmp_path):
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path)
+        (file,) = tmp_path.glob("*.arrow")
+        file.write_bytes(b"cut off")
+        with pytest.raises(CalibrationError, match=f"{tmp_path} is no dataset that can be read"):
+            samples(tmp_path)
+
+    def test_a_run_with_one_of_everything_says_so(self, tiny_llama, caplog):
+        config = GPTQConfig(
+            bits=4,
+            group_size=32,
+            effort="fast",
+            dataset=["ab", "ab", "c"],
+            num_samples=2,
+            modules_in_block_to_quantize=["self_attn.q_proj"],
+        )
+        with caplog.at_level(logging.INFO, logger="optq"):
+            AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+        assert "Calibration: 1 sample (1 of list), 2 tokens" in caplog.text
+        assert "only 1 sample of the 2 asked for was found" in caplog.text
+        said = f"{caplog.text}\n{optq.plan(tiny_llama, config)}"
+        assert not re.search(r"(?<![\d.])1 (more )?(calibration )?\w+s( are)?\b", said)
 
     def test_one_is_not_several(self):
         assert (counted(1, "sample"), counted(0, "sample"), counted(2, "sample is", "samples are")) == (

@@ -30,6 +30,7 @@ from transformers import (
 import optq
 from conftest import tiny_llama_config
 from optq import GPTQConfig
+from optq.errors import ConfigError
 from optq.positions import positions_of
 
 POSITIONS = 32
@@ -134,6 +135,20 @@ def test_models_are_compared_on_windows_that_all_of_them_can_read(folder, caplog
     first, second = optq.compare([folder("llama"), folder("gpt2")], window=64, **settings)
     assert list(first.perplexities) == list(second.perplexities) == ["consecutive windows of 32"]
     assert caplog.text.count("windows are cut to 32") == 1
+
+
+def test_speed_is_measured_on_a_prompt_that_leaves_room_for_what_is_written(folder, caplog):
+    (speed,) = optq.bench(folder("gpt2"), batch_sizes=(2,), prompt=100, new=8, runs=1, device="cpu")
+    assert (speed.prompt, speed.new) == (POSITIONS - 8, 8)
+    assert "A prompt of 100 and 8 new tokens: GPT2LMHeadModel has 32 positions" in caplog.text
+    with pytest.raises(ConfigError, match="has positions for 32 in all"):
+        optq.bench(folder("gpt2"), prompt=1, new=32, device="cpu")
+
+
+def test_what_a_model_is_judged_on_is_no_longer_than_its_positions_if_it_writes_it_itself(folder):
+    settings = {"dataset": "self", "tokens": 64, "protocols": ("consecutive",), "device": "cpu"}
+    (found,) = optq.compare([folder("gpt2")], baseline=folder("gpt2"), **settings)
+    assert found.perplexities["consecutive windows of 32"].tokens == 2 * 31
 
 
 def packed(model):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .checkpoint import PackedWeight, unpack
-from .errors import CalibrationError, ModelError
+from .errors import CalibrationError, ModelError, counted
 from .gptq import Hessian, InputDrift, Solution, solve, stacked
 from .memory import all_finite, free_bytes, peak_gib, release_free_memory
 from .model import (
@@ -543,13 +543,13 @@ class BlockWork:
         }
         self.log.emit("block", block=self.name, **facts)
         logger.info(
-            "%s: relative loss %.2e, %.2f bits per weight, %.1f s, peak %.2f GiB; %d blocks left, about %s",
+            "%s: relative loss %.2e, %.2f bits per weight, %.1f s, peak %.2f GiB; %s left, about %s",
             self.name,
             facts["relative_loss"],
             facts["bits_per_weight"],
             facts["seconds"],
             facts["peak_gib"] or math.nan,
-            self.log.blocks_left,
+            counted(self.log.blocks_left, "block"),
             timedelta(seconds=round(self.log.seconds_left)),
         )
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .block import BlockWork, Solved
 from .calibration import Calibration, MicroBatch
 from .checkpoint import pack
-from .errors import CalibrationError, ModelError
+from .errors import CalibrationError, ModelError, counted
 from .evaluation import Comparer, Comparison
 from .layers import QuantLinear
 from .memory import all_finite, peak_gib, release_free_memory, reuse_of_free_memory
@@ -174,8 +174,9 @@ def _share_of(calibration: Calibration, ranks: Ranks) -> Calibration:
     """What this process runs; every one needs a micro-batch to find the stages of a block with."""
     if len(calibration.batches) < ranks.size:
         raise CalibrationError(
-            f"{ranks.size} processes share the run, but the calibration data makes only {len(calibration.batches)} "
-            "micro-batch(es). Start fewer, or choose a smaller batch_size or more samples."
+            f"{ranks.size} processes share the run, but the calibration data makes only "
+            f"{counted(len(calibration.batches), 'micro-batch', 'micro-batches')}. Start fewer, or choose a smaller "
+            "batch_size or more samples."
         )
     return replace(calibration, batches=ranks.mine(calibration.batches), probes=ranks.mine(calibration.probes))
 

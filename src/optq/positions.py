@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from optq.errors import counted
+
 logger = logging.getLogger(__name__)
 
 STATED = ("max_position_embeddings", "max_decoder_position_embeddings", "max_target_positions", "max_seq_len")
@@ -50,7 +52,9 @@ def fitting(model: Any, window: int, asked: str) -> int:
     """
     limit = positions_of(model)
     if limit is not None and window > limit:
-        logger.warning("%s: %s has %d positions, so windows are cut to %d.", asked, type(model).__name__, limit, limit)
+        logger.warning(
+            "%s: %s has %s, so windows are cut to %d.", asked, type(model).__name__, counted(limit, "position"), limit
+        )
         return limit
     stated = stated_positions(model.config) if getattr(model, "config", None) is not None else None
     if stated is not None and window > stated:

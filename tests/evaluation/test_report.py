@@ -205,7 +205,7 @@ def test_a_run_is_reported_while_it_is_interrupted_and_after_it_went_on(
     assert not (output / "report").exists()
     optq.quantize(tiny_llama, config(token_rows), output_dir=output)
     after = report([output], output / "report")
-    assert "The run was interrupted and went on; 1 blocks were done by then." in Page(after.page).text
+    assert "The run was interrupted and went on; 1 block was done by then." in Page(after.page).text
     whole = report([finished], tmp_path / "whole")
     assert [linear.relative_loss for linear in after.runs[0].linears] == [
         linear.relative_loss for linear in whole.runs[0].linears

@@ -99,8 +99,8 @@ class Calibration:
             return self.weaknesses
         return (
             *self.weaknesses,
-            f"{tokens} tokens cannot determine the {in_features} x {in_features} Hessian of the widest linear: "
-            f"use at least {in_features}, better {8 * in_features}",
+            f"{counted(tokens, 'token')} cannot determine the {in_features} x {in_features} Hessian of the widest "
+            f"linear: use at least {in_features}, better {8 * in_features}",
         )
 
 

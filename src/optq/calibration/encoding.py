@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.errors import CalibrationError
+from optq.errors import CalibrationError, counted
 
 from .sources import CHAT_COLUMNS, KNOWN_COLUMNS, TEXT_COLUMNS, Row, accepted, read_to_judge
 
@@ -251,7 +251,7 @@ def _unpadded(ids: Any, mask: Any, place: str) -> Iterator[list[int]]:
     masks = [None] * len(rows) if mask is None else _sequences(mask)
     if len(rows) != len(masks):
         raise CalibrationError(
-            f"Calibration {place} has {len(rows)} rows of input_ids and {len(masks)} of attention_mask."
+            f"Calibration {place} has {counted(len(rows), 'row')} of input_ids and {len(masks)} of attention_mask."
         )
     is_added = any(kept is not None and _is_negative(_as_tensor(kept, place, "attention_mask")) for kept in masks)
     for index, (row, kept) in enumerate(zip(rows, masks, strict=True)):

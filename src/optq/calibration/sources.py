@@ -334,7 +334,13 @@ def _read_path(path: Path) -> Sequence[Row] | Iterator[Row]:
     """Rows of a file, of all files of a folder, or of a dataset saved as a folder."""
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            saved = _with_known_column(_datasets("a saved dataset").load_from_disk(str(path)))
+            load = _datasets("a saved dataset").load_from_disk
+            try:
+                saved = list(_with_known_column(load(str(path))))
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                if isinstance(error, CalibrationError):
+                    raise
+                raise CalibrationError(f"{path} is no dataset that can be read: {error}.") from error
             return [Row(f"sample {index} of {path}", row) for index, row in enumerate(saved)]
         files = sorted(file for file in path.iterdir() if _suffix(file) in FILE_SUFFIXES)
         if files:
@@ -346,7 +352,7 @@ def _read_path(path: Path) -> Sequence[Row] | Iterator[Row]:
 
 def _suffix(path: Path) -> str:
     """What kind of file it is, compressed or not."""
-    return Path(path.stem if path.suffix == ".gz" else path.name).suffix
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
 def _no_such_source(source: str) -> str:

@@ -95,7 +95,7 @@ def exit_code_of(error: BaseException) -> int:
 def _in_one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted. The same command goes on where it was, if it was an export."
-    words = " ".join(str(error).split())
+    words = errors.shortened(" ".join(str(error).split()))  # of other libraries' errors, too
     if exit_code_of(error) != INTERNAL:
         return words or type(error).__name__
     return f"{type(error).__name__}: {words} (a defect of optq or of a library; --debug shows where)"

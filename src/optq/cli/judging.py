@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optq.errors import ConfigError
+from optq.errors import ConfigError, counted
 
 from .command import DONE, QUALITY, Command
 from .loading import add_loading, loading, positive
@@ -210,7 +210,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         print_json(speeds)
         return DONE
     print_table(
-        f"prompts of {arguments.prompt} tokens, {arguments.new} new tokens, medians of {arguments.runs} runs",
+        f"prompts of {counted(arguments.prompt, 'token')}, {counted(arguments.new, 'new token')}, "
+        f"medians of {counted(arguments.runs, 'run')}",
         (
             "model",
             "batch",

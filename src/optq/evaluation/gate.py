@@ -3,7 +3,7 @@
 
 import logging
 
-from optq.errors import QualityError
+from optq.errors import QualityError, counted
 
 from .comparison import Comparison
 
@@ -33,8 +33,8 @@ def judge(comparison: Comparison, limit: float, *, held_out: bool, strict: bool)
     ratio = comparison.perplexity_ratio
     perplexity = "" if ratio is None else f"perplexity {ratio:.3f} × the original's, "
     verdict = (
-        f"On {comparison.tokens} tokens of {where}: {perplexity}KL divergence {comparison.divergence:.4f} nats per "
-        f"token, same top token {comparison.agreement:.1%}."
+        f"On {counted(comparison.tokens, 'token')} of {where}: {perplexity}KL divergence "
+        f"{comparison.divergence:.4f} nats per token, same top token {comparison.agreement:.1%}."
     )
     if not comparison.finite:
         raise QualityError(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from optq.errors import counted
 from optq.positions import fitting
 from optq.torch_state import default_torch_state
 
@@ -63,7 +64,7 @@ def spans(tokens: int, protocol: Protocol = "consecutive", window: int = 512, st
     """
     least = window if protocol == "consecutive" else 2
     if tokens < least:
-        raise ValueError(f"The text has {tokens} tokens; at least {least} are needed.")
+        raise ValueError(f"The text has {counted(tokens, 'token')}; at least {least} are needed.")
     if protocol == "consecutive":
         return [Span(start=at, first=at + 1, stop=at + window) for at in range(0, tokens - window + 1, window)]
     if protocol == "sliding":

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, counted
 from optq.report import Run, notes_on, read_run
 from optq.version import __version__
 
@@ -95,8 +95,9 @@ def _closeness(run: Run) -> str:
         "same most likely token": ("agreement", "{:.1%}"),
     }
     known = {title: form.format(quality[key]) for title, (key, form) in figures.items() if quality[key] is not None}
-    return f"## Beside the original\n\nOn {quality['tokens']} tokens, {where} the calibration data:\n\n" + _table(
-        "figure", "value", known
+    return (
+        f"## Beside the original\n\nOn {counted(quality['tokens'], 'token')}, {where} the calibration data:\n\n"
+        + _table("figure", "value", known)
     )
 
 
@@ -107,8 +108,10 @@ def _widths(found: Inspection) -> str:
         widths[scheme.bits, scheme.group_size] += count
     if len(widths) == 1 and not found.dense:
         return ""
-    rows = {f"{bits} bits, group size {size}": f"{count} linears" for (bits, size), count in sorted(widths.items())}
-    rows |= {f"not quantized: `{kind}`": f"{count} tensors" for kind, count in found.dense.items()}
+    rows = {
+        f"{bits} bits, group size {size}": counted(count, "linear") for (bits, size), count in sorted(widths.items())
+    }
+    rows |= {f"not quantized: `{kind}`": counted(count, "tensor") for kind, count in found.dense.items()}
     return "## What is stored\n\n" + _table("how", "what", rows)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from optq.calibration import SELF, read_for_evaluation, write_samples
-from optq.errors import CalibrationError
+from optq.errors import CalibrationError, ConfigError
 from optq.evaluation import (
     Comparison,
     Perplexity,
@@ -30,7 +30,7 @@ from optq.evaluation import (
 )
 from optq.layers import QuantLinear
 from optq.placement import execution_device
-from optq.positions import fitting, stated_positions
+from optq.positions import fitting, positions_of, stated_positions
 from optq.torch_state import default_torch_state
 
 from .compat import load_tokenizer
@@ -153,7 +153,8 @@ def compare(
     if original is not None:
         window = fitting(original, window, f"window={window}")
     stride = min(STRIDE, window // 2) if stride is None else stride
-    samples = _own_text(original, tokens) if dataset == SELF else read_for_evaluation(dataset, encoder)
+    is_own = isinstance(dataset, str) and dataset == SELF
+    samples = _own_text(original, tokens) if is_own else read_for_evaluation(dataset, encoder)
     ids = torch.tensor([token for sample in samples for token in sample][:tokens])
     yardstick = _Yardstick(
         encoder=encoder,
@@ -193,8 +194,20 @@ def bench(
     """
     loaded = _load(os.fspath(model), execution_device(device), kwargs)
     generator = torch.Generator().manual_seed(0)
+    prompt = _room(loaded, prompt, new)
     ids = torch.randint(vocabulary_of(loaded), (1, prompt), generator=generator, device="cpu")
     return [generation_speed(loaded, ids, batch, new, runs) for batch in batch_sizes]
+
+
+def _room(model: Any, prompt: int, new: int) -> int:
+    """How many tokens of a prompt the model has positions for, besides those that it writes."""
+    room = fitting(model, prompt + new, f"A prompt of {prompt} and {new} new tokens") - new
+    if room < 1:
+        raise ConfigError(
+            f"{new} new tokens were asked for, but {type(model).__name__} has positions for {room + new} in all, "
+            "with the prompt. Ask for fewer."
+        )
+    return room
 
 
 def _load(name: str, device: torch.device, kwargs: dict[str, Any]) -> Any:
@@ -205,12 +218,13 @@ def _own_text(original: Any, tokens: int | None) -> list[list[int]]:
     if original is None:
         raise CalibrationError(f"dataset={SELF!r} is text that the original writes: name it as the baseline.")
     generation_config, wanted = original.generation_config, OWN_TOKENS if tokens is None else tokens
-    count = -(-wanted // LONGEST_WRITTEN)
+    length = min(LONGEST_WRITTEN, positions_of(original) or LONGEST_WRITTEN)
+    count = -(-wanted // length)
     try:
         return write_samples(
             original,
             count,
-            LONGEST_WRITTEN,
+            length,
             opening=opening_of(original),
             vocabulary=vocabulary_of(original),
             seed=OWN_SEED,
@@ -261,12 +275,18 @@ class _Yardstick:
             size_gib=facts.size_gib,
             perplexities=perplexities,
             comparison=comparison,
-            speeds=tuple(generation_speed(model, self.ids[None, :PROMPT], batch) for batch in self.batch_sizes),
+            speeds=self._speeds(model),
             answers=tuple(_answer(model, self.encoder(), prompt) for prompt in PROMPTS) if self.answers else (),
             kernels=dict(Counter(x.kernel_name or "" for x in model.modules() if isinstance(x, QuantLinear))),
         )
         logger.info("%s: measured in %.0f s.", name, time.monotonic() - started)
         return evaluation
+
+    def _speeds(self, model: Any) -> tuple[Speed, ...]:
+        if not self.batch_sizes:
+            return ()
+        prompt = self.ids[None, : _room(model, PROMPT, ANSWER)]
+        return tuple(generation_speed(model, prompt, batch, ANSWER) for batch in self.batch_sizes)
 
 
 @torch.no_grad()

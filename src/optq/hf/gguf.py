@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from optq.checkpoint import GGML_SCHEMES, PackedWeight, from_ggml
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, counted
 from optq.model import LINEAR_TYPES
 from optq.scheme import LayerScheme
 from optq.serving import kind_of
@@ -79,7 +79,8 @@ def _stored(tensors: Iterable[Any], model: Any, names: Mapping[str, str]) -> dic
     stored = {tensor.name: tensor for tensor in tensors}
     if strangers := [name for name in stored if name not in names]:
         raise CheckpointError(
-            f"{len(strangers)} tensors of the file, such as {strangers[0]}, have no place in {type(model).__name__}. "
+            f"{counted(len(strangers), 'tensor')} of the file, such as {strangers[0]}, "
+            f"{'has' if len(strangers) == 1 else 'have'} no place in {type(model).__name__}. "
             "Without them it would be another model."
         )
     named = {names[name]: tensor for name, tensor in stored.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optq.checkpoint import CHECKPOINT_FORMATS, QuantizedTensors, unpack_codes
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, counted
 from optq.scheme import LayerScheme, trivial_groups
 from optq.serving import kind_of
 
@@ -66,8 +66,8 @@ def check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
     if groups not in (scheme.group_count(tensors.in_features), tensors.in_features // width):
         raise CheckpointError(
             f"{tensors.name}: config.json says group_size {scheme.group_size}, which makes "
-            f"{scheme.group_count(tensors.in_features)} groups of {tensors.in_features} columns, but the tensors hold "
-            f"{groups}. Correct quantization_config.group_size, or its dynamic entry for this layer."
+            f"{counted(scheme.group_count(tensors.in_features), 'group')} of {tensors.in_features} columns, but the "
+            f"tensors hold {groups}. Correct quantization_config.group_size, or its dynamic entry for this layer."
         )
 
 

@@ -14,6 +14,7 @@ import transformers
 
 from optq.calibration import Calibration
 from optq.duration import Duration, estimate
+from optq.errors import counted
 from optq.memory import GIB, free_bytes
 from optq.model import put_split
 from optq.placement import execution_device, working_dtype
@@ -84,13 +85,14 @@ class Outlook:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.model}: {self.blocks} blocks, {sum(self.linears.values())} linears to quantize",
+            f"{self.model}: {counted(self.blocks, 'block')}, "
+            f"{counted(sum(self.linears.values()), 'linear')} to quantize",
             *(
                 f"  {count:5} x {out} x {columns}, {scheme.bits} bits, groups of {scheme.group_size}"
                 for (out, columns, scheme), count in self.linears.items()
             ),
             *(f"  stays as it is: {name}: {reason}" for name, reason in self.skipped.items()),
-            f"calibration: {self.tokens} tokens",
+            f"calibration: {counted(self.tokens, 'token')}",
             *(f"  weak: {weakness}" for weakness in self.weaknesses),
             f"result: {self.bits_per_weight:.2f} bits per weight, {self.checkpoint_gib:.2f} GiB"
             f" (now {self.dense_gib:.2f} GiB)",

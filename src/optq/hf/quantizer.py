@@ -23,7 +23,7 @@ from optq.allocation import allocate
 from optq.calibration import Calibration, accepted
 from optq.checkpoint import find_quantized_linears, read_headers
 from optq.driver import quantize_model
-from optq.errors import CalibrationError, CheckpointError, QualityError
+from optq.errors import CalibrationError, CheckpointError, QualityError, counted
 from optq.evaluation import Comparison, is_good, judge
 from optq.kernels import tune
 from optq.layers import QuantLinear, join_experts, join_siblings
@@ -358,8 +358,9 @@ class OptqHfQuantizer(HfQuantizer):
         strangers -= compat.left_out(strangers - modules.keys(), model, on_disk)
         if strangers:
             raise CheckpointError(
-                f"{len(strangers)} quantized tensors of the checkpoint, such as {min(strangers)}, belong to no "
-                f"linear layer of {type(model).__name__}. The checkpoint was made for another architecture."
+                f"{counted(len(strangers), 'quantized tensor')} of the checkpoint, such as {min(strangers)}, "
+                f"{'belongs' if len(strangers) == 1 else 'belong'} to no linear layer of "
+                f"{type(model).__name__}. The checkpoint was made for another architecture."
             )
         self._packed = list(fitting)
         dtype = model.dtype
@@ -441,7 +442,9 @@ class OptqHfQuantizer(HfQuantizer):
         release_free_memory()
         if os.environ.get("OPTQ_AUTOTUNE") == "1":
             tune(model)
-        logger.info("Kernels: %s.", ", ".join(f"{name} ({count} layers)" for name, count in kernels.items()))
+        logger.info(
+            "Kernels: %s.", ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in kernels.items())
+        )
 
 
 def _quantized_layers(model: Any) -> dict[str, QuantLinear]:

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from optq.errors import ModelError
+from optq.errors import ModelError, counted
 from optq.model import Experts, put_fused, put_split
 
 from . import compat
@@ -88,7 +88,7 @@ class StreamedBlocks:
         if missing:
             raise ModelError(
                 f"The checkpoint has no {name}.{missing[0]}"
-                + (f" and lacks {len(missing) - 1} more tensors of this block" if len(missing) > 1 else "")
+                + (f" and lacks {counted(len(missing) - 1, 'more tensor')} of this block" if len(missing) > 1 else "")
                 + ". It is incomplete, or belongs to another architecture."
             )
         for module in experts.values():

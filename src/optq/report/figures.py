@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from optq.errors import counted
+
 from .run import Linear, Run, bits_per_weight, percent
 
 BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#BBBBBB"
@@ -188,7 +190,8 @@ def draw_loss(run: Run, file: Path) -> Picture:
     return Picture(
         file=file,
         title="Loss by block and kind: which layers hurt",
-        alt=f"Heat map of the relative loss, {len(kinds)} kinds of linears by {len(blocks)} blocks. The worst: "
+        alt=f"Heat map of the relative loss, {counted(len(kinds), 'kind')} of linears by "
+        f"{counted(len(blocks), 'block')}. The worst: "
         + "; ".join(f"{kind} in {block}, {percent(losses[kind, block])}" for kind, block in worst)
         + ".",
         caption="Relative loss: the energy of the error that rounding makes in a linear's outputs, over the energy of "
@@ -271,8 +274,9 @@ def _draw_kinds(
     return Picture(
         file=file,
         title=title,
-        alt=f"Heat map of {label}, {len(kinds)} kinds of linears by {len(blocks)} blocks, from {values[lowest]:.3g} "
-        f"({lowest[0]} in {lowest[1]}) to {values[highest]:.3g} ({highest[0]} in {highest[1]}).",
+        alt=f"Heat map of {label}, {counted(len(kinds), 'kind')} of linears by {counted(len(blocks), 'block')}, "
+        f"from {values[lowest]:.3g} ({lowest[0]} in {lowest[1]}) "
+        f"to {values[highest]:.3g} ({highest[0]} in {highest[1]}).",
         caption=caption,
     )
 
@@ -319,8 +323,9 @@ def draw_experts(run: Run, file: Path) -> Picture:
     return Picture(
         file=file,
         title="Calibration tokens by expert",
-        alt=f"Heat map of the calibration tokens of {len(experts)} experts in {len(layers)} layers: from "
-        f"{min(tokens.values())} to {max(tokens.values())}; {idle} saw none, {starved} fewer than {inputs}.",
+        alt=f"Heat map of the calibration tokens of {counted(len(experts), 'expert')} in "
+        f"{counted(len(layers), 'layer')}: from {min(tokens.values())} to {max(tokens.values())}; "
+        f"{idle} saw none, {starved} fewer than {inputs}.",
         caption=f"An expert that saw fewer tokens than it has inputs ({inputs}) is calibrated in part on its layer's "
         "mean over all experts; one that saw none (white) wholly. More calibration data helps both.",
     )
@@ -367,7 +372,7 @@ def draw_time_and_memory(run: Run, file: Path) -> Picture:
     return Picture(
         file=file,
         title="Time and memory by block",
-        alt=f"Stacked bars of the seconds of {len(blocks)} blocks; the slowest is {slowest['block']} with "
+        alt=f"Stacked bars of the seconds of {counted(len(blocks), 'block')}; the slowest is {slowest['block']} with "
         f"{slowest['seconds']:.1f} s; solving takes {share:.0%} in all."
         + (f" Below, the peak of memory, {max(filter(None, peaks)):.2f} GiB at the end." if measured else ""),
         caption="Peak memory is that of the whole process so far (on an accelerator: what torch allocated there). It "

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from optq.errors import OutputError, ReportError
+from optq.errors import OutputError, ReportError, counted
 
 from .run import Linear, Run, bits_per_weight, notes_on, percent, read_run
 
@@ -107,8 +107,8 @@ def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
     return {
         "name": run.name,
         "subtitle": f"{started['utc'].replace('T', ' ').replace('+00:00', ' UTC')} · "
-        f"{started['device']} · calibrated on {calibration['samples']} samples, {calibration['tokens']} tokens "
-        f"({calibration['source']})",
+        f"{started['device']} · calibrated on {counted(calibration['samples'], 'sample')}, "
+        f"{counted(calibration['tokens'], 'token')} ({calibration['source']})",
         "verdict": _verdict(run),
         "hurting": _hurting(run),
         "tiles": _tiles(run),
@@ -151,9 +151,9 @@ def _verdict(run: Run) -> dict[str, str]:
         )
         limit = f" The limit is a perplexity ratio of {gate['max_perplexity_ratio']:g}." if ratio is not None else ""
         opening = "Good enough to use" if gate["green"] else "Not good enough to use"
-        text = f"{opening}: on {quality['tokens']} tokens of {where}, {found}.{limit}"
+        text = f"{opening}: on {counted(quality['tokens'], 'token')} of {where}, {found}.{limit}"
         return {"tone": "good" if gate["green"] else "bad", "text": text}
-    done = f"{len(run.finished_blocks)} of {run.started['blocks']} blocks"
+    done = f"{len(run.finished_blocks)} of {counted(run.started['blocks'], 'block')}"
     if failed is not None:
         return {"tone": "bad", "text": f"Failed after {done}: {failed['error']}"}
     if run.last("finished") is None:
@@ -171,7 +171,7 @@ def _hurting(run: Run) -> str:
     worst = max(losses, key=lambda name: losses[name])
     return (
         f"{worst} hurts most: rounding changes {percent(losses[worst])} of the energy of its outputs, "
-        f"{losses[worst] / median(losses.values()):.1f} times the median of all {len(run.linears)} linears."
+        f"{losses[worst] / median(losses.values()):.1f} times the median of all {counted(len(run.linears), 'linear')}."
     )
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from optq.errors import ReportError
+from optq.errors import ReportError, counted
 from optq.memory import GIB
 from optq.progress import LOG_NAME
 
@@ -172,7 +172,9 @@ def notes_on(run: Run) -> list[str]:
     if dead := [linear.linear for linear in run.linears if linear.dead_columns]:
         notes.append(f"Some inputs were always zero, and their weights rounded to nearest: {_named(dead)}.")
     if restored := run.events_of("restored"):
-        notes.append(f"The run was interrupted and went on; {len(restored)} blocks were done by then.")
+        notes.append(
+            f"The run was interrupted and went on; {counted(len(restored), 'block was', 'blocks were')} done by then."
+        )
     return notes
 
 
