@@ -367,8 +367,28 @@ class GPTQConfig(transformers.GPTQConfig):
     @property
     def by_gptqmodel(self) -> bool:
         """Of a checkpoint: whether GPTQModel wrote it."""
+        return any(tool.startswith("gptqmodel") for tool in self._writers)
+
+    @property
+    def _writers(self) -> tuple[str, ...]:
+        """Of a checkpoint: the tools that wrote it, as "name:version", as far as they say so."""
         wrote = (self.meta or {}).get("quantizer") or ()
-        return any(tool.startswith("gptqmodel") for tool in ((wrote,) if isinstance(wrote, str) else wrote))
+        by_auto_round = ("auto-round",) if "autoround_version" in self.unknown else ()
+        return (*((wrote,) if isinstance(wrote, str) else wrote), *by_auto_round)
+
+    @property
+    def zero_format(self) -> str:
+        """Of a checkpoint: how zeros are stored, which in v1 depends on the writer; see `checkpoint/zeros.py`."""
+        if self.format != "gptq":
+            return self.format
+        for tool in self._writers:
+            if tool.startswith("gptqmodel"):
+                version = re.search(r"(\d+)\.(\d+)", tool)
+                is_older = version is not None and (int(version[1]), int(version[2])) < (6, 1)
+                return "gptq:gptqmodel-6" if is_older else "gptq:gptqmodel"
+            if re.match(r"(intel/)?auto[-_]?round", tool):
+                return "gptq:auto-round"
+        return "gptq"
 
     @property
     def calibration_data(self) -> Any:

@@ -23,7 +23,7 @@ from optq.scheme import LayerScheme
 from optq.serving import READERS, Linear, kind_of, refusals, split_of
 
 from .config import GPTQConfig
-from .labels import groups_contradict, scope_contradicts, zeros_contradict
+from .labels import ambiguity, groups_contradict, scope_contradicts, zeros_are_ambiguous, zeros_contradict
 from .source import head_width_of, model_config_of, parallel_plan_of, stated_quantization, weight_files
 
 
@@ -113,7 +113,7 @@ def inspect(
         size_gib=sum(file.stat().st_size for file in files) / GIB,
         contradictions=(
             *(scope_contradicts(config, quantized, _modules_of(dense)) if config is not None else ()),
-            *_contradictions(files, linears.values()),
+            *(_contradictions(files, linears.values(), config.zero_format) if config is not None else ()),
         ),
         refused={
             reader: refusals(
@@ -198,7 +198,7 @@ def _modules_of(weights: Iterable[str]) -> list[str]:
     return [name.removesuffix(".weight") for name in weights]
 
 
-def _contradictions(files: Sequence[Path], linears: Iterable[Linear]) -> Iterator[str]:
+def _contradictions(files: Sequence[Path], linears: Iterable[Linear], zero_format: str) -> Iterator[str]:
     """Where bytes and labels disagree, of the first linear of each kind."""
     firsts = {(linear.kind, linear.scheme): linear for linear in reversed(list(linears))}
     for file in files:
@@ -207,7 +207,9 @@ def _contradictions(files: Sequence[Path], linears: Iterable[Linear]) -> Iterato
             for linear in firsts.values():
                 if f"{linear.name}.qzeros" in names:
                     zeros = tensors.get_tensor(f"{linear.name}.qzeros")
-                    yield from zeros_contradict(linear.name, linear.scheme, linear.checkpoint_format, zeros)
+                    yield from zeros_contradict(linear.name, linear.scheme, zero_format, zeros)
+                    if zeros_are_ambiguous(linear.scheme.bits, zero_format, zeros):
+                        yield ambiguity([linear.name])
                 if f"{linear.name}.g_idx" in names:
                     groups = tensors.get_tensor(f"{linear.name}.g_idx")
                     yield from groups_contradict(linear.name, linear.scheme, groups)
