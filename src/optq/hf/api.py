@@ -20,8 +20,17 @@ from optq.ranks import join
 from .bases import check_base
 from .card import card
 from .config import GPTQConfig
-from .journal import RUN_FILES, differences_to, is_worth_keeping, write_whole
-from .source import companions_folder, copy_companions, model_class_of, model_config_of
+from .journal import (
+    RUN_FILES,
+    differences_to,
+    differences_to_finished,
+    hash_of,
+    identities_of,
+    is_worth_keeping,
+    write_whole,
+)
+from .preparation import prepare
+from .source import companions_folder, copy_companions, model_class_of, model_config_of, weight_files
 from .upfront import check_request
 
 PARTIAL = ".optq-partial"
@@ -54,8 +63,8 @@ def quantize(
     Args:
         model_id_or_dir: what `from_pretrained` takes.
         config: how to quantize, with calibration data.
-        output_dir: is created; must be empty or hold only what an unfinished run of the same model, settings and data
-            left.
+        output_dir: is created; must be empty or hold only what a run of the same model, settings and data has left. A
+            finished one is returned as it is.
         kwargs: passed to `from_pretrained`: dtype, revision, token, trust_remote_code, …
     Returns:
         The folder.
@@ -69,6 +78,8 @@ def quantize(
     described = model_config_of(source, kwargs)
     check_base(described, source)
     ranks, partial = join(), output / PARTIAL
+    if ranks.from_first(lambda: _is_finished(output, source, described, config, kwargs)):
+        return output
     if ranks.from_first(lambda: _begin(output, config)):
         config.log_file = config.log_file or str(output / LOG_NAME)
         config.journal_folder = str(partial)
@@ -81,6 +92,33 @@ def quantize(
                 shutil.rmtree(partial)
     ranks.from_first(lambda: _end(output))
     return output
+
+
+def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, kwargs: dict[str, Any]) -> bool:
+    """Whether the folder holds the finished checkpoint of this very run.
+
+    Raises:
+        OutputError: it holds that of another one.
+    """
+    log = output / LOG_NAME
+    if not (output / "config.json").exists() or not log.exists() or (output / PARTIAL).exists():
+        return False
+    model = model_without_weights(source, kwargs)
+    calibration = prepare(model, config).calibration
+    asked: dict[str, Any] = {"settings": config.settings()}
+    if described.dtype is not None or kwargs.get("dtype", "auto") != "auto":
+        asked["dtype"] = str(model.dtype)
+    if calibration is not None:  # what the model writes follows from the settings
+        asked["calibration"] = hash_of(calibration)
+    if Path(source).is_dir():  # of the Hub, they may not be here any more
+        asked["model files"] = identities_of(map(str, weight_files(source, described, kwargs)))
+    differences = differences_to_finished(log, asked)
+    if differences:
+        raise OutputError(
+            f"output_dir={str(output)!r} holds the finished checkpoint of another run: {'; '.join(differences[:6])}. "
+            "`gptq push` uploads that. Name another folder, or delete this one; nothing was changed."
+        )
+    return differences is not None
 
 
 def _begin(output: Path, config: GPTQConfig) -> bool:

@@ -35,7 +35,8 @@ class Inspection:
         config: what config.json says about the quantization; None of a dense model.
         linears: how many quantized linears of each kind: (name with * for numbers, out_features, in_features, scheme).
         dense: how many matrices of the blocks of each kind are not quantized, by name with * for numbers.
-        bits_per_weight: of all matrices of the blocks, quantized or not, with scales, zeros and group indices.
+        bits_per_weight: of the quantized linears, scales and zeros included, as `optq.plan` and the log count them;
+            of a dense model, those of its blocks' matrices.
         size_gib: of all files with weights.
         contradictions: where the bytes are not what config.json says.
         refused: by reader, what it does not read and why; empty where it reads all.
@@ -100,10 +101,11 @@ def inspect(
         for name, header in headers.items()
         if len(header.shape) >= 2 and kind_of(name) != name and name.rpartition(".")[0] not in quantized
     }
-    packed = [header for x in quantized.values() for part, header in x.headers.items() if part != "bias"]
-    stored = sum(math.prod(header.shape) * header.dtype.itemsize for header in (*packed, *dense.values()))
+    counted = [x.headers[part] for x in quantized.values() for part in ("qweight", "qzeros", "scales")]
     weights = sum(x.out_features * x.in_features for x in linears.values())
-    weights += sum(math.prod(header.shape) for header in dense.values())
+    if not quantized:
+        counted, weights = list(dense.values()), sum(math.prod(header.shape) for header in dense.values())
+    stored = sum(math.prod(header.shape) * header.dtype.itemsize for header in counted)
     return Inspection(
         model=source,
         config=config,

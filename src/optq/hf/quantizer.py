@@ -6,6 +6,7 @@ quantizing, *before* plans and checks everything that can fail early, and *after
 puts an empty `QuantLinear` wherever the checkpoint has packed words, and *after* lets each choose its kernel.
 """
 
+import json
 import logging
 import os
 import re
@@ -162,7 +163,7 @@ class OptqHfQuantizer(HfQuantizer):
             self.journal = Journal(Path(config.journal_folder), model, self._plan.blocks, config.format)
             ranks.from_first(partial(self.journal.open, description))
         log_file = Path(config.log_file) if config.log_file and ranks.is_first else None
-        self.log = RunLog(log_file, bar=ranks.is_first)
+        self.log = RunLog(log_file, bar=ranks.is_first, run=json.loads(json.dumps(description, default=str)))
         if self._streamed is not None:
             self._streamed.come_back()
         else:
