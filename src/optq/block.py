@@ -430,7 +430,11 @@ class BlockWork:
         for scheme, views in _by_scheme(stage, scheme_of).items():
             started = time.monotonic()
             rows = torch.cat([view.weight for view in views]).tensor_split(parts)[part]
-            solution = solve(rows, mean, scheme, drift=mean_drift, name=views[0].name)
+            try:
+                solution = solve(rows, mean, scheme, drift=mean_drift, name=views[0].name)
+            except ModelError as error:  # of weights that are too large
+                largest = max(views, key=lambda view: float(view.weight.abs().max()))
+                raise ModelError(f"{largest.name}: {error}") from error
             seconds = (time.monotonic() - started) / rows.shape[0]  # per row: its share of the stacked solve
             found.append((solution if self.ranks.size == 1 else solution.to("cpu"), seconds))
         return found

@@ -11,7 +11,8 @@ far the inputs of every stage have drifted, and at the end, on rows kept apart, 
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from .block import BlockWork, Solved
 from .calibration import Calibration, MicroBatch
-from .checkpoint import pack
-from .errors import CalibrationError, ModelError, counted
-from .evaluation import Comparer, Comparison
+from .checkpoint import PackedWeight, pack
+from .errors import CalibrationError, CheckpointError, ModelError, counted
+from .evaluation import Comparer, Comparison, Overflow
 from .layers import QuantLinear
 from .memory import all_finite, peak_gib, release_free_memory, reuse_of_free_memory
 from .model import ActivationStore, BlockCall, Finished, LinearView, SuspendedForwards
@@ -34,6 +35,8 @@ from .planning import Plan, Target
 from .progress import Load, RunLog, rounded
 from .ranks import ALONE, Ranks
 from .walk import BlockSink, BlockSource, at_work, in_memory, suspended
+
+Watched = Callable[[], AbstractContextManager[None]]
 
 COMPARISON = 512  # multiplications in a block that take as long as comparing one logit; measured on a CPU
 
@@ -103,6 +106,7 @@ def quantize_model(
     streams = _Streams(calibration, follow_all=plan.propagates or polish_passes > 0 or repeats, repeats=repeats)
     log.expect(_loads(model, plan, streams))
     comparison = None
+    overflow = Overflow(getattr(model, "dtype", None), working_dtype(device))
     with (
         reuse_of_free_memory() as bound_free_memory,
         suspended(model, plan, streams.model_inputs(device), device, store) as (forwards, waiting),
@@ -129,13 +133,14 @@ def quantize_model(
                             solved, ahead = _solve_repeated(work, forwards, streams, waiting, sequential, passes)
                     else:
                         solved, outputs = _solve(work, streams, waiting, sequential, passes, last)
-                    packed = {done.view: pack(done.quantized, checkpoint_format) for done in solved}
+                    packed = {done.view: _packed(done, checkpoint_format) for done in solved}
+                watched = partial(overflow.watching, name, plan.blocks[name])
                 if last:
                     release_free_memory()  # logits are large
                     with placed(tensors_outside(model, blocks), device, working_dtype(device)):
-                        comparison = _compare(forwards, streams, waiting, work, model, ranks)
+                        comparison = _compare(forwards, streams, waiting, work, model, ranks, overflow, watched)
                 else:
-                    waiting = _continue(forwards, streams, waiting, work, outputs) + ahead
+                    waiting = _continue(forwards, streams, waiting, work, outputs, watched) + ahead
             for view, weight in packed.items():
                 _replace(model, view, QuantLinear(weight, view.bias, backend).to(view.weight.device))
             if recorded is not None:
@@ -217,6 +222,10 @@ class _Streams:
     def is_original(self, call: BlockCall) -> bool:
         return call.batch in self._number_of
 
+    def is_probe(self, call: BlockCall) -> bool:
+        """Whether a call is the quantized model's, on a probe."""
+        return self._fitted <= call.batch < len(self.batches)
+
     def number_of(self, call: BlockCall) -> int:
         """Of the micro-batch that a forward of the original model runs."""
         return self._number_of[call.batch]
@@ -232,11 +241,7 @@ class _Streams:
     def probes(self, waiting: list[BlockCall]) -> list[tuple[MicroBatch, BlockCall, BlockCall]]:
         """Every probe with the quantized model's call and the original model's."""
         originals = {self.number_of(call): call for call in waiting if self.is_original(call)}
-        return [
-            (self.batches[call.batch], call, originals[call.batch])
-            for call in waiting
-            if self._fitted <= call.batch < len(self.batches)
-        ]
+        return [(self.batches[call.batch], call, originals[call.batch]) for call in waiting if self.is_probe(call)]
 
 
 def _solve(
@@ -332,11 +337,13 @@ def _continue(
     waiting: list[BlockCall],
     work: BlockWork,
     outputs: dict[int, Any],
+    watched: Watched,
 ) -> list[BlockCall]:
     """Run a finished block on every micro-batch and carry the model on; empties `waiting`, so that inputs are freed.
 
     Args:
         outputs: of the original block, by the number of the call, where they are known already.
+        watched: what the quantized block's runs on probes are done in.
     """
 
     def needs(call: BlockCall) -> Any:
@@ -344,20 +351,26 @@ def _continue(
 
     following = []
     for call in work.store.in_turn((waiting.pop(0) for _ in range(len(waiting))), needs):
-        posted = _past(forwards, streams, call, work, outputs.pop(call.batch, None))
+        posted = _past(forwards, streams, call, work, watched, outputs.pop(call.batch, None))
         if isinstance(posted, BlockCall):
             following.append(posted)
     return following
 
 
 def _past(
-    forwards: SuspendedForwards, streams: _Streams, call: BlockCall, work: BlockWork, output: Any = None
+    forwards: SuspendedForwards,
+    streams: _Streams,
+    call: BlockCall,
+    work: BlockWork,
+    watched: Watched,
+    output: Any = None,
 ) -> BlockCall | Finished:
     """Run a forward on, past all its calls of the block; `output` is that of the first, if it is known."""
     run = work.run_original if streams.is_original(call) else work.run
-    posted = forwards.resume(call, work.with_room(partial(run, call)) if output is None else output)
-    while streams.repeats and isinstance(posted, BlockCall) and posted.block == call.block:
-        posted = forwards.resume(posted, work.with_room(partial(run, posted)))
+    with watched() if streams.is_probe(call) else nullcontext():
+        posted = forwards.resume(call, work.with_room(partial(run, call)) if output is None else output)
+        while streams.repeats and isinstance(posted, BlockCall) and posted.block == call.block:
+            posted = forwards.resume(posted, work.with_room(partial(run, posted)))
     return posted
 
 
@@ -368,17 +381,30 @@ def _compare(
     work: BlockWork,
     model: nn.Module,
     ranks: Ranks,
+    overflow: Overflow,
+    watched: Watched,
 ) -> Comparison | None:
     """Run the probes to their end, through the original last block and the quantized one, and compare the logits."""
     comparer, generates = Comparer(), getattr(model, "can_generate", lambda: False)()
     for probe, call, twin in streams.probes(waiting):
-        ended = [_past(forwards, streams, waits, work) for waits in (twin, call)]
+        ended = [_past(forwards, streams, waits, work, watched) for waits in (twin, call)]
         outputs = [end.output if isinstance(end, Finished) else None for end in ended]
         original, quantized = (getattr(output, "logits", None) for output in outputs)
         if original is not None and quantized is not None and original.shape[:-1] == probe.input_ids.shape:
             comparer.add(original, quantized, probe.next_ids if generates else None, probe.attention_mask)
+            overflow.look_at("the output head", quantized)
     comparer.add_up(ranks)
-    return comparer.result() if comparer.tokens else None
+    if not comparer.tokens:
+        return None
+    overflows = next(filter(None, ranks.gathered(overflow.found)), None) if overflow.is_possible else None
+    return replace(comparer.result(), overflows=overflows)
+
+
+def _packed(done: Solved, checkpoint_format: str) -> PackedWeight:
+    try:
+        return pack(done.quantized, checkpoint_format)
+    except CheckpointError as error:
+        raise CheckpointError(f"{done.view.name}: {error}") from error
 
 
 def _check_weights(targets: Iterable[Target], consequence: str) -> None:

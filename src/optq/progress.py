@@ -30,12 +30,14 @@ class RunLog:
     Args:
         file: JSON lines are appended here as they happen, or None.
         bar: show a progress bar (it disables itself where there is no terminal).
+        run: what tells this run from others; it stands in the event "started".
     """
 
-    def __init__(self, file: Path | None = None, *, bar: bool = True) -> None:
+    def __init__(self, file: Path | None = None, *, bar: bool = True, run: dict[str, Any] | None = None) -> None:
         self.events: list[dict[str, Any]] = []
         self._file = file
         self._show_bar = bar
+        self._run = run
         self._bar: tqdm[Any] | None = None
         self._loads: dict[str, Load] = {}  # by block, in order
         self._started = time.monotonic()
@@ -54,6 +56,8 @@ class RunLog:
     def emit(self, kind: str, **facts: Any) -> None:
         """Record one event; `facts` must be JSON-serialisable."""
         event = {"event": kind, "at_seconds": round(time.monotonic() - self._started, 3), **facts}
+        if kind == "started" and self._run is not None:
+            event["run"] = self._run
         self.events.append(event)
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as stream:

@@ -94,9 +94,14 @@ def test_options_reach_the_config(run, tiny_llama, text, tmp_path):
 
 
 def test_a_finished_folder_is_not_overwritten(run, tiny_llama, text, checkpoint):
-    code, _, err = run("quantize", "--model", tiny_llama, checkpoint, *SETTINGS, "--dataset", text)
+    before = {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
+    code, out, _ = run("quantize", "--model", tiny_llama, checkpoint, *SETTINGS, "--dataset", text, "--quiet")
+    assert code == DONE
+    assert len(out.splitlines()) == 1 and f"{checkpoint} is finished." in out
+    code, _, err = run("quantize", "--model", tiny_llama, checkpoint, *SETTINGS, "--dataset", text, "--seed", 5)
     assert code == RESOURCES
-    assert has_one_line("is not empty", err) and "`gptq push` uploads it" in err
+    assert has_one_line("another run: settings.seed was 0 and is 5", err) and "`gptq push` uploads that" in err
+    assert {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -138,3 +138,35 @@ def test_every_block_is_a_shard_and_the_tensors_are_those_of_save_pretrained(sou
     found = {key: tensor for path in output.glob("*.safetensors") for key, tensor in load_file(path).items()}
     assert found.keys() == expected.keys() == index["weight_map"].keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+SAME = {"bits": 4, "group_size": 32, "effort": "fast"}
+
+
+def test_a_finished_folder_of_the_same_run_is_returned_and_of_another_refused(source, token_rows, tmp_path):
+    config = GPTQConfig(**SAME, dataset=token_rows)
+    output = optq.quantize(source, config, output_dir=tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert optq.quantize(source, config, output_dir=output) == output
+    others = {
+        "settings.bits was 4 and is 8": (source, GPTQConfig(**SAME | {"bits": 8}, dataset=token_rows), {}),
+        "calibration was": (source, GPTQConfig(**SAME, dataset=token_rows[1:]), {}),
+        "dtype was 'torch.float32' and is 'torch.bfloat16'": (source, config, {"dtype": torch.bfloat16}),
+    }
+    for said, (model, settings, kwargs) in others.items():
+        with pytest.raises(OutputError, match=f"another run: .*{said}"):
+            optq.quantize(model, settings, output_dir=output, **kwargs)
+    other = AutoModelForCausalLM.from_pretrained(source)
+    other.save_pretrained(tmp_path / "other", max_shard_size="50KB")
+    shutil.copy(source / "tokenizer.json", tmp_path / "other")
+    with pytest.raises(OutputError, match=r"model files\."):
+        optq.quantize(tmp_path / "other", config, output_dir=output)
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_a_finished_folder_on_text_of_the_models_own_is_returned_as_well(source, tmp_path):
+    config = GPTQConfig(**SAME, num_samples=2, model_seqlen=64)
+    output = optq.quantize(source, config, output_dir=tmp_path / "out")
+    assert optq.quantize(source, config, output_dir=output) == output
+    with pytest.raises(OutputError, match=r"settings\.num_samples was 2 and is 3"):
+        optq.quantize(source, GPTQConfig(**SAME, num_samples=3, model_seqlen=64), output_dir=output)

@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import pytest
+import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
@@ -220,3 +221,20 @@ def test_group_aware_order_is_a_wish_in_our_class_and_a_default_in_the_stock_one
     assert GPTQConfig(bits=4, act_group_aware=True).act_order == "group_aware"
     assert GPTQConfig.from_stock(transformers.GPTQConfig(bits=4)).act_order == "static"
     assert GPTQConfig(bits=4, act_group_aware=True, desc_act=True).act_order == "desc_act"
+
+
+def test_the_representation_is_short_and_holds_no_data(token_rows):
+    config = GPTQConfig(
+        **{"bits": 3, "group_size": 32, "dataset": ["a private text " * 99] * 9, "tokenizer": object(), "seed": 7},
+        **{"dynamic": {"+:.*down_proj": {"bits": 8}}, "lm_head": True, "meta": {"weights": torch.ones(1000)}},
+        note="kept",
+    )
+    text = repr(config)
+    assert text == str(config)
+    assert len(text.splitlines()) == 1 and len(text) < 400
+    for part in ("bits=3", "group_size=32", "dataset=<list of 9>", "tokenizer=<object>", "seed=7", "lm_head=True"):
+        assert part in text
+    assert "'bits': 8" in text and "note='kept'" in text
+    assert "private" not in text and "tensor(" not in text
+    assert repr(GPTQConfig(bits=4)) == "GPTQConfig(bits=4, group_size=128)"
+    assert "dataset='wikitext2'" in repr(GPTQConfig(bits=4, dataset="wikitext2"))

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 import optq
 from conftest import rewritten
-from optq import GPTQConfig
 from optq.errors import CheckpointError, ConfigError
 
 
@@ -52,14 +52,16 @@ def test_what_a_checkpoint_holds_is_told_from_its_headers(checkpoint):
     assert found.size_gib == pytest.approx(files / 2**30)
 
 
-def test_bits_per_weight_count_scales_zeros_and_indices(tiny_llama, token_rows, tmp_path):
-    config = GPTQConfig(bits=4, group_size=32, effort="fast", dataset=token_rows)
-    found = optq.inspect(optq.quantize(tiny_llama, config, output_dir=tmp_path / "out"))
-    # Per block: 2·64·64 + 2·32·64 of attention, 3·64·96 of the MLP; one scale and zero per 32 weights; 32 bits of
-    # g_idx per column of each of the seven linears.
-    weights = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96
-    indices = 32 * (6 * 64 + 96)
-    assert found.bits_per_weight == pytest.approx(4 + 20 / 32 + indices / weights)
+def test_bits_per_weight_are_those_of_the_plan_the_log_and_the_card(tiny_llama, mixed_config, checkpoint):
+    # Per block: 2·64·64 + 2·32·64 of attention without o_proj, 2·64·96 of the MLP, and down_proj in 8 bits; one scale
+    # of 16 bits and one zero per 32 weights.
+    four, eight = 64 * 64 + 2 * 32 * 64 + 2 * 64 * 96, 64 * 96
+    expected = (four * (4 + 20 / 32) + eight * (8 + 24 / 32)) / (four + eight)
+    assert optq.inspect(checkpoint).bits_per_weight == pytest.approx(expected)
+    events = [json.loads(line) for line in (checkpoint / "quantization_log.jsonl").read_text().splitlines()]
+    assert [e["bits_per_weight"] for e in events if e["event"] == "block"] == [pytest.approx(expected, abs=1e-4)] * 2
+    assert f"{expected:.2f} bits per weight" in (checkpoint / "README.md").read_text()
+    assert optq.plan(tiny_llama, mixed_config).bits_per_weight == pytest.approx(expected)
 
 
 def test_a_dense_model_is_inspected_too(tiny_llama):

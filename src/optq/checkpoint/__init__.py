@@ -7,7 +7,6 @@ from .compressed import from_compressed as from_compressed
 from .compressed import to_compressed as to_compressed
 from .ggml import GGML_SCHEMES as GGML_SCHEMES
 from .ggml import from_ggml as from_ggml
-from .layout import CHECKPOINT_FORMATS as CHECKPOINT_FORMATS
 from .layout import TENSOR_NAMES as TENSOR_NAMES
 from .layout import PackedWeight as PackedWeight
 from .layout import QuantizedTensors as QuantizedTensors
@@ -21,3 +20,7 @@ from .matmul_nbits import BlockedWeight as BlockedWeight
 from .matmul_nbits import to_blocks as to_blocks
 from .packing import pack_codes as pack_codes
 from .packing import unpack_codes as unpack_codes
+from .zeros import CHECKPOINT_FORMATS as CHECKPOINT_FORMATS
+from .zeros import decode_zeros as decode_zeros
+from .zeros import label_of as label_of
+from .zeros import rules_differ as rules_differ

@@ -17,9 +17,7 @@ from optq.errors import CheckpointError
 from optq.scheme import BITS, PACKED_WORD_BITS, QuantizedWeight, trivial_groups
 
 from .packing import pack_codes, unpack_codes
-
-CHECKPOINT_FORMATS = {"gptq": 1, "gptq_v2": 0}
-"""checkpoint_format -> what is subtracted from a zero before it is packed."""
+from .zeros import BORROWING, CHECKPOINT_FORMATS, decode_zeros, encode_zeros, label_of
 
 TENSOR_NAMES = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -34,7 +32,7 @@ class PackedWeight:
         scales: (groups, out), the dtype on disk: float16 when optq writes.
         g_idx: (in,) int32.
         bits: bits per weight.
-        checkpoint_format: a key of `CHECKPOINT_FORMATS`.
+        checkpoint_format: a key of `CHECKPOINT_FORMATS`, or of `BORROWING`, which names the writer as well.
     """
 
     qweight: Tensor
@@ -58,8 +56,7 @@ class PackedWeight:
 
     def zeros(self) -> Tensor:
         """The zeros as the arithmetic wants them: (groups, out) int16, as v1 files may mean a zero of 2 ** bits."""
-        codes = unpack_codes(self.qzeros.T.contiguous(), self.bits)  # (out, groups)
-        return (codes.to(torch.int16) + CHECKPOINT_FORMATS[self.checkpoint_format]).T.contiguous()
+        return decode_zeros(self.qzeros, self.bits, self.checkpoint_format)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Dense float32 weights of outputs start … stop: (in, stop - start)."""
@@ -75,13 +72,12 @@ def pack(quantized: QuantizedWeight, checkpoint_format: str = "gptq") -> PackedW
     Raises:
         CheckpointError: a zero of 0 in the v1 format, which cannot hold it, or a scale that float16 would change.
     """
-    offset = CHECKPOINT_FORMATS[checkpoint_format]
-    zeros = quantized.zeros - offset
-    if int(zeros.min()) < 0:
+    least = 0 if checkpoint_format in BORROWING else CHECKPOINT_FORMATS[checkpoint_format]
+    if int(quantized.zeros.min()) < least:
         raise CheckpointError("A zero point of 0 cannot be stored in checkpoint_format 'gptq' (v1); write 'gptq_v2'.")
     return PackedWeight(
         qweight=pack_codes(quantized.codes.T, quantized.bits),
-        qzeros=pack_codes(zeros, quantized.bits).T.contiguous(),  # (groups, out · bits / 32)
+        qzeros=encode_zeros(quantized.zeros.T, quantized.bits, checkpoint_format),
         scales=as_float16(quantized.scales).T.contiguous(),  # (groups, out): the order on disk
         g_idx=quantized.group_of_column.clone(),  # a tensor shared by several layers would be refused by safetensors
         bits=quantized.bits,
@@ -113,21 +109,21 @@ def as_float16(scales: Tensor) -> Tensor:
 
 
 def relabel(packed: PackedWeight, checkpoint_format: str) -> PackedWeight:
-    """The same weight in another checkpoint_format: only the stored zeros differ.
+    """The same weight in another checkpoint_format of config.json: only the stored zeros differ.
 
     Raises:
         CheckpointError: it cannot hold a zero.
     """
-    if checkpoint_format == packed.checkpoint_format:
+    if checkpoint_format == label_of(packed.checkpoint_format):
         return packed
-    zeros = packed.zeros().T - CHECKPOINT_FORMATS[checkpoint_format]  # (out, groups)
-    for extreme in map(int, zeros.aminmax()):
+    zeros = packed.zeros()
+    for extreme in (int(zero) - CHECKPOINT_FORMATS[checkpoint_format] for zero in zeros.aminmax()):
         if not 0 <= extreme < 2**packed.bits:
             raise CheckpointError(
                 f"a zero would have to be stored as {extreme}, which {packed.bits} bits cannot hold. So this weight "
                 f"cannot become {checkpoint_format!r}; {packed.checkpoint_format!r} holds it."
             )
-    qzeros = pack_codes(zeros, packed.bits).T.contiguous()
+    qzeros = encode_zeros(zeros, packed.bits, checkpoint_format)
     return replace(packed, qzeros=qzeros, checkpoint_format=checkpoint_format)
 
 

@@ -48,7 +48,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         config = None if found.config is None else found.config.to_dict()
         print_json({**as_json(found), "config": config, "linears": linears})
         return MODEL if found.contradictions else DONE
-    shape = f"{found.bits_per_weight:.2f} bits per weight in its blocks, {found.size_gib:.2f} GiB"
+    shape = f"{found.bits_per_weight:.2f} bits per weight, {found.size_gib:.2f} GiB"
     if found.config is None:
         print(f"{found.model}: not quantized; {shape}")
         return DONE

@@ -9,6 +9,7 @@ from .gate import judge as judge
 from .harness import HarnessComparison as HarnessComparison
 from .harness import compare_harness as compare_harness
 from .harness import read_harness_results as read_harness_results
+from .overflow import Overflow as Overflow
 from .perplexity import Perplexity as Perplexity
 from .perplexity import Protocol as Protocol
 from .perplexity import Span as Span

@@ -26,6 +26,7 @@ class Comparison:
             model's, in nats per token.
         agreement: how often both think the same token most likely, 0 … 1.
         original_perplexity, perplexity: of the original and the quantized model; None without known next tokens.
+        overflows: where the quantized model's own dtype cannot hold what it computes, or None; see `Overflow`.
     """
 
     tokens: int
@@ -34,6 +35,7 @@ class Comparison:
     agreement: float
     original_perplexity: float | None
     perplexity: float | None
+    overflows: str | None = None
 
     @property
     def perplexity_ratio(self) -> float | None:
@@ -56,7 +58,8 @@ class Comparison:
             name: round(value, 5) if value is not None and math.isfinite(value) else None
             for name, value in values.items()
         }
-        return {"tokens": self.tokens, "finite": self.finite, **rounded}
+        overflows = {} if self.overflows is None else {"overflows": self.overflows}
+        return {"tokens": self.tokens, "finite": self.finite, **rounded, **overflows}
 
 
 class Comparer:

@@ -16,7 +16,7 @@ GOOD_PERPLEXITY_RATIO = 1.5
 def is_good(comparison: Comparison, limit: float) -> bool:
     """Whether the gate is green: outputs are finite, and the perplexity ratio, where there is one, within `limit`."""
     ratio = comparison.perplexity_ratio
-    return comparison.finite and (ratio is None or ratio <= limit)
+    return comparison.finite and comparison.overflows is None and (ratio is None or ratio <= limit)
 
 
 def judge(comparison: Comparison, limit: float, *, held_out: bool, strict: bool) -> None:
@@ -48,6 +48,11 @@ def judge(comparison: Comparison, limit: float, *, held_out: bool, strict: bool)
         f"{verdict} That is above the limit of {limit:g}. More bits, smaller groups, effort='max' or more calibration "
         "text that resembles what the model will read lower it; max_perplexity_ratio moves the limit."
     )
+    if comparison.overflows is not None:
+        advice = (
+            f"{verdict} But that was in float32, and {comparison.overflows} hands over values that the model's own "
+            "dtype cannot hold: used in that, its outputs may not be finite. Quantize with dtype=torch.bfloat16."
+        )
     if strict:
         raise QualityError(advice)
     logger.warning("%s", advice)

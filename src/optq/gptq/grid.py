@@ -71,7 +71,7 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
     if (largest := scales.abs().max()) > LARGEST_SCALE:
         raise ModelError(
             f"A group's scale is {largest:.3g}, above float16's largest value {LARGEST_SCALE:.5g}. "
-            "Check the weights for outliers, or leave this layer in full precision with dynamic={'-:NAME': {}}."
+            "Check the weights for outliers, or leave this layer in full precision with dynamic={'-:its name': {}}."
         )
     return Grid(scales=scales, zeros=zeros, max_code=scheme.max_code)
 

@@ -22,8 +22,18 @@ from .bases import check_base
 from .card import card
 from .config import GPTQConfig
 from .in_memory import quantize_in_memory, refuse_unless_whole
-from .journal import RUN_FILES, differences_to, is_worth_keeping, write_whole
-from .source import companions_folder, copy_companions, model_class_of, model_config_of
+from .journal import (
+    RUN_FILES,
+    differences_to,
+    differences_to_finished,
+    hash_of,
+    identities_of,
+    is_worth_keeping,
+    write_whole,
+)
+from .origin import where_in
+from .preparation import prepare
+from .source import companions_folder, copy_companions, model_class_of, model_config_of, weight_files
 from .upfront import check_request
 
 PARTIAL = ".optq-partial"
@@ -76,8 +86,8 @@ def quantize(
         model: what `from_pretrained` takes; or a model of transformers with its weights in memory, on the CPU or on
             accelerators.
         config: how to quantize, with calibration data.
-        output_dir: is created; must be empty or hold only what an unfinished run of the same model, settings and data
-            left. Required for an id or folder.
+        output_dir: is created; must be empty or hold only what a run of the same model, settings and data has left. A
+            finished one is returned as it is. Required for an id or folder.
         kwargs: passed to `from_pretrained`: dtype, revision, token, trust_remote_code, …
     Returns:
         The folder; or the model object, if it was given one.
@@ -98,6 +108,8 @@ def quantize(
     described = model_config_of(source, kwargs)
     check_base(described, source)
     ranks, partial = join(), output / PARTIAL
+    if ranks.from_first(lambda: _is_finished(output, source, described, config, kwargs)):
+        return output
     if ranks.from_first(lambda: _begin(output, config)):
         config.log_file = config.log_file or str(output / LOG_NAME)
         config.journal_folder = str(partial)
@@ -151,6 +163,33 @@ def _quantize_object(
             shutil.rmtree(partial)
     ranks.from_first(lambda: _end(output))
     return model
+
+
+def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, kwargs: dict[str, Any]) -> bool:
+    """Whether the folder holds the finished checkpoint of this very run.
+
+    Raises:
+        OutputError: it holds that of another one.
+    """
+    log = output / LOG_NAME
+    if not (output / "config.json").exists() or not log.exists() or (output / PARTIAL).exists():
+        return False
+    model = model_without_weights(source, kwargs)
+    calibration = prepare(model, config, where_in(kwargs)).calibration
+    asked: dict[str, Any] = {"settings": config.settings()}
+    if described.dtype is not None or kwargs.get("dtype", "auto") != "auto":
+        asked["dtype"] = str(model.dtype)
+    if calibration is not None:  # what the model writes follows from the settings
+        asked["calibration"] = hash_of(calibration)
+    if Path(source).is_dir():  # of the Hub, they may not be here any more
+        asked["model files"] = identities_of(map(str, weight_files(source, described, kwargs)))
+    differences = differences_to_finished(log, asked)
+    if differences:
+        raise OutputError(
+            f"output_dir={str(output)!r} holds the finished checkpoint of another run: {'; '.join(differences[:6])}. "
+            "`gptq push` uploads that. Name another folder, or delete this one; nothing was changed."
+        )
+    return differences is not None
 
 
 def _begin(output: Path, config: GPTQConfig) -> bool:

@@ -56,7 +56,7 @@ def card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> str:
         f"# {name}\n",
         f"{base}, quantized with GPTQ by optq {__version__}: "
         f"{found.config.bits} bits, {_groups(found.config)}, {'symmetric' if found.config.sym else 'asymmetric'}; "
-        f"{found.bits_per_weight:.2f} bits per weight in its blocks, scales and zeros included; "
+        f"{found.bits_per_weight:.2f} bits per weight, scales and zeros included; "
         f"{found.size_gib:.3g} GiB.\n",
         _closeness(run),
         _widths(found),

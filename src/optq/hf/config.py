@@ -7,10 +7,11 @@ tokenizers or calibration texts to disk.
 """
 
 import copy
+import inspect
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -396,8 +397,28 @@ class GPTQConfig(transformers.GPTQConfig):
     @property
     def by_gptqmodel(self) -> bool:
         """Of a checkpoint: whether GPTQModel wrote it."""
+        return any(tool.startswith("gptqmodel") for tool in self._writers)
+
+    @property
+    def _writers(self) -> tuple[str, ...]:
+        """Of a checkpoint: the tools that wrote it, as "name:version", as far as they say so."""
         wrote = (self.meta or {}).get("quantizer") or ()
-        return any(tool.startswith("gptqmodel") for tool in ((wrote,) if isinstance(wrote, str) else wrote))
+        by_auto_round = ("auto-round",) if "autoround_version" in self.unknown else ()
+        return (*((wrote,) if isinstance(wrote, str) else wrote), *by_auto_round)
+
+    @property
+    def zero_format(self) -> str:
+        """Of a checkpoint: how zeros are stored, which in v1 depends on the writer; see `checkpoint/zeros.py`."""
+        if self.format != "gptq":
+            return self.format
+        for tool in self._writers:
+            if tool.startswith("gptqmodel"):
+                version = re.search(r"(\d+)\.(\d+)", tool)
+                is_older = version is not None and (int(version[1]), int(version[2])) < (6, 1)
+                return "gptq:gptqmodel-6" if is_older else "gptq:gptqmodel"
+            if re.match(r"(intel/)?auto[-_]?round", tool):
+                return "gptq:auto-round"
+        return "gptq"
 
     @property
     def calibration_data(self) -> Any:
@@ -532,6 +553,22 @@ class GPTQConfig(transformers.GPTQConfig):
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         return iter(self.to_dict().items())
 
+    def __repr__(self) -> str:
+        """The settings that are not the defaults, short: of data and tokenizers only what they are."""
+        shown: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            value, default = vars(self).get(name), parameter.default
+            if name not in ("self", "quant_method", "unknown", "format") and (
+                value is not None if default is None else value != default
+            ):
+                shown[name] = value
+        shown |= {} if self.format == "gptq" else {"format": self.format}
+        shown |= self.unknown
+        parts = (f"{name}={_kind_of(value) if name in DATA else _short(value)}" for name, value in shown.items())
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    __str__ = __repr__
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "GPTQConfig":
         """transformers copies configs several times while it loads; the calibration data is shared, not copied."""
         copied = copy.copy(self)
@@ -544,6 +581,30 @@ class GPTQConfig(transformers.GPTQConfig):
         return isinstance(other, GPTQConfig) and self.to_dict() == other.to_dict() and self.backend == other.backend
 
     __hash__ = None  # type: ignore[assignment]  # mutable, compared by value
+
+
+SHORT = 80  # characters
+DATA = ("dataset", "tokenizer")
+
+
+def _short(value: Any) -> str:
+    """A setting in one line; of what is no setting, what it is."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        text = repr(value)
+    elif isinstance(value, Mapping):
+        text = "{" + ", ".join(f"{_short(key)}: {_short(part)}" for key, part in value.items()) + "}"
+    elif isinstance(value, (list, tuple)) and all(isinstance(part, (str, list)) for part in value) and len(value) < 9:
+        text = "[" + ", ".join(map(_short, value)) + "]"
+    else:
+        return _kind_of(value)
+    return text if len(text) <= SHORT else f"{text[: SHORT - 1]}…"
+
+
+def _kind_of(value: Any) -> str:
+    """A name as it is; of anything else its type and how many there are."""
+    if isinstance(value, str):
+        return _short(value)
+    return f"<{type(value).__name__}{f' of {len(value)}' if isinstance(value, Sized) else ''}>"
 
 
 def dynamic_rules(scheme_of: dict[str, LayerScheme], base: LayerScheme) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 """`optq.convert`: the same weights in another format, tensor by tensor, without loading the model."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,13 +20,16 @@ from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, rela
 from optq.errors import CheckpointError, ConfigError
 from optq.scheme import LayerScheme
 from optq.torch_state import default_torch_state
+from optq.version import __version__
 
 from .destination import filled
 from .formats import COMPRESSED, Opened, Source, Tensors, compressed_entry, describe
 from .gguf import opened_gguf
-from .labels import groups_contradict, zeros_contradict
+from .labels import ambiguity, groups_contradict, zeros_are_ambiguous, zeros_contradict
 from .legacy import WHERE
 from .source import companions_folder, copy_companions, model_config_of, quantization_entry, weight_files
+
+logger = logging.getLogger(__name__)
 
 DENSE = "dense"
 TARGETS = (*CHECKPOINT_FORMATS, COMPRESSED, DENSE)
@@ -96,6 +100,13 @@ def convert(
         elif to == COMPRESSED:
             described.quantization_config = compressed_entry(source)
         else:
+            if to == "gptq" and source.config.format != "gptq":  # v1's zeros are read as their writer stored them
+                wrote = source.config.meta or {}
+                source.config.meta = {
+                    **wrote,
+                    "quantizer": [f"optq:{__version__}"],
+                    "converted_from": wrote.get("converted_from") or source.config.format,
+                }
             source.config.format = to
             described.quantization_config = source.config.to_dict()
         described.save_pretrained(partial)
@@ -133,6 +144,8 @@ def _check(packed: PackedWeight, name: str, scheme: LayerScheme) -> None:
         *groups_contradict(name, scheme, packed.g_idx),
     ):
         raise CheckpointError(contradiction)
+    if zeros_are_ambiguous(packed.bits, packed.checkpoint_format, packed.qzeros):
+        logger.warning("%s", ambiguity([name]))
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Evaluation:
 
     Args:
         model: its id or folder.
-        bits_per_weight: of all matrices of its blocks; see `optq.inspect`.
+        bits_per_weight: of its quantized linears; see `optq.inspect`.
         size_gib: of its files with weights.
         perplexities: by protocol, in words.
         comparison: with the original, on the tokens of the first protocol; None of the original itself.

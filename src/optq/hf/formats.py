@@ -108,7 +108,7 @@ def _gptq(stated: dict[str, Any], headers: Headers) -> Source:
         in_features = parts["qweight"].shape[0] * PACKED_WORD_BITS // scheme.bits
         trivial = trivial_groups(in_features, scheme.group_width(in_features))
         packed = {"g_idx": trivial, **parts}  # some tools leave it out where it says nothing
-        return PackedWeight(**packed, bits=scheme.bits, checkpoint_format=config.format)
+        return PackedWeight(**packed, bits=scheme.bits, checkpoint_format=config.zero_format)
 
     for linear in linears.values():
         check_label(linear, config.scheme_for(linear.name))

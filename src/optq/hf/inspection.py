@@ -24,7 +24,7 @@ from optq.serving import READERS, Linear, kind_of, refusals, split_of
 from optq.torch_state import default_torch_state
 
 from .config import GPTQConfig
-from .labels import groups_contradict, scope_contradicts, zeros_contradict
+from .labels import ambiguity, groups_contradict, scope_contradicts, zeros_are_ambiguous, zeros_contradict
 from .source import head_width_of, model_config_of, parallel_plan_of, stated_quantization, weight_files
 
 
@@ -36,7 +36,8 @@ class Inspection:
         config: what config.json says about the quantization; None of a dense model.
         linears: how many quantized linears of each kind: (name with * for numbers, out_features, in_features, scheme).
         dense: how many matrices of the blocks of each kind are not quantized, by name with * for numbers.
-        bits_per_weight: of all matrices of the blocks, quantized or not, with scales, zeros and group indices.
+        bits_per_weight: of the quantized linears, scales and zeros included, as `optq.plan` and the log count them;
+            of a dense model, those of its blocks' matrices.
         size_gib: of all files with weights.
         contradictions: where the bytes are not what config.json says.
         refused: by reader, what it does not read and why; empty where it reads all.
@@ -102,10 +103,11 @@ def inspect(
         for name, header in headers.items()
         if len(header.shape) >= 2 and kind_of(name) != name and name.rpartition(".")[0] not in quantized
     }
-    packed = [header for x in quantized.values() for part, header in x.headers.items() if part != "bias"]
-    stored = sum(math.prod(header.shape) * header.dtype.itemsize for header in (*packed, *dense.values()))
+    counted = [x.headers[part] for x in quantized.values() for part in ("qweight", "qzeros", "scales")]
     weights = sum(x.out_features * x.in_features for x in linears.values())
-    weights += sum(math.prod(header.shape) for header in dense.values())
+    if not quantized:
+        counted, weights = list(dense.values()), sum(math.prod(header.shape) for header in dense.values())
+    stored = sum(math.prod(header.shape) * header.dtype.itemsize for header in counted)
     return Inspection(
         model=source,
         config=config,
@@ -115,7 +117,7 @@ def inspect(
         size_gib=sum(file.stat().st_size for file in files) / GIB,
         contradictions=(
             *(scope_contradicts(config, quantized, _modules_of(dense)) if config is not None else ()),
-            *_contradictions(files, linears.values()),
+            *(_contradictions(files, linears.values(), config.zero_format) if config is not None else ()),
         ),
         refused={
             reader: refusals(
@@ -200,7 +202,7 @@ def _modules_of(weights: Iterable[str]) -> list[str]:
     return [name.removesuffix(".weight") for name in weights]
 
 
-def _contradictions(files: Sequence[Path], linears: Iterable[Linear]) -> Iterator[str]:
+def _contradictions(files: Sequence[Path], linears: Iterable[Linear], zero_format: str) -> Iterator[str]:
     """Where bytes and labels disagree, of the first linear of each kind."""
     firsts = {(linear.kind, linear.scheme): linear for linear in reversed(list(linears))}
     for file in files:
@@ -209,7 +211,9 @@ def _contradictions(files: Sequence[Path], linears: Iterable[Linear]) -> Iterato
             for linear in firsts.values():
                 if f"{linear.name}.qzeros" in names:
                     zeros = tensors.get_tensor(f"{linear.name}.qzeros")
-                    yield from zeros_contradict(linear.name, linear.scheme, linear.checkpoint_format, zeros)
+                    yield from zeros_contradict(linear.name, linear.scheme, zero_format, zeros)
+                    if zeros_are_ambiguous(linear.scheme.bits, zero_format, zeros):
+                        yield ambiguity([linear.name])
                 if f"{linear.name}.g_idx" in names:
                     groups = tensors.get_tensor(f"{linear.name}.g_idx")
                     yield from groups_contradict(linear.name, linear.scheme, groups)

@@ -175,7 +175,7 @@ def kept_samples(
     Raises:
         OutputError: blocks were finished on samples that were written otherwise.
     """
-    described = json.dumps({"model files": _identities(files), **asked}, sort_keys=True)
+    described = json.dumps({"model files": identities_of(files), **asked}, sort_keys=True)
     description = json.loads(described)
     if folder is None:
         # On the same files only: what they hold besides their headers may have changed.
@@ -223,6 +223,22 @@ def differences_to(folder: Path, config: GPTQConfig) -> list[str]:
     return _differences(found, json.loads(json.dumps(config.settings(), default=str)))
 
 
+def differences_to_finished(log: Path, asked: dict[str, Any]) -> list[str] | None:
+    """How the run that wrote a log differs from what is asked for; None if the log does not say what run it was.
+
+    Args:
+        asked: a part of what `described` returns.
+    """
+    found = None
+    for line in log.read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        found = event.get("run", found) if event["event"] == "started" else found
+    if found is None:
+        return None
+    asked = json.loads(json.dumps(asked, default=str))
+    return _differences({key: value for key, value in found.items() if key in asked}, asked)
+
+
 def check_same(descriptions: Sequence[dict[str, Any]]) -> None:
     """Refuse processes that would make different checkpoints together; `descriptions` are theirs, by rank.
 
@@ -246,14 +262,14 @@ def described(
         "journal": FORMAT,
         "optq": __version__,
         "torch": torch.__version__,
-        "model files": _identities(files),
+        "model files": identities_of(files),
         "dtype": str(dtype),
         "settings": settings,
-        "calibration": _hash_of(calibration),
+        "calibration": hash_of(calibration),
     }
 
 
-def _identities(files: Iterable[str]) -> dict[str, str]:
+def identities_of(files: Iterable[str]) -> dict[str, str]:
     return {Path(file).name: _identity(Path(file)) for file in files}
 
 
@@ -265,7 +281,7 @@ def _identity(file: Path) -> str:
     return f"{file.stat().st_size} bytes, header {hashlib.sha256(header).hexdigest()[:16]}"
 
 
-def _hash_of(calibration: Calibration) -> str:
+def hash_of(calibration: Calibration) -> str:
     digest = hashlib.sha256()
     for batch in (*calibration.batches, *calibration.probes):
         for tensor in (batch.input_ids, batch.attention_mask, batch.next_ids, *(batch.inputs or {}).values()):

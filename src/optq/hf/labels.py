@@ -8,7 +8,14 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from optq.checkpoint import CHECKPOINT_FORMATS, QuantizedTensors, unpack_codes
+from optq.checkpoint import (
+    CHECKPOINT_FORMATS,
+    QuantizedTensors,
+    decode_zeros,
+    label_of,
+    rules_differ,
+    unpack_codes,
+)
 from optq.errors import CheckpointError, counted
 from optq.scheme import LayerScheme, trivial_groups
 from optq.serving import kind_of
@@ -19,13 +26,13 @@ HEAD_NAMES = ("lm_head", "embed_out", "output")
 """What output heads are called, as the last part of their names."""
 
 
-def zeros_contradict(name: str, scheme: LayerScheme, checkpoint_format: str, qzeros: Tensor) -> Iterator[str]:
+def zeros_contradict(name: str, scheme: LayerScheme, zero_format: str, qzeros: Tensor) -> Iterator[str]:
     """Of the linear of this name; qzeros: (groups, out · bits / 32) int32."""
+    checkpoint_format, middle = label_of(zero_format), 2 ** (scheme.bits - 1)
+    if not scheme.symmetric or bool((decode_zeros(qzeros, scheme.bits, zero_format) == middle).all()):
+        return
     stored = set(unpack_codes(qzeros.T.contiguous(), scheme.bits).unique().tolist())
     offset = CHECKPOINT_FORMATS[checkpoint_format]
-    middle = 2 ** (scheme.bits - 1)
-    if not scheme.symmetric or stored == {middle - offset}:
-        return
     for other, its_offset in CHECKPOINT_FORMATS.items():
         if stored == {middle - its_offset}:
             yield (
@@ -38,6 +45,22 @@ def zeros_contradict(name: str, scheme: LayerScheme, checkpoint_format: str, qze
     yield (
         f"{name}: config.json says sym=true, but the stored zeros are {shown}{' …' * (len(stored) > 6)}, not "
         f"{middle - offset} everywhere. Readers that believe the label compute nonsense. Correct sym to false."
+    )
+
+
+def zeros_are_ambiguous(bits: int, zero_format: str, qzeros: Tensor) -> bool:
+    """Whether these zeros of v1 mean one thing if GPTQModel wrote them, and another if AutoGPTQ did."""
+    return zero_format == "gptq" and rules_differ(qzeros, bits)
+
+
+def ambiguity(names: list[str]) -> str:
+    """What to know about such zeros; `names` are the linears'."""
+    more = f" and {len(names) - 1} more linears" if len(names) > 1 else ""
+    return (
+        f"{names[0]}.qzeros{more}: zeros of 0 in checkpoint_format 'gptq' mean what their writer made of them, and "
+        "config.json does not say that it was GPTQModel or AutoRound. They are read as AutoGPTQ reads its own files, "
+        "where such zeros, and others in the same words, are lost. If one of these wrote the file, add its name to "
+        'quantization_config: "meta": {"quantizer": ["gptqmodel:7.0"]}.'
     )
 
 

@@ -6,6 +6,7 @@ quantizing, *before* plans and checks everything that can fail early, and *after
 puts an empty `QuantLinear` wherever the checkpoint has packed words, and *after* lets each choose its kernel.
 """
 
+import json
 import logging
 import os
 import re
@@ -41,7 +42,7 @@ from . import compat, parallel
 from .bases import check_dense, method_of
 from .config import GPTQConfig
 from .journal import Journal, check_same, described
-from .labels import check_label, zeros_contradict
+from .labels import ambiguity, check_label, zeros_are_ambiguous, zeros_contradict
 from .legacy import UNPICKLE
 from .origin import where_told
 from .parallel import ParallelLinear
@@ -167,7 +168,7 @@ class OptqHfQuantizer(HfQuantizer):
             self.journal = Journal(Path(config.journal_folder), model, self._plan.blocks, config.format)
             ranks.from_first(partial(self.journal.open, description))
         log_file = Path(config.log_file) if config.log_file and ranks.is_first else None
-        self.log = RunLog(log_file, bar=ranks.is_first)
+        self.log = RunLog(log_file, bar=ranks.is_first, run=json.loads(json.dumps(description, default=str)))
         if self._streamed is not None:
             self._streamed.come_back()
         else:
@@ -370,7 +371,7 @@ class OptqHfQuantizer(HfQuantizer):
             check_label(tensors, scheme)
             if "g_idx" not in tensors.headers:
                 self._without_g_idx.add(name)
-            model.set_submodule(name, layer_type.empty(tensors, config.format, config.backend, dtype))
+            model.set_submodule(name, layer_type.empty(tensors, config.zero_format, config.backend, dtype))
         if layer_type is ParallelLinear:
             parallel.make_ready(model, self._experts)
 
@@ -408,13 +409,18 @@ class OptqHfQuantizer(HfQuantizer):
         return torch.bfloat16 if self._base is not None and dtype.itemsize == 1 else dtype
 
     def _doubt_labels(self, model: Any) -> None:
-        """Warn where the first layer of a kind has zeros that its label does not explain."""
-        firsts = {kind_of(name): (name, layer) for name, layer in reversed(_quantized_layers(model).items())}
+        """Warn where the first layer of a kind has zeros that its label does not explain, or any has unclear ones."""
+        config = self.quantization_config
+        layers = {name: x for name, x in _quantized_layers(model).items() if x.qzeros.device.type != "meta"}
+        firsts = {kind_of(name): (name, layer) for name, layer in reversed(layers.items())}
         for name, layer in firsts.values():
-            scheme = self.quantization_config.scheme_for(name)
-            if scheme is not None and layer.qzeros.device.type != "meta":
-                for contradiction in zeros_contradict(name, scheme, self.quantization_config.format, layer.qzeros):
+            scheme = config.scheme_for(name)
+            if scheme is not None:
+                for contradiction in zeros_contradict(name, scheme, config.zero_format, layer.qzeros):
                     logger.warning(contradiction)
+        unclear = [n for n, x in layers.items() if zeros_are_ambiguous(x.bits, config.zero_format, x.qzeros)]
+        if unclear:
+            logger.warning("%s", ambiguity(unclear))
 
     def _complete_layers(self, model: Any) -> None:
         """Fill in a g_idx that the checkpoint left out; then drop what belongs to other processes."""
