@@ -194,3 +194,26 @@ def test_a_run_that_fails_leaves_no_files(tiny_llama, config, tmp_path, monkeypa
         optq.quantize(model, config, output_dir=tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"quantization_log.jsonl"}
     assert "quantization_config" not in json.loads(model.config.to_json_string())
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda model, config, folder: optq.plan(model, config),
+        lambda model, config, folder: optq.check(model, config, server="vllm"),
+        lambda model, config, folder: optq.inspect(model),
+        lambda model, config, folder: optq.kernel_choices(model),
+        lambda model, config, folder: optq.evaluate(model, dataset=["text"]),
+        lambda model, config, folder: optq.compare([model], dataset=["text"]),
+        lambda model, config, folder: optq.bench(model),
+        lambda model, config, folder: optq.convert(model, output_dir=folder, to="gptq_v2"),
+        lambda model, config, folder: optq.export_onnx(model, output_dir=folder),
+        lambda model, config, folder: optq.card(model),
+        lambda model, config, folder: optq.push(model, "user/name"),
+    ],
+    ids=["plan", "check", "inspect", "kernels", "evaluate", "compare", "bench", "convert", "onnx", "card", "push"],
+)
+def test_what_takes_no_object_says_so(verb, quantized, config, tmp_path):
+    with pytest.raises(ModelError, match=r"folder is needed here, not a LlamaForCausalLM.*save_pretrained"):
+        verb(quantized, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

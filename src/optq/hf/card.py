@@ -15,6 +15,7 @@ from optq.version import __version__
 
 from .config import GPTQConfig
 from .inspection import Inspection, inspect
+from .source import place_of
 
 USE = {
     "transformers": '`pip install optq`, then `AutoModelForCausalLM.from_pretrained("{model}")`; no import of optq',
@@ -35,7 +36,7 @@ def card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> str:
         CheckpointError: nothing in the folder is quantized.
         ReportError: it holds no log of a run.
     """
-    folder = Path(folder)
+    folder = Path(place_of(folder))
     found = inspect(folder)
     if found.config is None:
         raise CheckpointError(f"{folder} is not quantized, so there is no recipe to write a card of.")

@@ -15,6 +15,7 @@ from .config import GPTQConfig
 from .inspection import inspect
 from .outlook import as_linears
 from .preparation import plan_for
+from .source import place_of
 
 
 @default_torch_state()
@@ -45,10 +46,10 @@ def check(
         inspection = inspect(model_id_or_dir, tensor_parallel=tensor_parallel, versions=versions, **kwargs)
         if inspection.config is None:
             raise ConfigError(
-                f"{os.fspath(model_id_or_dir)} is not quantized. Pass config= as well, to know what it would become."
+                f"{place_of(model_id_or_dir)} is not quantized. Pass config= as well, to know what it would become."
             )
         return (*inspection.contradictions, *inspection.refused[server])
-    model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
+    model = model_without_weights(place_of(model_id_or_dir), kwargs)
     config = GPTQConfig.from_stock(config)
     plan, _ = plan_for(model, config)
     linears = as_linears(model, plan.all_targets, config.format)

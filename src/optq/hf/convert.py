@@ -27,7 +27,7 @@ from .formats import COMPRESSED, Opened, Source, Tensors, compressed_entry, desc
 from .gguf import opened_gguf
 from .labels import ambiguity, groups_contradict, zeros_are_ambiguous, zeros_contradict
 from .legacy import WHERE
-from .source import companions_folder, copy_companions, model_config_of, quantization_entry, weight_files
+from .source import companions_folder, copy_companions, model_config_of, place_of, quantization_entry, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def convert(
     """
     if to not in TARGETS:
         raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
-    origin = os.fspath(model_id_or_dir)
+    origin = place_of(model_id_or_dir)
     if gguf_file is not None:
         origin = cached_file(origin, gguf_file, **{key: kwargs[key] for key in WHERE if key in kwargs})
     with (

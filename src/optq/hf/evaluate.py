@@ -37,7 +37,7 @@ from .compat import load_tokenizer
 from .inspection import inspect
 from .origin import where_in
 from .preparation import LONGEST_WRITTEN, vocabulary_of
-from .source import model_config_of
+from .source import model_config_of, place_of
 from .writing import opening_of
 
 logger = logging.getLogger(__name__)
@@ -140,8 +140,8 @@ def compare(
         CalibrationError: the text cannot be read, or is shorter than a window.
     """
     device = execution_device(device)
-    names = [os.fspath(model) for model in models]
-    origin = None if baseline is None else os.fspath(baseline)
+    names = [place_of(model) for model in models]
+    origin = None if baseline is None else place_of(baseline)
     reference = origin or names[0]
     stated = {name: stated_positions(model_config_of(name, kwargs)) for name in dict.fromkeys([reference, *names])}
     shortest = min(stated, key=lambda name: stated[name] or window)
@@ -192,7 +192,7 @@ def bench(
         runs: of which medians are taken.
         device, kwargs: as of `compare`.
     """
-    loaded = _load(os.fspath(model), execution_device(device), kwargs)
+    loaded = _load(place_of(model), execution_device(device), kwargs)
     generator = torch.Generator().manual_seed(0)
     prompt = _room(loaded, prompt, new)
     ids = torch.randint(vocabulary_of(loaded), (1, prompt), generator=generator, device="cpu")

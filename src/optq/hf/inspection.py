@@ -25,7 +25,7 @@ from optq.torch_state import default_torch_state
 
 from .config import GPTQConfig
 from .labels import ambiguity, groups_contradict, scope_contradicts, zeros_are_ambiguous, zeros_contradict
-from .source import head_width_of, model_config_of, parallel_plan_of, stated_quantization, weight_files
+from .source import head_width_of, model_config_of, parallel_plan_of, place_of, stated_quantization, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def inspect(
         ConfigError: there is no such reader, or nothing is known about that version of it.
     """
     readers: dict[str, str | None] = {**dict.fromkeys(READERS), **(versions or {})}
-    source = os.fspath(model_id_or_dir)
+    source = place_of(model_id_or_dir)
     described = model_config_of(source, kwargs, as_data=True)
     files = weight_files(source, described, kwargs)
     headers = read_headers([os.fspath(file) for file in files])
@@ -168,7 +168,7 @@ def kernel_choices(
         KernelError: the kernel asked for cannot run a linear.
         CheckpointError: nothing in it is quantized.
     """
-    source = os.fspath(model_id_or_dir)
+    source = place_of(model_id_or_dir)
     if not getattr(model_config_of(source, kwargs), "quantization_config", None):
         raise CheckpointError(f"{source} is not quantized, so it has no linears that a kernel of optq multiplies.")
     options = {"dtype": "auto", "device_map": execution_device(device), **kwargs}

@@ -20,7 +20,7 @@ from optq.layers import QuantLinear
 from optq.torch_state import default_torch_state
 
 from .destination import filled
-from .source import companions_folder, copy_companions, model_config_of, quantization_entry
+from .source import companions_folder, copy_companions, model_config_of, place_of, quantization_entry
 
 ONNX_FILE = "model.onnx"
 INPUTS = ("input_ids", "attention_mask")
@@ -50,7 +50,7 @@ def export_onnx(model_id_or_dir: str | os.PathLike[str], *, output_dir: str | os
     """
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise ConfigError(f"Exporting to ONNX needs the packages {' and '.join(missing)}: pip install 'optq[onnx]'.")
-    source = os.fspath(model_id_or_dir)
+    source = place_of(model_id_or_dir)
     described = model_config_of(source, kwargs)
     stated = quantization_entry(described)
     if not stated or stated.get("quant_method", "gptq") != "gptq":

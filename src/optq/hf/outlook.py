@@ -27,7 +27,7 @@ from .api import model_without_weights
 from .config import GPTQConfig
 from .origin import where_in
 from .preparation import prepare, prepare_data, vocabulary_of
-from .source import head_width_of, parallel_plan_of
+from .source import head_width_of, parallel_plan_of, place_of
 from .upfront import check_kernels, check_request
 
 
@@ -131,7 +131,7 @@ def plan(
     config = GPTQConfig.from_stock(config)
     device_map = kwargs.get("device_map")
     check_request(config, device_map, kwargs.get("offload_folder"))
-    model = model_without_weights(os.fspath(model_id_or_dir), kwargs)
+    model = model_without_weights(place_of(model_id_or_dir), kwargs)
     where = where_in(kwargs)
     prepared = prepare(model, config, where)
     planned = prepared.plan
@@ -153,7 +153,7 @@ def plan(
     memory["activations"] = min(activations, int(on_device))
     group_indices = sum(4 * target.view.shape[1] for target in targets)
     outlook = Outlook(
-        model=os.fspath(model_id_or_dir),
+        model=place_of(model_id_or_dir),
         device=str(device),
         blocks=len(planned.blocks) - (planned.head is not None),
         linears=dict(Counter((*target.view.shape, target.scheme) for target in targets)),

@@ -18,7 +18,7 @@ from optq.progress import LOG_NAME
 from optq.version import __version__
 
 from .card import card
-from .source import COMPANIONS, files_of
+from .source import COMPANIONS, files_of, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
         ReportError: it holds neither a README.md nor the log to make one from.
         HubError: the Hub refuses, or cannot be reached. The same call again uploads what is not there yet.
     """
-    folder = Path(folder)
+    folder = Path(place_of(folder))
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{str(folder)!r} holds no config.json, so it is no finished checkpoint. Name the folder that "

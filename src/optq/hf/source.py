@@ -2,6 +2,7 @@
 """Where a model comes from: its config, class and files, of a folder or of a repository on the Hub."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
@@ -22,6 +23,20 @@ COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LI
 """Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
 
 NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
+
+
+def place_of(model: Any) -> str:
+    """A model's id on the Hub or its folder, as text.
+
+    Raises:
+        ModelError: it is something else, such as a model object.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return os.fspath(model)
+    raise ModelError(
+        f"A model's id on the Hub or its folder is needed here, not a {type(model).__name__}. Save an object with "
+        "save_pretrained() and pass that folder; only optq.quantize and optq.perplexity take the object itself."
+    )
 
 
 def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = False) -> Any:
