@@ -181,7 +181,7 @@ class TestBatches:
             ({"input_ids": [1, None]}, "sample 1 has input_ids"),
             ({"input_ids": IDS, "attention_mask": IDS[:2]}, "6 rows of input_ids and 2 of attention_mask"),
             ([IDS[0], IDS[1]], "sample 1 is 2 arrays without names"),
-            ({"input_ids": [1, 2], "pixel_values": torch.zeros(1)}, "sample 1 has pixel_values besides text"),
+            ({"input_ids": [1, 2], "pixel_values": torch.zeros(1, 3)}, "sample 1 has pixel_values besides text"),
             (b"bytes", "sample 1 is a bytes"),
         ],
     )
@@ -216,6 +216,11 @@ class TestIterables:
             pandas.Series(TEXTS, [7, 8, 9]),
         ):
             assert samples(table) == encoded(*TEXTS)
+
+    def test_numbers_beside_a_text_are_no_images(self, samples):
+        datasets = pytest.importorskip("datasets")
+        columns = {"text": TEXTS, "score": [0.5] * 3, "embedding": [[0.1, 0.2]] * 3}
+        assert samples(datasets.Dataset.from_dict(columns).with_format("torch")) == encoded(*TEXTS)
 
     def test_an_iterator_without_end_is_read_as_far_as_needed(self, samples):
         def endless():

@@ -162,7 +162,7 @@ def prepare_calibration(
     tokens = sum(map(len, fitted))
     held_out = len(chosen) - len(fitted)
     # Some models name -1, or an id that only their tokenizer has; embeddings take ids of the vocabulary.
-    padding = pad_token_id if pad_token_id is not None and 0 <= pad_token_id < vocabulary else 0
+    padding = pad_token_id if isinstance(pad_token_id, int) and 0 <= pad_token_id < vocabulary else 0
     recipe = {
         "source": ", ".join(source["name"] for source in sources),
         "sources": sources,

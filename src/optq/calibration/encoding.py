@@ -152,10 +152,10 @@ def read_for_evaluation(dataset: Any, load_tokenizer: Callable[[], Any]) -> list
 
 
 def is_fractional(value: Any) -> bool:
-    """Whether this is an array of numbers that are no integers: an image, sound, …"""
-    if isinstance(value, Tensor):
-        return value.is_floating_point()
-    return getattr(getattr(value, "dtype", None), "kind", "") == "f"
+    """Whether this is an image, sound, …: an array of numbers that are no integers, with a dimension for samples."""
+    if getattr(value, "ndim", 0) < 2:
+        return False  # a score, or an embedding: what tables have beside a text
+    return value.is_floating_point() if isinstance(value, Tensor) else getattr(value.dtype, "kind", "") == "f"
 
 
 def _is_list(value: Any) -> bool:

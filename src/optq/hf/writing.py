@@ -18,6 +18,7 @@ from optq.ranks import ALONE, Ranks
 
 from .config import GPTQConfig
 from .journal import kept_samples
+from .origin import where_told
 from .preparation import vocabulary_of
 
 logger = logging.getLogger(__name__)
@@ -101,5 +102,6 @@ def _load(model: Any, file: str, asked: str | None) -> Any:
         Path(file).parent,
         config=config,
         dtype=working_dtype(device) or model.dtype,
+        variant=where_told().get("variant"),
         device_map="auto" if asked is None and device.type != "cpu" else {"": device},
     )
