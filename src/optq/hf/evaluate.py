@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from optq.calibration import SELF, read_for_evaluation, write_samples
-from optq.errors import CalibrationError, ConfigError
+from optq.errors import CalibrationError, ConfigError, counted
 from optq.evaluation import (
     Comparison,
     Perplexity,
@@ -143,7 +143,8 @@ def compare(
     stated = {name: stated_positions(model_config_of(name, kwargs)) for name in dict.fromkeys([reference, *names])}
     shortest = min(stated, key=lambda name: stated[name] or window)
     if (limit := stated[shortest] or window) < window:
-        logger.warning("window=%d: %s has %d positions, so windows are cut to %d.", window, shortest, limit, limit)
+        positions = counted(limit, "position")
+        logger.warning("window=%d: %s has %s, so windows are cut to %d.", window, shortest, positions, limit)
         window = limit
     encoder = cache(lambda: load_tokenizer(tokenizer, reference, where_in(kwargs)))
     original = None if origin is None else _load(origin, device, kwargs)
