@@ -237,6 +237,11 @@ class TestIterables:
         with pytest.raises(CalibrationError, match=r"is empty\. An iterator can be read only once"):
             samples(texts)
 
+    @pytest.mark.parametrize("data", [torch.tensor(3), np.array(3), 3, [1, 2, 3], range(3), torch.rand(2, 3)])
+    def test_numbers_that_are_no_samples_are_refused(self, samples, data):
+        with pytest.raises(CalibrationError):
+            samples(data)
+
     def test_a_function_is_to_be_called(self, samples):
         with pytest.raises(CalibrationError, match="Call it"):
             samples(lambda: TEXTS)
@@ -276,6 +281,7 @@ class TestFiles:
             ("a.jsonl", b'"ab"\n5\n', r"sample in .*a\.jsonl, line 2, is a number, 5"),
             ("a.json", b'["ab", null]', r"sample 1 of .*a\.json is null"),
             ("a.jsonl", b'{"text": "ab"}\n{"text": 5}\n', r"a\.jsonl, line 2, is a dict"),
+            ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', r"a\.jsonl, line 1, turn 0 \(user\) has no content"),
             ("a.parquet", b"", r"a\.parquet is not a valid Parquet file"),
             ("a.parquet", b"PAR1 cut off PAR1", r"a\.parquet is not a valid Parquet file"),
             ("A.JSONL.GZ", gzip.compress(b"{"), r"A\.JSONL\.GZ, line 1, column 2, is not valid JSONL"),

@@ -316,8 +316,8 @@ def _peeked(dataset: Any) -> tuple[Any, bool]:
         return dataset, _is_more_than_text(dataset)
     if isinstance(dataset, Sequence):
         return dataset, any(map(_is_more_than_text, dataset))
-    if not isinstance(dataset, Iterable) or hasattr(dataset, "columns"):
-        return dataset, False
+    if not isinstance(dataset, Iterable) or hasattr(dataset, "columns") or hasattr(dataset, "tolist"):
+        return dataset, False  # one batch, or one column
     first = list(islice(dataset, 1))
     return (
         chain(first, dataset) if isinstance(dataset, Iterator) else dataset,
