@@ -157,7 +157,7 @@ def prepare_calibration(
         _windows, encode=Encoder(load_tokenizer), window=window, separator=separator, seed=seed, write=write
     )
     chosen, sources, unmet = _gather(mixture(dataset), limit, seed, windows_of)
-    _check_vocabulary(max(max(ids) for ids in chosen), vocabulary)
+    check_vocabulary(max(max(ids) for ids in chosen), vocabulary)
     fitted, probes = _set_apart(chosen, seed) if probe else (chosen, [])
     tokens = sum(map(len, fitted))
     held_out = len(chosen) - len(fitted)
@@ -270,7 +270,7 @@ def _prepare_whole(
 ) -> Calibration:
     """Samples that are more than text: each is run as it is, by itself."""
     chosen = _draw(rows, limit, seed, _length)
-    _check_vocabulary(max(int(row.input_ids.max()) for row in chosen), vocabulary)
+    check_vocabulary(max(int(row.input_ids.max()) for row in chosen), vocabulary)
     fitted, probes = _set_apart(chosen, seed, _length) if probe else (chosen, [])
     held_out = len(chosen) - len(fitted)
     digest = hashlib.sha256()
@@ -366,10 +366,15 @@ def _whole(found: Row, decoded: bool, dtype: torch.dtype) -> MicroBatch:
     return MicroBatch(input_ids=ids, attention_mask=mask if fits else None, inputs=inputs)
 
 
-def _check_vocabulary(largest: int, vocabulary: int) -> None:
+def check_vocabulary(largest: int, vocabulary: int) -> None:
+    """Refuse data of which a token has no embedding.
+
+    Raises:
+        CalibrationError: it has.
+    """
     if largest >= vocabulary:
         raise CalibrationError(
-            f"The calibration data has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}. "
+            f"The data has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}. "
             "The tokenizer does not belong to this model; pass tokenizer= with the right one, or leave it out to take "
             "the one in the model's folder."
         )

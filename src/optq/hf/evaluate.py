@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optq.calibration import SELF, read_for_evaluation, write_samples
+from optq.calibration import SELF, check_vocabulary, read_for_evaluation, write_samples
 from optq.errors import CalibrationError, ConfigError, counted
 from optq.evaluation import (
     Comparison,
@@ -257,6 +257,7 @@ class _Yardstick:
 
     def measure(self, name: str, model: Any, original: Any, kwargs: dict[str, Any]) -> Evaluation:
         started = time.monotonic()
+        check_vocabulary(int(self.ids.max()), vocabulary_of(model))
         comparison, perplexities = None, {}
         for index, (protocol, cut) in enumerate(self.cuts.items()):
             if original is not None and index == 0:
