@@ -181,7 +181,7 @@ class TestBatches:
             ({"input_ids": [1, None]}, "sample 1 has input_ids"),
             ({"input_ids": IDS, "attention_mask": IDS[:2]}, "6 rows of input_ids and 2 of attention_mask"),
             ([IDS[0], IDS[1]], "sample 1 is 2 arrays without names"),
-            ({"input_ids": [1, 2], "pixel_values": torch.zeros(1)}, "sample 1 has pixel_values besides text"),
+            ({"input_ids": [1, 2], "pixel_values": torch.zeros(1, 3)}, "sample 1 has pixel_values besides text"),
             (b"bytes", "sample 1 is a bytes"),
         ],
     )
@@ -217,6 +217,11 @@ class TestIterables:
         ):
             assert samples(table) == encoded(*TEXTS)
 
+    def test_numbers_beside_a_text_are_no_images(self, samples):
+        datasets = pytest.importorskip("datasets")
+        columns = {"text": TEXTS, "score": [0.5] * 3, "embedding": [[0.1, 0.2]] * 3}
+        assert samples(datasets.Dataset.from_dict(columns).with_format("torch")) == encoded(*TEXTS)
+
     def test_an_iterator_without_end_is_read_as_far_as_needed(self, samples):
         def endless():
             number = 0
@@ -231,6 +236,11 @@ class TestIterables:
         samples(texts)
         with pytest.raises(CalibrationError, match=r"is empty\. An iterator can be read only once"):
             samples(texts)
+
+    @pytest.mark.parametrize("data", [torch.tensor(3), np.array(3), 3, [1, 2, 3], range(3), torch.rand(2, 3)])
+    def test_numbers_that_are_no_samples_are_refused(self, samples, data):
+        with pytest.raises(CalibrationError):
+            samples(data)
 
     def test_a_function_is_to_be_called(self, samples):
         with pytest.raises(CalibrationError, match="Call it"):
@@ -271,6 +281,7 @@ class TestFiles:
             ("a.jsonl", b'"ab"\n5\n', r"sample in .*a\.jsonl, line 2, is a number, 5"),
             ("a.json", b'["ab", null]', r"sample 1 of .*a\.json is null"),
             ("a.jsonl", b'{"text": "ab"}\n{"text": 5}\n', r"a\.jsonl, line 2, is a dict"),
+            ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', r"a\.jsonl, line 1, turn 0 \(user\) has no content"),
             ("a.parquet", b"", r"a\.parquet is not a valid Parquet file"),
             ("a.parquet", b"PAR1 cut off PAR1", r"a\.parquet is not a valid Parquet file"),
             ("A.JSONL.GZ", gzip.compress(b"{", mtime=0), r"A\.JSONL\.GZ, line 1, column 2, is not valid JSONL"),

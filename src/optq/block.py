@@ -254,7 +254,8 @@ class BlockWork:
         for position, call in enumerate(calls):
             room -= bytes_per_value * states[position].numel()
             if room < 0:
-                logger.info("%s: memory for %d of %d micro-batches at once.", self.name, position, len(calls))
+                found = counted(len(calls), "micro-batch", "micro-batches")
+                logger.info("%s: memory for %d of %s at once.", self.name, position, found)
                 return
             try:
                 paused.start(call.batch, partial(self.run, call))

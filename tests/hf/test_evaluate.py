@@ -102,6 +102,20 @@ def test_a_text_that_is_too_short_is_refused(quantized, tmp_path):
         optq.evaluate(quantized[2], dataset=tmp_path / "short.txt", **KWARGS)
 
 
+def test_a_text_of_another_vocabulary_is_refused(quantized):
+    with pytest.raises(CalibrationError, match="has token id 500, but the model's vocabulary ends at 127"):
+        optq.evaluate(quantized[2], dataset=[{"input_ids": [500] * 128}], **KWARGS)
+
+
+def test_what_a_tokenizer_returns_is_judged_on_as_the_text_is(quantized, text, tiny_llama):
+    from transformers import AutoTokenizer
+
+    expected = optq.evaluate(quantized[2], dataset=text, **KWARGS).perplexities
+    encoded = AutoTokenizer.from_pretrained(tiny_llama)([text.read_text()], return_tensors="pt")
+    for dataset in (encoded, encoded["input_ids"], encoded["input_ids"].numpy(), iter([text.read_text()])):
+        assert optq.evaluate(quantized[2], dataset=dataset, **KWARGS).perplexities == expected
+
+
 def test_tokens_bound_the_text(quantized, text):
     found = optq.evaluate(quantized[2], dataset=text, tokens=128, **KWARGS)
     assert [p.tokens for p in found.perplexities.values()] == [2 * 63, 127]

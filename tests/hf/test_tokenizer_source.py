@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optq
 from conftest import save_tiny_tokenizer, tiny_llama_config
+from hf.hub_server import Repository, serve
 from optq import GPTQConfig
 from optq.errors import CalibrationError, ConfigError
 from optq.hf import origin
@@ -152,3 +154,26 @@ def test_from_pretrained_stays_what_it_was():
     assert pickle.loads(pickle.dumps(transformers.LlamaForCausalLM.from_pretrained)) == (
         transformers.LlamaForCausalLM.from_pretrained
     )
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_private_repositorys_tokenizer_is_fetched_at_the_same_commit_with_the_same_token(
+    nested, tmp_path, monkeypatch
+):
+    """The newest commit has the wrong tokenizer in the subfolder, and the token is known to the call only."""
+    with serve() as hub:
+        url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        files = {str(path.relative_to(nested)): path.read_bytes() for path in nested.rglob("*") if path.is_file()}
+        later = {**files, "inner/tokenizer.json": files["tokenizer.json"]}
+        hub.repositories["user/tiny"] = Repository(private=True, trees={"1" * 40: files, "2" * 40: later})
+        where = {"subfolder": "inner", "revision": "1" * 40, "token": "good-token", "cache_dir": str(tmp_path)}
+        model = AutoModelForCausalLM.from_pretrained("user/tiny", quantization_config=config(), **where)
+        assert recipe(model)["tokens"] == sum(map(len, TEXTS))
+        assert optq.plan("user/tiny", config(), **where).tokens == sum(map(len, TEXTS))
+        with pytest.raises(CalibrationError):  # negative control: what the newest commit has
+            optq.plan("user/tiny", config(), **{**where, "revision": "main"})

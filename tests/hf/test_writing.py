@@ -232,6 +232,13 @@ def test_without_finished_blocks_another_text_is_written(source, tmp_path, monke
     assert weights(optq.quantize(source, config(seed=1), output_dir=output)) == expected
 
 
+def test_the_variant_that_is_quantized_writes(source, tmp_path):
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path, variant="four")
+    settings = config(effort="fast", num_samples=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, variant="four", quantization_config=settings)
+    assert recipe(model) == recipe(quantize(source, effort="fast", num_samples=2))
+
+
 def test_planning_writes_nothing(source, monkeypatch):
     monkeypatch.setattr(writing, "write_samples", lambda *args, **kwargs: pytest.fail("written"))
     assert optq.plan(source, config()).tokens == 19 * LENGTH

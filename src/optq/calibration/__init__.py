@@ -12,6 +12,7 @@ from .batches import TOKENS_PER_STEP as TOKENS_PER_STEP
 from .batches import Calibration as Calibration
 from .batches import MicroBatch as MicroBatch
 from .batches import bytes_of as bytes_of
+from .batches import check_vocabulary as check_vocabulary
 from .batches import prepare_calibration as prepare_calibration
 from .encoding import read_for_evaluation as read_for_evaluation
 from .generation import write_samples as write_samples

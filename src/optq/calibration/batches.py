@@ -157,12 +157,12 @@ def prepare_calibration(
         _windows, encode=Encoder(load_tokenizer), window=window, separator=separator, seed=seed, write=write
     )
     chosen, sources, unmet = _gather(mixture(dataset), limit, seed, windows_of)
-    _check_vocabulary(max(max(ids) for ids in chosen), vocabulary)
+    check_vocabulary(max(max(ids) for ids in chosen), vocabulary)
     fitted, probes = _set_apart(chosen, seed) if probe else (chosen, [])
     tokens = sum(map(len, fitted))
     held_out = len(chosen) - len(fitted)
     # Some models name -1, or an id that only their tokenizer has; embeddings take ids of the vocabulary.
-    padding = pad_token_id if pad_token_id is not None and 0 <= pad_token_id < vocabulary else 0
+    padding = pad_token_id if isinstance(pad_token_id, int) and 0 <= pad_token_id < vocabulary else 0
     recipe = {
         "source": ", ".join(source["name"] for source in sources),
         "sources": sources,
@@ -270,7 +270,7 @@ def _prepare_whole(
 ) -> Calibration:
     """Samples that are more than text: each is run as it is, by itself."""
     chosen = _draw(rows, limit, seed, _length)
-    _check_vocabulary(max(int(row.input_ids.max()) for row in chosen), vocabulary)
+    check_vocabulary(max(int(row.input_ids.max()) for row in chosen), vocabulary)
     fitted, probes = _set_apart(chosen, seed, _length) if probe else (chosen, [])
     held_out = len(chosen) - len(fitted)
     digest = hashlib.sha256()
@@ -316,8 +316,8 @@ def _peeked(dataset: Any) -> tuple[Any, bool]:
         return dataset, _is_more_than_text(dataset)
     if isinstance(dataset, Sequence):
         return dataset, any(map(_is_more_than_text, dataset))
-    if not isinstance(dataset, Iterable) or hasattr(dataset, "columns"):
-        return dataset, False
+    if not isinstance(dataset, Iterable) or hasattr(dataset, "columns") or hasattr(dataset, "tolist"):
+        return dataset, False  # one batch, or one column
     first = list(islice(dataset, 1))
     return (
         chain(first, dataset) if isinstance(dataset, Iterator) else dataset,
@@ -366,10 +366,15 @@ def _whole(found: Row, decoded: bool, dtype: torch.dtype) -> MicroBatch:
     return MicroBatch(input_ids=ids, attention_mask=mask if fits else None, inputs=inputs)
 
 
-def _check_vocabulary(largest: int, vocabulary: int) -> None:
+def check_vocabulary(largest: int, vocabulary: int) -> None:
+    """Refuse data of which a token has no embedding.
+
+    Raises:
+        CalibrationError: it has.
+    """
     if largest >= vocabulary:
         raise CalibrationError(
-            f"The calibration data has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}. "
+            f"The data has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}. "
             "The tokenizer does not belong to this model; pass tokenizer= with the right one, or leave it out to take "
             "the one in the model's folder."
         )

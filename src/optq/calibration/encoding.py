@@ -73,7 +73,7 @@ class Encoder:
             yield from _unpadded(content, None, place)
         elif _is_list(content) and len(content):
             for index, part in enumerate(content):
-                yield from self._samples(part, f"{place}, row {index} of its batch,")
+                yield from self._samples(part, f"{place.rstrip(',')}, row {index} of its batch,")
         else:
             raise CalibrationError(f"Calibration {place} is a {type(content).__name__}. Pass {accepted()}.")
 
@@ -114,7 +114,7 @@ class Encoder:
             raise CalibrationError(f"Calibration {place} cannot be encoded by the tokenizer: {error}") from error
 
     def _chat(self, turns: Sequence[Mapping[str, Any]], place: str) -> list[int]:
-        messages = [_message(turn, f"{place}, turn {index}") for index, turn in enumerate(turns)]
+        messages = [_message(turn, f"{place.rstrip(',')}, turn {index}") for index, turn in enumerate(turns)]
         if not getattr(self.tokenizer, "chat_template", None):
             raise CalibrationError(
                 f"Calibration {place} is a chat, but the tokenizer has no chat template. "
@@ -152,10 +152,10 @@ def read_for_evaluation(dataset: Any, load_tokenizer: Callable[[], Any]) -> list
 
 
 def is_fractional(value: Any) -> bool:
-    """Whether this is an array of numbers that are no integers: an image, sound, …"""
-    if isinstance(value, Tensor):
-        return value.is_floating_point()
-    return getattr(getattr(value, "dtype", None), "kind", "") == "f"
+    """Whether this is an image, sound, …: an array of numbers that are no integers, with a dimension for samples."""
+    if getattr(value, "ndim", 0) < 2:
+        return False  # a score, or an embedding: what tables have beside a text
+    return value.is_floating_point() if isinstance(value, Tensor) else getattr(value.dtype, "kind", "") == "f"
 
 
 def _is_list(value: Any) -> bool:
@@ -182,7 +182,7 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str):
-        raise CalibrationError(f"Calibration {place} has no role: it has {', '.join(map(str, turn))}.")
+        raise CalibrationError(f"Calibration {place} has no role, but {', '.join(map(str, turn))}; a role is a text.")
     content = turn.get("content") if "role" in turn else turn.get("value")
     message["role"] = ROLES.get(role, role) if "role" not in turn else role
     message["content"] = _text_of(content, place)
@@ -255,7 +255,7 @@ def _unpadded(ids: Any, mask: Any, place: str) -> Iterator[list[int]]:
         )
     is_added = any(kept is not None and _is_negative(_as_tensor(kept, place, "attention_mask")) for kept in masks)
     for index, (row, kept) in enumerate(zip(rows, masks, strict=True)):
-        where = place if len(rows) == 1 else f"{place}, row {index} of its batch,"
+        where = place if len(rows) == 1 else f"{place.rstrip(',')}, row {index} of its batch,"
         found = _integers(row, where)
         if kept is not None:
             keep = _kept(kept, is_added, where)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optq.calibration import SELF, read_for_evaluation, write_samples
-from optq.errors import CalibrationError, ConfigError
+from optq.calibration import SELF, check_vocabulary, read_for_evaluation, write_samples
+from optq.errors import CalibrationError, ConfigError, counted
 from optq.evaluation import (
     Comparison,
     Perplexity,
@@ -146,7 +146,8 @@ def compare(
     stated = {name: stated_positions(model_config_of(name, kwargs)) for name in dict.fromkeys([reference, *names])}
     shortest = min(stated, key=lambda name: stated[name] or window)
     if (limit := stated[shortest] or window) < window:
-        logger.warning("window=%d: %s has %d positions, so windows are cut to %d.", window, shortest, limit, limit)
+        positions = counted(limit, "position")
+        logger.warning("window=%d: %s has %s, so windows are cut to %d.", window, shortest, positions, limit)
         window = limit
     encoder = cache(lambda: load_tokenizer(tokenizer, reference, where_in(kwargs)))
     original = None if origin is None else _load(origin, device, kwargs)
@@ -260,6 +261,7 @@ class _Yardstick:
 
     def measure(self, name: str, model: Any, original: Any, kwargs: dict[str, Any]) -> Evaluation:
         started = time.monotonic()
+        check_vocabulary(int(self.ids.max()), vocabulary_of(model))
         comparison, perplexities = None, {}
         for index, (protocol, cut) in enumerate(self.cuts.items()):
             if original is not None and index == 0:

@@ -18,6 +18,9 @@ FOR_ALL = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 FOR_ONE = ("revision", "subfolder")
 """What holds for the model's own repository or folder only."""
 
+FOR_WEIGHTS = ("variant",)
+"""What holds for nothing else in there."""
+
 PLACEMENT = ("max_memory", "offload_folder", "offload_buffers")
 """What belongs to a device_map."""
 
@@ -65,14 +68,15 @@ def name_told() -> str:
 
 def where_told() -> dict[str, Any]:
     """What it was told of where the model is."""
-    return told((*FOR_ALL, *FOR_ONE))
+    return told((*FOR_ALL, *FOR_ONE, *FOR_WEIGHTS))
 
 
 def where_in(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What arguments of `from_pretrained` say of where the model is; as arguments."""
-    return {key: kwargs[key] for key in (*FOR_ALL, *FOR_ONE) if kwargs.get(key) is not None}
+    return {key: kwargs[key] for key in (*FOR_ALL, *FOR_ONE, *FOR_WEIGHTS) if kwargs.get(key) is not None}
 
 
 def where_for(name: str, model: str, where: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with which `name` is read, when `model` is where `where` says."""
-    return {key: value for key, value in where.items() if name == model or key in FOR_ALL}
+    """The arguments with which the tokenizer called `name` is read, when `model` is where `where` says."""
+    keys = (*FOR_ALL, *FOR_ONE) if name == model else FOR_ALL
+    return {key: value for key, value in where.items() if key in keys}

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from optq.errors import ConfigError
+from optq.errors import ConfigError, counted
 from optq.layers import QuantLinear
 from optq.model import Experts
 from optq.scheme import trivial_groups
@@ -121,8 +121,9 @@ class ParallelLinear(QuantLinear):
                 return
             fewer = [n for n in range(1, mesh.size()) if self._why_not(n, way) is None]
             raise ConfigError(
-                f"{self.name}, {self.out_features} x {self.in_features} in {self.bits} bits and {len(self.scales)} "
-                f"groups, cannot be split over {mesh.size()} processes by its {way.splits}: {reason}. Start fewer: "
+                f"{self.name}, {self.out_features} x {self.in_features} in {self.bits} bits and "
+                f"{counted(len(self.scales), 'group')}, cannot be split over {mesh.size()} processes by its "
+                f"{way.splits}: {reason}. Start fewer: "
                 f"{' or '.join(map(str, fewer))} would do for this linear."
             )
         for name, dimension in SPLIT_BY[way.splits].items():

@@ -3,6 +3,7 @@
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from .labels import without_effect
 logger = logging.getLogger(__name__)
 
 LONGEST = 2048  # tokens of a calibration sequence, by default
+MIXTURE = re.compile(r"expert|moe", re.IGNORECASE)  # in the name of a class
 LONGEST_WRITTEN = 512  # of one that the model writes itself: each takes a forward pass
 
 
@@ -174,9 +176,21 @@ def prepare_data(
         micro_batch_tokens=TOKENS_PER_STEP if config.polish_passes else TOKENS_PER_MICRO_BATCH,
         separator=_end_of_text(text_config) if config.packing else None,
         write=None if write is None else lambda count: write(count, length),
-        # What stands after a token is nothing to a model that writes; others may look there, whatever the mask says.
-        padded=why_not_written(model) is None or _has_decoder_inputs(model),
+        padded=_may_be_padded(model),
     )
+
+
+def _may_be_padded(model: Any) -> bool:
+    """Whether padding on the right of a sample, masked, changes nothing of what the model's linears see of its tokens.
+
+    What stands after a token is nothing to a model that writes; others may look there, whatever the mask says. To an
+    expert, padding that is routed to it is a token like any other.
+    """
+    if why_not_written(model) is not None and not _has_decoder_inputs(model):
+        return False
+    if model.config.model_type == "xlnet":  # its blocks read (length, samples, width), where no mask fits
+        return False
+    return not any(MIXTURE.search(type(module).__name__) for module in model.modules())
 
 
 def _end_of_text(text_config: Any) -> int:

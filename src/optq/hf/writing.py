@@ -19,6 +19,7 @@ from optq.ranks import ALONE, Ranks
 
 from .config import GPTQConfig
 from .journal import kept_samples
+from .origin import where_told
 from .preparation import vocabulary_of
 
 logger = logging.getLogger(__name__)
@@ -113,5 +114,6 @@ def _original(model: Any, files: Sequence[str], asked: str | None) -> Iterator[A
         Path(files[0]).parent,
         config=config,
         dtype=working_dtype(device) or model.dtype,
+        variant=where_told().get("variant"),
         device_map="auto" if asked is None and device.type != "cpu" else {"": device},
     )
