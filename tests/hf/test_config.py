@@ -238,3 +238,15 @@ def test_the_representation_is_short_and_holds_no_data(token_rows):
     assert "private" not in text and "tensor(" not in text
     assert repr(GPTQConfig(bits=4)) == "GPTQConfig(bits=4, group_size=128)"
     assert "dataset='wikitext2'" in repr(GPTQConfig(bits=4, dataset="wikitext2"))
+
+
+@pytest.mark.parametrize("dynamic", [["-:.*o_proj"], {"+:.*o_proj": 8}, {3: {"bits": 8}}])
+def test_rules_of_another_form_are_refused(dynamic):
+    with pytest.raises(ConfigError, match="dynamic"):
+        GPTQConfig(bits=4, dynamic=dynamic)
+
+
+def test_a_rule_without_settings_changes_nothing():
+    config = GPTQConfig(bits=4, dynamic={"+:.*up_proj": None, "-:.*o_proj": None})
+    assert config.scheme_for("model.layers.0.mlp.up_proj") == config.scheme_for("model.layers.0.mlp.down_proj")
+    assert config.scheme_for("model.layers.0.self_attn.o_proj") is None

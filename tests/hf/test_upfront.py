@@ -221,3 +221,33 @@ def test_a_full_disk_at_the_end_keeps_the_blocks(tiny_llama, config, tmp_path, m
     assert str(output) in str(caught.value)
     optq.quantize(tiny_llama, config(), output_dir=output)
     assert Path(output, "config.json").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator other maps are made")
+@pytest.mark.parametrize(
+    ("max_memory", "said"),
+    [
+        ({0: "1GB", "cpu": "1GB"}, "this machine has cpu"),
+        ({"cpu": "a lot"}, "max_memory={'cpu': 'a lot'} places nothing"),
+        ({"cpu": "60KB"}, "Pass offload_folder="),
+    ],
+)
+def test_memory_that_is_not_there_is_refused_before_the_work(tiny_llama, config, no_weights, max_memory, said):
+    with pytest.raises(ConfigError, match=said):
+        AutoModelForCausalLM.from_pretrained(
+            tiny_llama, quantization_config=config(), device_map="auto", max_memory=max_memory
+        )
+
+
+def test_what_fits_once_it_is_quantized_is_not_refused(tiny_llama, config):
+    # 4 bits of 61440 weights in the blocks, with scales, and 8192 of the embedding in float32: some 72 KB; dense 280.
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=config(), device_map="auto", max_memory={"cpu": "150KB"}
+    )
+    assert set(model.hf_device_map.values()) == {"cpu"}
+
+
+def test_a_log_in_the_folder_that_is_going_to_be_made_is_not_refused(tiny_llama, config, tmp_path):
+    output = tmp_path / "out"
+    optq.quantize(tiny_llama, config(log_file=str(output / "events.jsonl")), output_dir=output)
+    assert "finished" in (output / "events.jsonl").read_text()

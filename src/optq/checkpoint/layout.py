@@ -169,7 +169,11 @@ class QuantizedTensors:
         return self.headers["qweight"].shape[1]
 
 
-_SAFETENSORS_DTYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_SAFETENSORS_DTYPES = {
+    **{"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+    **{"I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "I64": torch.int64, "F64": torch.float64},
+}
 
 
 def read_headers(files: list[str], *, pickled: bool = False) -> dict[str, TensorHeader]:

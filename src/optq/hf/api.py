@@ -104,7 +104,7 @@ def quantize(
         )
     source, output = os.fspath(model), Path(output_dir)
     config = copy.copy(GPTQConfig.from_stock(config))
-    check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"))
+    check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"), output)
     described = model_config_of(source, kwargs)
     check_base(described, source)
     ranks, partial = join(), output / PARTIAL

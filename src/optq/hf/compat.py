@@ -360,6 +360,24 @@ def _disjoint(model: Any, placement: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def automatic_map(model: Any, asked: Placement, quantizer: Any) -> Any:
+    """What transformers will make of a device_map such as "auto", by the sizes that `quantizer` tells; else as asked.
+
+    Raises:
+        ConfigError: max_memory holds sizes that are none.
+    """
+    if not isinstance(asked.device_map, str):
+        return asked.device_map
+    from transformers.integrations.accelerate import _get_device_map
+
+    try:
+        return dict(_get_device_map(model, asked.device_map, asked.max_memory, quantizer))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"device_map={asked.device_map!r} with max_memory={asked.max_memory!r} places nothing: {error}"
+        ) from error
+
+
 def dispatch(model: Any, asked: Placement, quantizer: Any) -> None:
     """Place a model that is on the CPU; if that fails, it is there again.
 

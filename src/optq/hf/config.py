@@ -326,7 +326,16 @@ class GPTQConfig(transformers.GPTQConfig):
         if self.target_bits_per_weight is not None and self.target_size_gib is not None:
             raise ConfigError("Pass target_bits_per_weight or target_size_gib, not both: they may contradict.")
         self._check_serving(self._base_scheme())
+        if not isinstance(self.dynamic or {}, dict):
+            raise ConfigError(
+                f"dynamic={self.dynamic!r} was asked for; it is a dict of patterns with dicts of settings."
+            )
         for pattern, override in (self.dynamic or {}).items():
+            if not isinstance(pattern, str) or not isinstance(override or {}, dict):
+                raise ConfigError(
+                    f"dynamic: {pattern!r}: {override!r} was asked for; the first is a pattern, and the second a dict "
+                    f"of settings: {', '.join(OVERRIDES)}."
+                )
             try:
                 re.compile(pattern_in(pattern))
             except re.error as error:
@@ -447,12 +456,12 @@ class GPTQConfig(transformers.GPTQConfig):
             refinement=self._pieces.refinement if self.refinement is None else self.refinement,
         )
 
-    def _scheme_with(self, override: dict[str, Any]) -> LayerScheme:
+    def _scheme_with(self, override: dict[str, Any] | None) -> LayerScheme:
         """The base scheme with one entry of `dynamic` applied."""
         merged = copy.copy(self)
         for key in OVERRIDES:
-            if key in override:
-                setattr(merged, key, override[key])
+            if key in (override or {}):
+                setattr(merged, key, (override or {})[key])
         return merged._base_scheme()
 
     def for_checkpoint(

@@ -8,6 +8,7 @@ puts an empty `QuantLinear` wherever the checkpoint has packed words, and *after
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -83,6 +84,7 @@ class OptqHfQuantizer(HfQuantizer):
         self.quality: Comparison | None = None
         self._ranks = ALONE
         self._placement = compat.Placement()
+        self._element_sizes: dict[str, float] = {}
         self._plan: Plan | None = None
         self._calibration: Calibration | None = None
         self._streamed: StreamedBlocks | None = None
@@ -98,6 +100,8 @@ class OptqHfQuantizer(HfQuantizer):
         self._weights_only = weights_only
         if not self._quantizes:
             check_backend(self.quantization_config.backend)
+            return
+        if self._plan is not None:  # transformers shows the map that it has made of "auto"
             return
         self._ranks = join()
         self._placement = compat.asked_placement(kwargs.get("device_map"))
@@ -128,9 +132,10 @@ class OptqHfQuantizer(HfQuantizer):
                 f"The model cannot write its own calibration data: {reason}. Pass dataset= with {accepted()}."
             )
         self._plan, self._experts = prepared.plan, prepared.experts
+        self._element_sizes = _element_sizes(self._plan, self._experts)
         asked, placed = self._placement, config.journal_folder is None
         if placed:
-            check_placement(model, self._plan, asked.device_map, asked.offload_folder)
+            check_placement(model, self._plan, compat.automatic_map(model, asked, self), asked.offload_folder)
         check_kernels(model, self._plan, config, asked.device_map, placed=placed)
         blocks = {name: block for name, block in self._plan.blocks.items() if name != self._plan.head}
         if reason := why_not_streamed(model, blocks, checkpoint_files or []):
@@ -288,6 +293,11 @@ class OptqHfQuantizer(HfQuantizer):
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        """Bytes per weight, for a device_map such as "auto" that is made before the work."""
+        parent = param_name.rpartition(".")[0]  # a linear, or experts that are going to be split into linears
+        return self._element_sizes.get(parent, float(param.element_size()))
 
     @property
     def is_trainable(self) -> bool:
@@ -451,6 +461,16 @@ class OptqHfQuantizer(HfQuantizer):
         logger.info(
             "Kernels: %s.", ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in kernels.items())
         )
+
+
+def _element_sizes(plan: Plan, experts: Iterable[str]) -> dict[str, float]:
+    """Bytes per weight of the linears to be quantized, and of the experts that some of these are in, by name."""
+    found: dict[str, float] = {}
+    for target in plan.all_targets:
+        bits = target.scheme.stored_bits(*target.view.shape)
+        names = [name for name in experts if target.view.name.startswith(f"{name}.")] if target.view.family else []
+        found |= dict.fromkeys((target.view.name, *names), bits / (8 * math.prod(target.view.shape)))
+    return found
 
 
 def _quantized_layers(model: Any) -> dict[str, QuantLinear]:

@@ -28,12 +28,16 @@ AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_request(
-    config: GPTQConfig, device_map: Any = None, offload_folder: str | os.PathLike[str] | None = None
+    config: GPTQConfig,
+    device_map: Any = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    output: Path | None = None,
 ) -> None:
     """Refuse what needs no model to be refused.
 
     Args:
         device_map, offload_folder: as of `from_pretrained`.
+        output: a folder that is going to be made.
     Raises:
         ConfigError, CalibrationError, KernelError: one that names the argument.
     """
@@ -43,7 +47,7 @@ def check_request(
     check_backend(config.backend)
     _check_modules(config.modules_in_block_to_quantize)
     _check_written(config)
-    _check_log_file(config.log_file)
+    _check_log_file(config.log_file, output)
     _check_devices(device_map)
     if "disk" in _places(device_map) and offload_folder is not None:
         _check_folder("offload_folder", Path(offload_folder))
@@ -61,6 +65,7 @@ def check_placement(
     """
     if not isinstance(device_map, Mapping):
         return
+    _check_devices({key: place for key, place in device_map.items() if place != "disk"})
     _check_covered(model, plan, device_map)
     if "disk" in _places(device_map) and offload_folder is None:
         raise ConfigError(
@@ -143,7 +148,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _check_log_file(log_file: str | os.PathLike[str] | None) -> None:
+def _check_log_file(log_file: str | os.PathLike[str] | None, output: Path | None) -> None:
     if log_file is None:
         return
     if not isinstance(log_file, (str, os.PathLike)):
@@ -151,6 +156,8 @@ def _check_log_file(log_file: str | os.PathLike[str] | None) -> None:
     path = Path(log_file)
     if path.is_dir():
         raise ConfigError(f"log_file={str(path)!r} is a folder; name a file in it.")
+    if output is not None and path.parent.absolute() == output.absolute() and not output.exists():
+        return
     if not path.parent.is_dir():
         raise ConfigError(f"log_file={str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
