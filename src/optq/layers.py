@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`QuantLinear`: a linear layer whose weight stays packed, and whose product is made by a kernel of the table."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optq.checkpoint import PackedWeight, QuantizedTensors, pack_codes
+from optq.checkpoint import TENSOR_NAMES, PackedWeight, QuantizedTensors, pack_codes
 from optq.kernels import CHANGING, Held, Kernel, Prepared, as_in_no_mode, autocast_dtype, choose_kernel, matmul
 from optq.scheme import trivial_groups
 
@@ -207,6 +207,16 @@ class QuantLinear(nn.Module):
             "codes": codes,
         }
 
+    def take_bias(self) -> None:
+        """Let the bias be a parameter, which can be trained, and no buffer."""
+        bias = self._buffers.get("bias")
+        if bias is not None:
+            self._buffers = {name: buffer for name, buffer in self._buffers.items() if name != "bias"}
+            self.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+
+    def _bias_memory(self) -> tuple[torch.dtype, int] | None:
+        return None if self.bias is None else (self.bias.dtype, self.bias.data_ptr())
+
     def fill_trivial_groups(self, group_width: int) -> None:
         """Give g_idx its value where a checkpoint leaves it out: runs of `group_width` neighbouring columns."""
         self.g_idx = trivial_groups(self.in_features, group_width, self.g_idx.device)
@@ -250,9 +260,12 @@ class QuantLinear(nn.Module):
         was_shared = self.g_idx.is_shared()
         moved = fn(self.g_idx)
         if moved is self.g_idx and moved.is_shared() == was_shared:
-            packed, bias = {id(buffer) for name, buffer in self._buffers.items() if name != "bias"}, self.bias
+            packed, bias = (
+                {id(buffer) for name, buffer in self._buffers.items() if name != "bias"},
+                self._bias_memory(),
+            )
             super()._apply(lambda tensor: tensor if id(tensor) in packed else fn(tensor), recurse)
-            if self.siblings is not None and self.bias is not bias:
+            if self.siblings is not None and self._bias_memory() != bias:
                 self.siblings.bias_changed()
         else:
             self._restore()
@@ -279,9 +292,12 @@ class QuantLinear(nn.Module):
             self._restore()
         return super().named_buffers(prefix, recurse, remove_duplicate)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._restore()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if any(f"{prefix}{name}" in state_dict for name in TENSOR_NAMES):  # and not only those of an adapter
+            self._restore()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.siblings is not None:
+            self.siblings.bias_changed()
 
     def extra_repr(self) -> str:
         return (
