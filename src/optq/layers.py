@@ -132,6 +132,8 @@ class QuantLinear(nn.Module):
             return self._derive(dtype, device)
 
     def _derive(self, dtype: torch.dtype, device: torch.device) -> Held:
+        if self.held is not None and self.held.device != device:  # its buffers were moved one by one
+            self._restore()
         words = self._words().to(device)
         packed = self._packed_with(words)
         kernel = choose_kernel(packed, dtype, self.backend)
@@ -260,10 +262,8 @@ class QuantLinear(nn.Module):
         was_shared = self.g_idx.is_shared()
         moved = fn(self.g_idx)
         if moved is self.g_idx and moved.is_shared() == was_shared:
-            packed, bias = (
-                {id(buffer) for name, buffer in self._buffers.items() if name != "bias"},
-                self._bias_memory(),
-            )
+            packed = {id(buffer) for name, buffer in self._buffers.items() if name != "bias"}
+            bias = self._bias_memory()
             super()._apply(lambda tensor: tensor if id(tensor) in packed else fn(tensor), recurse)
             if self.siblings is not None and self._bias_memory() != bias:
                 self.siblings.bias_changed()
