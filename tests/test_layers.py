@@ -2,6 +2,7 @@
 import copy
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,18 @@ def test_a_move_makes_the_kernel_be_chosen_again(layer, move):
     layer.g_idx = torch.arange(64, dtype=torch.int32) // 32
     layer(torch.randn(1, 64).bfloat16())
     assert layer.kernel_name == "cpu_int4"
+
+
+def test_buffers_that_are_moved_one_by_one_are_followed(layer):
+    """As accelerate does it; "meta" stands for another device."""
+    words, scales = layer.qweight.clone(), layer.scales
+    layer.prepare(torch.bfloat16)
+    layer.held = replace(layer.held, device=torch.device("meta"))
+    for dtype, kernel in ((torch.float32, "reference"), (torch.bfloat16, "cpu_int4")):
+        layer(torch.randn(1, 64).to(dtype))
+        assert (layer.kernel_name, layer.held.device.type) == (kernel, "cpu")
+        assert torch.equal(layer.packed.qweight, words)
+        assert torch.equal(layer.scales, scales)
 
 
 def test_dtypes_in_turns_are_multiplied_by_one_layout_and_as_if_each_were_alone(layer, monkeypatch):

@@ -13,7 +13,7 @@ HOSTS = {
     "transformers.configuration_utils": ("PreTrainedConfig", "optq.hf.legacy"),
     "transformers.quantizers.auto": ("get_hf_quantizer", "optq.hf.register"),
     "transformers.modeling_utils": ("PreTrainedModel", "optq.hf.origin"),
-    "peft.tuners.lora": ("LoraModel", "optq.hf.peft"),
+    "peft.helpers": ("rescale_adapter_scale", "optq.hf.peft"),  # by then, all of its methods are there
 }
 """What we register with -> a name that it has once it is loaded, and our module that does it."""
 WATCHED = (

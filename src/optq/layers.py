@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`QuantLinear`: a linear layer whose weight stays packed, and whose product is made by a kernel of the table."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optq.checkpoint import PackedWeight, QuantizedTensors, pack_codes
+from optq.checkpoint import TENSOR_NAMES, PackedWeight, QuantizedTensors, pack_codes
 from optq.kernels import CHANGING, Held, Kernel, Prepared, as_in_no_mode, autocast_dtype, choose_kernel, matmul
 from optq.scheme import trivial_groups
 
@@ -132,6 +132,8 @@ class QuantLinear(nn.Module):
             return self._derive(dtype, device)
 
     def _derive(self, dtype: torch.dtype, device: torch.device) -> Held:
+        if self.held is not None and self.held.device != device:  # its buffers were moved one by one
+            self._restore()
         words = self._words().to(device)
         packed = self._packed_with(words)
         kernel = choose_kernel(packed, dtype, self.backend)
@@ -207,6 +209,16 @@ class QuantLinear(nn.Module):
             "codes": codes,
         }
 
+    def take_bias(self) -> None:
+        """Let the bias be a parameter, which can be trained, and no buffer."""
+        bias = self._buffers.get("bias")
+        if bias is not None:
+            self._buffers = {name: buffer for name, buffer in self._buffers.items() if name != "bias"}
+            self.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+
+    def _bias_memory(self) -> tuple[torch.dtype, int] | None:
+        return None if self.bias is None else (self.bias.dtype, self.bias.data_ptr())
+
     def fill_trivial_groups(self, group_width: int) -> None:
         """Give g_idx its value where a checkpoint leaves it out: runs of `group_width` neighbouring columns."""
         self.g_idx = trivial_groups(self.in_features, group_width, self.g_idx.device)
@@ -250,11 +262,11 @@ class QuantLinear(nn.Module):
         was_shared = self.g_idx.is_shared()
         moved = fn(self.g_idx)
         if moved is self.g_idx and moved.is_shared() == was_shared:
-            bias = self.bias
+            bias = self._bias_memory()
             with CHANGING:  # another thread may be having the words laid out
                 packed = {id(buffer) for name, buffer in self._buffers.items() if name != "bias"}
                 super()._apply(lambda tensor: tensor if id(tensor) in packed else fn(tensor), recurse)
-            if self.siblings is not None and self.bias is not bias:
+            if self.siblings is not None and self._bias_memory() != bias:
                 self.siblings.bias_changed()
         else:
             self._restore()
@@ -281,9 +293,12 @@ class QuantLinear(nn.Module):
             self._restore()
         return super().named_buffers(prefix, recurse, remove_duplicate)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._restore()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if any(f"{prefix}{name}" in state_dict for name in TENSOR_NAMES):  # and not only those of an adapter
+            self._restore()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.siblings is not None:
+            self.siblings.bias_changed()
 
     def extra_repr(self) -> str:
         return (

@@ -51,6 +51,18 @@ def test_gradients_of_the_compiled_graph_are_those_of_the_eager_one():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (8, torch.float16), (4, torch.float32)])
+def test_what_a_layer_returns_may_be_written_to(bits, dtype):
+    """As adapters do."""
+    x = torch.randn(2, 3, IN).to(dtype).requires_grad_()
+    model = layer(bits, bias=False)
+    expected = torch.autograd.grad((2 * model(x)).float().sum(), x)[0]
+    output = model(x)
+    output += output.detach()
+    output.mul_(2).float().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
 def test_gradcheck():
     kernel = KERNELS["reference"]
     prepared = kernel.prepare(layer().packed)

@@ -59,7 +59,10 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
         ctx.kernel, ctx.prepared = kernel, prepared
-        return kernel.matmul(x, prepared)
+        output = kernel.matmul(x, prepared)
+        # Adapters add to it in place, which autograd forbids with a view that was made in here: this is the same
+        # memory, but none.
+        return cast(Tensor, torch.ops.aten._unsafe_view(output, output.shape)) if output._is_view() else output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
