@@ -81,6 +81,19 @@ class TestChats:
         )
 
     @pytest.mark.parametrize(
+        ("template", "expected"),
+        [
+            ("{{ messages[0]['content'][0]['text'].strip() + messages[1]['content'][0].text }}", "hiyo"),  # parts only
+            ("{{ messages[0]['content'].upper() + messages[1]['content'] }}", "HIyo"),  # strings only
+            ("{{ messages[0]['content'] | replace('i', '') ~ messages[1]['content'] }}", "hyo"),
+        ],
+    )
+    def test_a_template_gets_the_form_that_it_can_read(self, samples, tiny_llama, template, expected):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+        tokenizer.chat_template = template
+        assert samples([chat([{"type": "text", "text": "hi"}])], tokenizer) == encoded(expected)
+
+    @pytest.mark.parametrize(
         ("turns", "message"),
         [
             (chat(None), r"sample 1, turn 0 \(user\) has no content"),

@@ -2,6 +2,7 @@
 """Rows become lists of token ids: texts and chats through the tokenizer, ids as they are."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -120,13 +121,20 @@ class Encoder:
                 f"Calibration {place} is a chat, but the tokenizer has no chat template. "
                 "Pass plain strings, or a tokenizer with a chat template."
             )
-        text = self._rendered(messages, place)
-        if any(_lost(message, text) for message in messages):
+        refusal: CalibrationError | None = None
+        try:
+            text = self._rendered(messages, place)
+        except CalibrationError as error:
+            text, refusal = "", error
+        if refusal is not None or _lost(messages, text):
             # Some templates for images and text take lists of parts only, and nothing from strings.
             in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-            with_parts = self._rendered(in_parts, place)
-            if "[{" not in with_parts and not any(_lost(message, with_parts) for message in messages):
-                text = with_parts
+            with suppress(CalibrationError):
+                with_parts = self._rendered(in_parts, place)
+                if "[{" not in with_parts and not _lost(messages, with_parts):
+                    text, refusal = with_parts, None
+        if refusal is not None:
+            raise refusal
         return self._ids(text, place, add_special_tokens=False)  # the template has them
 
     def _rendered(self, messages: list[dict[str, Any]], place: str) -> str:
@@ -218,9 +226,9 @@ def _text_of(content: Any, place: str) -> str:
     return "\n".join(texts)
 
 
-def _lost(message: Mapping[str, Any], text: str) -> bool:
-    """Whether what a user said is missing in a rendered chat."""
-    return message["role"] == "user" and message["content"].strip() not in text
+def _lost(messages: Sequence[Mapping[str, Any]], text: str) -> bool:
+    """Whether something that a user said is missing in a rendered chat."""
+    return any(message["role"] == "user" and message["content"].strip() not in text for message in messages)
 
 
 def _are_ids(value: Any) -> bool:
