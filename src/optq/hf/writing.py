@@ -86,10 +86,9 @@ def opening_of(model: Any) -> list[int]:
 def _load(model: Any, file: str, asked: str | None) -> Any:
     """The model with its weights, on the device asked for; else where it runs fastest, on several if need be."""
     config = copy.deepcopy(model.config)
-    if config.quantization_config.base is not None:
-        config.quantization_config = {**config.quantization_config.base, "dequantize": True}
-    else:
-        del config.quantization_config
+    stated = config.__dict__.pop("quantization_config", None)  # ours
+    if (base := getattr(stated, "base", None)) is not None:
+        config.quantization_config = {**base, "dequantize": True}
     device = execution_device(asked)
     return type(model).from_pretrained(
         Path(file).parent,
