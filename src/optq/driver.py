@@ -92,7 +92,7 @@ def quantize_model(
         utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=named or type(model).__name__,
         from_folder=Path(named).is_dir(),
-        blocks=len(blocks),
+        blocks=len(blocks) - (plan.head is not None),
         linears=sum(map(len, plan.targets.values())),
         skipped=plan.skipped,
         calibration=calibration.recipe,

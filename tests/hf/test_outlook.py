@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import optq
 from optq import GPTQConfig
+from optq.duration import Duration
 from optq.errors import ConfigError
 from optq.hf import outlook
 
@@ -100,3 +101,14 @@ def test_the_dtype_counts(without_weights, token_rows):
     config = GPTQConfig(bits=4, group_size=32, dataset=token_rows)
     whole, half = (optq.plan(without_weights, config, dtype=dtype) for dtype in (torch.float32, "bfloat16"))
     assert half.dense_gib == whole.dense_gib / 2
+
+
+@pytest.mark.parametrize("target", [{"target_bits_per_weight": 3.5}, {"target_bits_per_weight": 30.0}])
+def test_a_budget_is_what_the_plan_says_and_what_the_checkpoint_has(
+    tiny_llama, token_rows, tmp_path, monkeypatch, target
+):
+    monkeypatch.setattr("optq.hf.outlook._duration", lambda *arguments: Duration(seconds={}))
+    config = GPTQConfig(bits=4, group_size=32, effort="fast", dataset=token_rows, **target)
+    planned = optq.plan(tiny_llama, config).bits_per_weight
+    folder = optq.quantize(tiny_llama, config, output_dir=tmp_path / "out")
+    assert planned - 0.1 < optq.inspect(folder).bits_per_weight <= planned <= target["target_bits_per_weight"]

@@ -243,7 +243,7 @@ def _write_rest(model: Any, companions: Path, partial: Path) -> None:
         model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
         copy_companions(companions, partial)
         _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:  # of the disk, or transformers
         raise OutputError(
             f"All blocks are quantized and kept in {partial.parent}, but what else the checkpoint needs could not be "
             f"written: {error}. Once it can be, the same call goes on from there."

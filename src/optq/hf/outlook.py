@@ -40,7 +40,7 @@ class Outlook:
         skipped: name of each linear of a block that stays as it is, with the reason.
         tokens: of calibration, all samples together.
         weaknesses: what makes the calibration data a poor basis.
-        bits_per_weight: of the quantized linears, scales and zeros included.
+        bits_per_weight: of the quantized linears, scales and zeros included; of a budget, at most so many.
         checkpoint_gib, dense_gib: the checkpoint, and the model that it is made of.
         memory_gib: on `device`, by part; at the same time in memory.
         elsewhere_gib: activations that wait in the machine's memory, or on the disk of the output folder.
@@ -148,6 +148,8 @@ def plan(
     embedding = model.get_input_embeddings().weight
     if id(embedding) in quantized:  # a tied head, which will be untied
         left += dense[id(embedding)]
+    if config.has_budget:
+        stored = min(_budget(config, weights, left), sum(_most_bits(config, target) for target in targets))
     memory = _memory(model, planned, calibration, device)
     activations, (on_device, _) = memory["activations"], config.activation_limits(device)
     memory["activations"] = min(activations, int(on_device))
@@ -189,6 +191,20 @@ def _duration(model: Any, planned: Plan, calibration: Calibration, config: GPTQC
     if not config.own_text:
         return found
     return replace(found, uncounted=(*found.uncounted, "what the model writes to be calibrated on"))
+
+
+def _budget(config: GPTQConfig, weights: int, left: int) -> int:
+    """The bits that a budget leaves for so many weights, beside `left` bytes of what is not quantized."""
+    if config.target_bits_per_weight is not None:
+        return int(config.target_bits_per_weight * weights)
+    assert config.target_size_gib is not None
+    return max(0, int(8 * (config.target_size_gib * GIB - left)))
+
+
+def _most_bits(config: GPTQConfig, target: Target) -> int:
+    """What a linear takes with the most bits that a budget may choose for it."""
+    schemes = config.candidates_for(target.view.name, *target.view.shape)
+    return max(scheme.stored_bits(*target.view.shape) for scheme in schemes)
 
 
 def _rounded(seconds: float) -> str:

@@ -349,6 +349,7 @@ class OptqHfQuantizer(HfQuantizer):
         compat.make_generation_config_savable(model)
         for experts in self._experts.values():
             experts.every_token = False
+        self._element_sizes = {}  # from here on, tensors have their own
         self._plan = self._calibration = self._streamed = self._base = None  # free the calibration data
 
     def _insert_empty_layers(self, model: Any, checkpoint_files: list[str]) -> None:

@@ -106,10 +106,9 @@ def _original(model: Any, files: Sequence[str], asked: str | None) -> Iterator[A
         model.generation_config = generation_config
         return
     config = copy.deepcopy(model.config)
-    if config.quantization_config.base is not None:
-        config.quantization_config = {**config.quantization_config.base, "dequantize": True}
-    else:
-        del config.quantization_config
+    stated = config.__dict__.pop("quantization_config", None)  # ours
+    if (base := getattr(stated, "base", None)) is not None:
+        config.quantization_config = {**base, "dequantize": True}
     yield type(model).from_pretrained(
         Path(files[0]).parent,
         config=config,
