@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, MixtralConfig, Trainer, TrainingArguments
 
 from conftest import tiny_llama_config
 from optq import GPTQConfig, QuantLinear
@@ -268,6 +268,17 @@ class TestRefusals:
     def test_experts(self, mixtral, targets):
         with pytest.raises(AdapterError, match="experts are packed one by one"):
             with_adapter(mixtral, target_modules=targets)
+        assert not any(isinstance(module, lora.LoraLayer) for module in mixtral.modules())
+
+    def test_biases_of_experts(self, token_rows, probe_ids, tmp_path):
+        shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "head_dim": 16}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+        AutoModelForCausalLM.from_config(GptOssConfig(**shape, **heads)).save_pretrained(tmp_path)
+        model = quantize(tmp_path, token_rows)
+        with pytest.raises(AdapterError, match="bias='all' counts the biases of experts"):
+            with_adapter(copy.deepcopy(model), target_modules=["q_proj"], bias="all")
+        model = with_adapter(model, target_modules=["q_proj"], bias="lora_only")
+        assert sum(name.endswith("bias") for name in gradients(model, probe_ids)) == 1
 
     def test_a_peft_that_is_too_old(self, quantized, monkeypatch):
         monkeypatch.delattr(lora.LoraLayer, "lora_variants")

@@ -184,8 +184,7 @@ class PackedTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         self._refuse(model, config)  # also of a further adapter
-        if getattr(config, "bias", "none") != "none":
-            take_biases(model)
+        take_biases(model, getattr(config, "bias", "none"))
         with self.shown(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -197,7 +196,8 @@ class PackedTuner(BaseTuner):
         every = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         for name, layer in model.named_modules():
             if isinstance(layer, QuantLinear) and (every or self._check_target_module_exists(wanted, name)):
-                refuse_to_adapt(layer, wanted)
+                parent, _, last = name.rpartition(".")
+                refuse_to_adapt(layer, wanted, model.get_submodule(parent), last)
 
     @staticmethod
     def shown(model: nn.Module) -> Any:
@@ -215,9 +215,7 @@ class PackedTuner(BaseTuner):
     ) -> None:
         packed = packed_behind(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
         if packed is not None:
-            if isinstance(parent, Expert):
-                raise experts_refused(target_name)
-            refuse_to_adapt(packed, peft_config)
+            refuse_to_adapt(packed, peft_config, parent, target_name)
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
@@ -226,8 +224,10 @@ class PackedTuner(BaseTuner):
         super()._check_merge_allowed()
 
 
-def refuse_to_adapt(layer: QuantLinear, config: Any) -> None:
-    """Raises AdapterError if a method of PEFT cannot adapt a packed layer."""
+def refuse_to_adapt(layer: QuantLinear, config: Any, parent: nn.Module, name: str) -> None:
+    """Raises AdapterError if a method of PEFT cannot adapt a packed layer, `name` in `parent`."""
+    if isinstance(parent, Expert):
+        raise experts_refused(name)
     if isinstance(layer, ParallelLinear) and layer.part is not None:
         raise AdapterError(
             f"{layer.name} is split over {layer.part.size} processes, and adapters are not split. Load the model "
@@ -264,18 +264,24 @@ def tokens_of(config: Any) -> Collection[str]:
     return indices.keys() if isinstance(indices, dict) else ()
 
 
-def take_biases(model: nn.Module) -> None:
-    """Make parameters of the packed layers' biases, so that they can be trained.
+def take_biases(model: nn.Module, which: str) -> None:
+    """Make parameters of packed layers' biases where a method is to train them: "all", or those of what it adapts.
 
     Raises:
-        AdapterError: of experts, which are multiplied with what all their biases were.
+        AdapterError: "all" would count those of experts, which are multiplied with what all their biases were.
     """
+    if which == "none":
+        return
     for parent in list(model.modules()):
-        for name, layer in parent.named_children():
+        for layer in parent.children():
             if isinstance(layer, QuantLinear) and layer.bias is not None:
-                if isinstance(parent, Expert):
-                    raise experts_refused(f"the bias of {name}")
-                layer.take_bias()
+                if not isinstance(parent, Expert):
+                    layer.take_bias()
+                elif which == "all":
+                    raise AdapterError(
+                        "bias='all' counts the biases of experts, which are packed one by one and multiplied at once. "
+                        "Choose 'none', or train those of adapted layers only, for LoRA with bias='lora_only'."
+                    )
 
 
 class LoraModel(PackedTuner, lora.LoraModel):
