@@ -81,7 +81,7 @@ def _with_whole_blocks(operation: Any) -> Any:
     if type(operation) is not Fp8Dequantize:
         return operation
 
-    class WholeBlocks(Fp8Dequantize):  # type: ignore[misc]
+    class WholeBlocks(Fp8Dequantize):
         def _dequantize_one(
             self, quantized: torch.Tensor, scales: torch.Tensor, *arguments: Any, **settings: Any
         ) -> torch.Tensor:
@@ -90,17 +90,15 @@ def _with_whole_blocks(operation: Any) -> Any:
                 return found
 
             block = self.hf_quantizer.quantization_config.weight_block_size
-            if not block or quantized.itemsize != 1 or not quantized.is_floating_point() or scales.ndim != 2:
+            if not block or not quantized.is_floating_point() or quantized.ndim != 2 or scales.ndim != 2:
                 return dequantized(quantized)
             rows, columns = quantized.shape
-            whole = [count * size for count, size in zip(scales.shape, block, strict=True)]
-            if whole == [rows, columns] or not (
-                0 <= whole[0] - rows < block[0] and 0 <= whole[1] - columns < block[1]
-            ):
+            whole = [-(-size // of_block) * of_block for size, of_block in zip((rows, columns), block, strict=True)]
+            scaled = [count * of_block for count, of_block in zip(scales.shape, block, strict=True)]
+            if whole == [rows, columns] or scaled != whole:  # there is nothing to fill up, or another grid of scales
                 return dequantized(quantized)
-            filled = torch.zeros(whole, dtype=torch.uint8, device=quantized.device)
-            filled[:rows, :columns] = quantized.view(torch.uint8)
-            return dequantized(filled.view(quantized.dtype))[:rows, :columns].contiguous()
+            filled = torch.nn.functional.pad(quantized.float(), (0, whole[1] - columns, 0, whole[0] - rows))
+            return dequantized(filled)[:rows, :columns].contiguous()
 
     return WholeBlocks(operation.hf_quantizer)
 
