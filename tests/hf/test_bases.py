@@ -18,12 +18,16 @@ from optq.hf import quantizer
 BLOCK = 32  # of fp8 scales, in both directions
 
 
-def fp8_of(weight):
-    """The weight in fp8, its scales, and what they stand for."""
-    blocks = weight.float().reshape(weight.shape[0] // BLOCK, BLOCK, weight.shape[1] // BLOCK, BLOCK)
+def fp8_of(weight, block=BLOCK):
+    """The weight in fp8, its scales, and what they stand for; the last blocks may be narrower."""
+    rows, columns = weight.shape
+    whole = torch.nn.functional.pad(weight.float(), (0, -columns % block, 0, -rows % block))
+    blocks = whole.reshape(whole.shape[0] // block, block, whole.shape[1] // block, block)
     scales = blocks.abs().amax((1, 3), keepdim=True) / 448  # the largest number of float8_e4m3fn
     codes = (blocks / scales).to(torch.float8_e4m3fn)
-    return codes.reshape(weight.shape), scales[:, 0, :, 0].contiguous(), (codes.float() * scales).reshape(weight.shape)
+    dense = (codes.float() * scales).reshape(whole.shape)[:rows, :columns].contiguous()
+    stored = codes.view(torch.uint8).reshape(whole.shape)[:rows, :columns].contiguous().view(codes.dtype)
+    return stored, scales[:, 0, :, 0].contiguous(), dense
 
 
 def mxfp4_of(weight, generator):
@@ -154,6 +158,20 @@ def test_a_base_writes_the_text_that_it_stands_for(bases, config):
     assert (
         found.config.quantization_config.meta["calibration"] == expected.config.quantization_config.meta["calibration"]
     )
+
+
+@pytest.mark.parametrize("block", [48, 80])  # 64 and 32 rows are no multiples; 96 columns are two of 48
+def test_a_last_block_that_is_narrower_has_its_own_scale(tiny_llama, config, tmp_path, block):
+    def encoded(name, weight):
+        if weight.ndim != 2 or "layers" not in name:
+            return None
+        codes, scales, dense = fp8_of(weight, block)
+        return {"": codes, "_scale_inv": scales}, dense
+
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    folders = in_two_forms(tmp_path / "model", encoded, {**FP8, "weight_block_size": [block, block]})
+    found, expected = (AutoModelForCausalLM.from_pretrained(f, quantization_config=config()) for f in folders)
+    assert same_tensors(found.state_dict(), expected.state_dict())
 
 
 def test_a_plan_knows_such_a_base(bases, config, monkeypatch):

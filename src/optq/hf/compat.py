@@ -82,7 +82,51 @@ def can_dequantize(method: str) -> bool:
 def dequantizer(stated: dict[str, Any]) -> Any:
     """transformers' own quantizer for a checkpoint with this quantization_config, told to dequantize it."""
     config = AutoQuantizationConfig.from_dict({**stated, "dequantize": True})
-    return AutoHfQuantizer.from_config(config, pre_quantized=True)
+    base = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    convert = base.update_weight_conversions
+
+    def update_weight_conversions(*arguments: Any, **settings: Any) -> list[Any]:
+        conversions: list[Any] = convert(*arguments, **settings)
+        for entry in conversions:
+            if isinstance(entry, WeightConverter):
+                entry.operations = [_with_whole_blocks(operation) for operation in entry.operations]
+        return conversions
+
+    base.update_weight_conversions = update_weight_conversions
+    return base
+
+
+def _with_whole_blocks(operation: Any) -> Any:
+    """The same, but fp8 weights are filled up to whole blocks while they are dequantized.
+
+    transformers tells the blocks' size by dividing the weight's by the number of scales. So a last block that is
+    narrower, as of DeepSeek-V3's keys and values, makes it fail, or take wrong scales.
+    """
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    if type(operation) is not Fp8Dequantize:
+        return operation
+
+    class WholeBlocks(Fp8Dequantize):
+        def _dequantize_one(
+            self, quantized: torch.Tensor, scales: torch.Tensor, *arguments: Any, **settings: Any
+        ) -> torch.Tensor:
+            def dequantized(codes: torch.Tensor) -> torch.Tensor:
+                found: torch.Tensor = super(WholeBlocks, self)._dequantize_one(codes, scales, *arguments, **settings)
+                return found
+
+            block = self.hf_quantizer.quantization_config.weight_block_size
+            if not block or not quantized.is_floating_point() or quantized.ndim != 2 or scales.ndim != 2:
+                return dequantized(quantized)
+            rows, columns = quantized.shape
+            whole = [-(-size // of_block) * of_block for size, of_block in zip((rows, columns), block, strict=True)]
+            scaled = [count * of_block for count, of_block in zip(scales.shape, block, strict=True)]
+            if whole == [rows, columns] or scaled != whole:  # there is nothing to fill up, or another grid of scales
+                return dequantized(quantized)
+            filled = torch.nn.functional.pad(quantized.float(), (0, whole[1] - columns, 0, whole[0] - rows))
+            return dequantized(filled)[:rows, :columns].contiguous()
+
+    return WholeBlocks(operation.hf_quantizer)
 
 
 def forget_dequantizing(model: Any) -> None:
