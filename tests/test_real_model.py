@@ -1,32 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole path on a real trained model, in fresh processes: what the demo does, with less calibration data."""
+"""The whole path on a real trained model: the quick start's own commands, as a stranger types them, and their result.
+
+Nothing here knows how optq works inside; every step is a process of its own. It takes minutes, so it is done once.
+"""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "examples/demo.py"
+LIMIT = 600  # seconds, on two cores
+
+pytestmark = pytest.mark.minutes
 
 
-@pytest.mark.minutes
-def test_a_real_model_is_quantized_saved_reloaded_and_talks(tmp_path):
+@dataclass(frozen=True, kw_only=True)
+class QuickStart:
+    """What the commands of the page have left and shown."""
+
+    original: Path
+    folder: Path
+    shown: str
+    seconds: float
+    alone: bool
+
+
+@pytest.fixture(scope="module")
+def quick_start(tmp_path_factory: pytest.TempPathFactory) -> QuickStart:
     pytest.importorskip("gguf", reason="reading the model's GGUF file needs the package gguf")
     import smollm2
 
-    folder = smollm2.fetch()
-    command = [sys.executable, str(EXAMPLES / "demo.py"), "--model", str(folder)]
-    subprocess.run([*command, "--output", str(tmp_path / "out"), "--samples", "8"], check=True)
-    measured = {}
-    for name, model in (("before", folder), ("after", tmp_path / "out")):
-        output = subprocess.run([*command, "--measure", str(model)], check=True, capture_output=True, text=True).stdout
-        measured[name] = json.loads(output)
-    before, after = measured["before"], measured["after"]
+    place = tmp_path_factory.mktemp("quick-start")
+    page = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    # What the tests have fetched already need not be fetched again.
+    original = smollm2.fetch()
+    (place / "models").symlink_to(original.parent)
+    shutil.copytree(ROOT / "examples", place / "examples")
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    alone = "PYTEST_XDIST_WORKER" not in os.environ and (os.cpu_count() or 1) >= 2
+    if alone:
+        environment.pop("OMP_NUM_THREADS", None)
+    started, shown = time.monotonic(), ""
+    for command in commands.strip().splitlines():
+        ended = subprocess.run(command, shell=True, cwd=place, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        shown += ended.stdout
+    return QuickStart(
+        original=original,
+        folder=place / "SmolLM2-4bit",
+        shown=shown,
+        seconds=time.monotonic() - started,
+        alone=alone,
+    )
+
+
+def measured(model: Path) -> dict[str, Any]:
+    """By the demo, in bfloat16, in a process that does not import optq itself."""
+    command = [sys.executable, str(DEMO), "--measure", str(model)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def test_the_commands_of_the_quick_start_work(quick_start):
+    assert "SmolLM2-4bit is finished" in quick_start.shown
+    assert "the original" in quick_start.shown
+    assert re.search(r"SmolLM2-4bit .* (as good as the original|good|usable)\s*$", quick_start.shown, re.MULTILINE)
+    assert "Paris" in quick_start.shown
+    assert (quick_start.folder / "README.md").exists()
+    assert quick_start.seconds < LIMIT or not quick_start.alone
+
+
+def test_the_result_is_small_close_to_the_original_and_talks(quick_start):
+    before, after = measured(quick_start.original), measured(quick_start.folder)
     assert "Paris" in before["answer"]
     assert "Paris" in after["answer"]
     assert after["weights_mb"] < 0.45 * before["weights_mb"]
     assert before["perplexity"] < after["perplexity"] < 1.35 * before["perplexity"]
-    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    assert config["meta"]["calibration"]["tokens"] == 8 * 512
+
+
+def test_the_card_and_config_say_what_it_was_calibrated_on(quick_start):
+    config = json.loads((quick_start.folder / "config.json").read_text())["quantization_config"]
+    stated = config["meta"]["calibration"]
+    samples, length = (
+        int(re.findall(rf"{option} (\d+)", (ROOT / "docs/quickstart.md").read_text())[0])
+        for option in ("--num-samples", "--seq-len")
+    )
+    assert stated["tokens"] + stated["held_out"] * length == samples * length
+
+
+def test_the_demo_quantizes_saves_and_compares_in_new_processes(tiny_llama, tmp_path):
+    """What it does with the real model, with a tiny one: `make demo` itself takes minutes."""
+    command = [sys.executable, str(DEMO), "--model", str(tiny_llama), "--output", str(tmp_path / "out")]
+    shown = subprocess.run(
+        [*command, "--group-size", "32", "--samples", "4"], check=True, capture_output=True, text=True
+    ).stdout
+    assert re.search(r"perplexity, held-out text +\d", shown)
+    assert re.search(r"weights, MB +\d", shown)
+    assert (tmp_path / "out/config.json").exists()

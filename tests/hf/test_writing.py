@@ -42,7 +42,7 @@ def source(tmp_path_factory):
 
 
 def config(**changes):
-    settings = {"bits": 4, "group_size": 32, "dataset": "self", "num_samples": 20, "model_seqlen": LENGTH}
+    settings = {"bits": 4, "group_size": 32, "dataset": "self", "num_samples": 32, "model_seqlen": LENGTH}
     return GPTQConfig(**{**settings, **changes})
 
 
@@ -103,8 +103,8 @@ def test_a_model_is_calibrated_on_its_own_text_without_any_data(source, dataset,
         model = quantize(source, dataset=dataset)
     facts = recipe(model)
     assert facts["source"] == "self"
-    assert (facts["samples"], facts["held_out"], facts["tokens"]) == (19, 1, 19 * LENGTH)
-    assert "writes its own calibration data: 20 samples of 24 tokens, begun with token 1, seed 0" in caplog.text
+    assert (facts["samples"], facts["held_out"], facts["tokens"]) == (30, 2, 30 * LENGTH)
+    assert "writes its own calibration data: 32 samples of 24 tokens, begun with token 1, seed 0" in caplog.text
     assert ("No dataset= was given" in caplog.text) is (dataset is None)
     assert recipe(quantize(source))["sha256"] == facts["sha256"]
     assert recipe(quantize(source, seed=1))["sha256"] != facts["sha256"]
@@ -114,7 +114,7 @@ def test_a_model_is_calibrated_on_its_own_text_without_any_data(source, dataset,
 def test_own_text_is_mixed_with_other_data(source, tmp_path):
     (tmp_path / "ids.json").write_text(json.dumps([{"input_ids": [5, index, 7]} for index in range(30)]))
     facts = recipe(quantize(source, dataset=f"self:0.25,{tmp_path / 'ids.json'}:0.75"))
-    assert [(part["name"], part["samples"]) for part in facts["sources"]] == [("self", 5), (".json file", 15)]
+    assert [(part["name"], part["samples"]) for part in facts["sources"]] == [("self", 8), (".json file", 24)]
 
 
 def test_a_run_that_goes_on_neither_writes_again_nor_differs(source, tmp_path, monkeypatch, caplog):
@@ -137,7 +137,7 @@ def test_a_run_that_goes_on_neither_writes_again_nor_differs(source, tmp_path, m
     interrupted("block")
     with caplog.at_level(logging.INFO, logger="optq"):
         assert weights(optq.quantize(source, config(), output_dir=output)) == expected
-    assert "Going on with the 20 samples" in caplog.text
+    assert "Going on with the 32 samples" in caplog.text
     assert not (output / api.PARTIAL).exists()
 
 
@@ -163,10 +163,10 @@ class TestInterruptedWriting:
     def test_parts_do_not_depend_on_those_before(self, source):
         model, kept = AutoModelForCausalLM.from_pretrained(source), []
         settings = {"opening": [1], "vocabulary": 128, "seed": 5}
-        whole = write_samples(model, 10, LENGTH, **settings, keep=lambda written: kept.append(list(written)))
-        assert [len(written) for written in kept] == [3, 6, 9, 10]
-        assert all(write_samples(model, 10, LENGTH, **settings, written=written) == whole for written in kept)
-        assert whole[:3] != whole[3:6]  # negative control: not the same part again and again
+        whole = write_samples(model, 26, LENGTH, **settings, keep=lambda written: kept.append(list(written)))
+        assert [len(written) for written in kept] == [8, 16, 24, 26]
+        assert all(write_samples(model, 26, LENGTH, **settings, written=written) == whole for written in kept)
+        assert whole[:8] != whole[8:16]  # negative control: not the same part again and again
 
     def test_with_a_folder_it_is_kept_there(self, source, tmp_path, monkeypatch, caplog):
         expected = weights(optq.quantize(source, config(effort="fast"), output_dir=tmp_path / "whole"))
@@ -174,11 +174,11 @@ class TestInterruptedWriting:
         for most in (1, 2):
             with parts_written(monkeypatch, most) as sizes, pytest.raises(KeyboardInterrupt):
                 optq.quantize(source, config(effort="fast"), output_dir=output)
-            assert sizes == [5] * most
+            assert sizes == [8] * most
         with parts_written(monkeypatch) as sizes, caplog.at_level(logging.INFO, logger="optq"):
             assert weights(optq.quantize(source, config(effort="fast"), output_dir=output)) == expected
-        assert sizes == [5]
-        assert "Going on with the 15 samples, of 20, that the model has written before" in caplog.text
+        assert sizes == [8]
+        assert "Going on with the 24 samples, of 32, that the model has written before" in caplog.text
 
     def test_a_killed_process_leaves_it_there_too(self, source, tmp_path, monkeypatch):
         code = (
@@ -190,7 +190,7 @@ class TestInterruptedWriting:
             "    os.kill(os.getpid(), signal.SIGTERM)\n"
             "journal.write_whole = write\n"
             "config = optq.GPTQConfig(\n"
-            "    bits=4, group_size=32, dataset='self', num_samples=20, model_seqlen=24, effort='fast'\n"
+            "    bits=4, group_size=32, dataset='self', num_samples=32, model_seqlen=24, effort='fast'\n"
             ")\n"
             "optq.quantize(sys.argv[1], config, output_dir=sys.argv[2])\n"
         )
@@ -199,7 +199,7 @@ class TestInterruptedWriting:
         assert ended.returncode == -signal.SIGTERM
         with parts_written(monkeypatch) as sizes:
             found = weights(optq.quantize(source, config(effort="fast"), output_dir=tmp_path / "out"))
-        assert sizes == [5] * 3
+        assert sizes == [8] * 3
         assert found == weights(optq.quantize(source, config(effort="fast"), output_dir=tmp_path / "whole"))
 
     def test_without_a_folder_it_is_kept_in_the_process(self, source, monkeypatch):
@@ -208,11 +208,11 @@ class TestInterruptedWriting:
             quantize(source, effort="fast")
         with parts_written(monkeypatch) as sizes:
             assert recipe(quantize(source, effort="fast", seed=1)) != expected  # another text, from its start
-            assert sizes == [5] * 4
+            assert sizes == [8] * 4
             assert recipe(quantize(source, effort="fast")) == expected
-            assert sizes == [5] * 5
+            assert sizes == [8] * 5
             quantize(source, effort="fast")  # what is finished is not kept
-            assert sizes == [5] * 9
+            assert sizes == [8] * 9
 
 
 def test_blocks_calibrated_on_other_text_are_not_gone_on_with(source, tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_the_variant_that_is_quantized_writes(source, tmp_path):
 
 def test_planning_writes_nothing(source, monkeypatch):
     monkeypatch.setattr(writing, "write_samples", lambda *args, **kwargs: pytest.fail("written"))
-    assert optq.plan(source, config()).tokens == 19 * LENGTH
+    assert optq.plan(source, config()).tokens == 30 * LENGTH
 
 
 def test_a_model_whose_weights_come_from_no_files_writes_too(source):

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 TOP_K = 50  # likeliest tokens that one is drawn from: the tail of a small model's distribution is noise
 TOKENS_AT_ONCE = 16384  # of all samples that are written together; their keys and values are in memory
-FEWEST_PARTS = 4  # that are written one after the other: what is finished is kept if the rest is interrupted
+FEWEST_PARTS = 4  # that are written one after the other: what is finished is kept if the rest is interrupted …
+SMALLEST_PART = 8  # samples: each part reads all weights for every token
 
 
 def write_samples(
@@ -48,7 +49,7 @@ def write_samples(
     # A fresh one: a checkpoint's own may end texts early, forbid tokens or narrow the distribution.
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=TOP_K, pad_token_id=0)
     device = model.get_input_embeddings().weight.device
-    at_once = max(1, min(TOKENS_AT_ONCE // length, -(-samples // FEWEST_PARTS)))
+    at_once = max(1, min(TOKENS_AT_ONCE // length, max(SMALLEST_PART, -(-samples // FEWEST_PARTS))))
     done = list(written)
     began = time.monotonic()
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad():
