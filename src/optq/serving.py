@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
-from .errors import ConfigError
+from .errors import ConfigError, counted
 from .scheme import PACKED_WORD_BITS, LayerScheme
 
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -240,7 +240,7 @@ def why_not_in_parts(size: int, what: str, parts: int, bits: int, head_width: in
     if size % (parts * codes):
         return f"{size} {what}{_in(parts)} are no multiples of {codes}, which fill whole words"
     if head_width and size // parts % head_width:
-        return f"{size // head_width} heads of {head_width} {what} make no {parts} equal parts"
+        return f"{counted(size // head_width, 'head')} of {head_width} {what} cannot make {parts} equal parts"
     return None
 
 

@@ -276,10 +276,10 @@ def test_saving_writes_the_whole_checkpoint_again(folder, name):
     {
         "one head": (
             "ConfigError: model.layers.0.self_attn.k_proj, 32 x 64",
-            "1 heads of 32 outputs",
+            "1 head of 32 outputs",
             "Start fewer: 1",
         ),
-        "narrow": ("ConfigError: model.layers.0.mlp.gate_proj, 72 x 64 in 4 bits", "no multiples of 8", "1 groups"),
+        "narrow": ("ConfigError: model.layers.0.mlp.gate_proj, 72 x 64 in 4 bits", "no multiples of 8", "1 group,"),
         "from_pretrained": ("ConfigError: A tensor-parallel plan was asked for while quantizing",),
         "quantize": ("ConfigError: A tensor-parallel plan was asked for while quantizing",),
         "experts divided": ("ConfigError: Packed experts are not divided among processes",),

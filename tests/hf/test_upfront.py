@@ -71,7 +71,6 @@ def test_a_device_that_is_not_there_is_refused_by_all(everywhere, config, no_wei
     ("settings", "reason"),
     [
         ({"backend": "triton"}, "runs on GPUs, the layer is on cpu"),
-        ({"backend": "Marlin"}, "allowed are auto, cpu"),
         ({"backend": "cpu_int8", "bits": 8, "group_size": -1, "sym": False}, "symmetric zeros only"),
         ({"backend": "cpu_int4", "target_bits_per_weight": 4.5}, "8-bit codes do not fit"),
     ],

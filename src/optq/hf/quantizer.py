@@ -49,7 +49,7 @@ from .origin import where_told
 from .parallel import ParallelLinear
 from .preparation import prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
-from .upfront import check_backend, check_kernels, check_placement, check_request
+from .upfront import check_kernels, check_placement, check_request
 from .writing import why_not_loaded_again, write_own_text
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,6 @@ class OptqHfQuantizer(HfQuantizer):
         """Refuse, before anything is downloaded, what can never be quantized."""
         self._weights_only = weights_only
         if not self._quantizes:
-            check_backend(self.quantization_config.backend)
             return
         if self._plan is not None:  # transformers shows the map that it has made of "auto"
             return

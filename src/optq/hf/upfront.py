@@ -15,7 +15,7 @@ import torch
 from optq.calibration import check_sources
 from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, pack_codes
 from optq.errors import ConfigError, KernelError
-from optq.kernels import BACKENDS, choose_kernel
+from optq.kernels import choose_kernel
 from optq.model import LinearView
 from optq.placement import devices_here, execution_device
 from optq.planning import Plan
@@ -44,7 +44,6 @@ def check_request(
     config.post_init()  # fields may have been assigned since
     check_sources(config.calibration_data)
     execution_device(config.device)
-    check_backend(config.backend)
     _check_modules(config.modules_in_block_to_quantize)
     _check_written(config)
     _check_log_file(config.log_file, output)
@@ -108,12 +107,6 @@ def check_kernels(model: Any, plan: Plan, config: GPTQConfig, device_map: Any, *
                     refused.append(error)
         if refused and (not anywhere or len(refused) == len({*devices})):
             raise KernelError(f"{name}: {refused[0]}") from refused[0]
-
-
-def check_backend(backend: str) -> None:
-    """Refuse a name that no kernel has."""
-    if backend not in BACKENDS:
-        raise KernelError(f"backend={backend!r} was asked for; allowed are {', '.join(BACKENDS)}.")
 
 
 def _check_modules(groups: Any) -> None:
