@@ -206,7 +206,7 @@ def test_a_copied_layer_remembers_no_launches():
     assert not replace(prepared, bits=4).memo
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_compiles_for_gpus_that_are_not_there():
     """Without spills, with loads of 128 bits and the tensor cores' instructions, in the memory of small GPUs."""
     script = Path(__file__).with_name("ahead_of_time.py")
