@@ -12,10 +12,11 @@ demo: $(VENV)/.installed
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# The same tests with the oldest and the newest versions that are supported, each in an environment of its own.
+# The same tests with the oldest and the newest versions that are supported, each in an environment of its own. The
+# interpreter of Triton 3.6, which torch 2.11 comes with, does not know NumPy 2.4.
 test-min:
-	$(MAKE) test-versions VENV=.venv-min UNPINNED="^(torch|triton|transformers|peft|huggingface_hub|sympy)==" \
-		VERSIONS="torch==2.11.0 transformers==5.17.0 peft==0.20.0"
+	$(MAKE) test-versions VENV=.venv-min UNPINNED="^(torch|triton|transformers|peft|huggingface_hub|sympy|numpy)==" \
+		VERSIONS="torch==2.11.0 transformers==5.17.0 peft==0.20.0 numpy<2.4"
 
 test-latest:
 	$(MAKE) test-versions VENV=.venv-latest UNPINNED="==" VERSIONS="torch==2.13.0 transformers>=5.24"

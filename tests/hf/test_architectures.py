@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AlbertConfig, AlbertForMaskedLM
+from transformers import CONFIG_MAPPING, AlbertConfig, AlbertForMaskedLM
 
 from optq import GPTQConfig
 from optq.calibration import prepare_calibration
@@ -63,6 +63,8 @@ def test_the_check_can_fail(coverage, monkeypatch):
 
 def test_linears_that_the_original_keeps_in_another_form_are_saved_as_they_are(coverage, tmp_path):
     """Gte's checkpoints have q, k and v in one tensor, and transformers would join packed ones along a wrong side."""
+    if "gte" not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not know the model")
     model = coverage["instantiated"]("gte", "GteForMaskedLM")
     model.save_pretrained(tmp_path / "original")
     assert any("qkv" in name for name in coverage["names_in"](tmp_path / "original"))

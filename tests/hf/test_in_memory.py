@@ -159,7 +159,11 @@ def refused(kind: str, tiny_llama: Path, quantized: Any) -> Any:
         ("a linear", "no model of transformers"),
     ],
 )
-def test_models_that_cannot_be_quantized_are_refused_by_name(kind, reason, tiny_llama, quantized, config, tmp_path):
+def test_models_that_cannot_be_quantized_are_refused_by_name(
+    kind, reason, tiny_llama, quantized, config, tmp_path, request
+):
+    if kind == "with adapters inside":
+        request.getfixturevalue("transformers_adapters")
     with pytest.raises(ModelError, match=reason):
         optq.quantize(refused(kind, tiny_llama, quantized), config, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -147,6 +147,7 @@ def test_checkpointing_changes_nothing_in_use_and_trains_what_is_not_packed(mode
     torch.testing.assert_close(trained, {name: theirs[name].grad for name in trained}, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_the_trainer_evaluates_it_once_it_has_an_adapter(model, dense, token_rows, tmp_path):
     """transformers refuses a Trainer for purely quantized models, of whichever kind."""
     lora = pytest.importorskip("peft").LoraConfig(target_modules=["q_proj"])
