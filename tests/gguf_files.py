@@ -69,7 +69,7 @@ def write_gguf(
         writer.add_key_length(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["t", "1", "t1", "t11", *(f"x{index}" for index in range(4, config.vocab_size))])
+    writer.add_token_list(["t", "1", "t1", *(f"t{index}" for index in range(3, config.vocab_size))])
     writer.add_token_merges(["t 1", "t1 1"])  # two: before 5.18, transformers reads a single one as text
     for special, index in (("bos", 1), ("eos", 2), ("pad", 0)):
         getattr(writer, f"add_{special}_token_id")(index)

@@ -19,8 +19,9 @@ from optq import GPTQConfig, QuantLinear
 from optq.errors import AdapterError
 
 peft = pytest.importorskip("peft")
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
 from peft.tuners import lora  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 KINDS = {
@@ -284,6 +285,20 @@ class TestRefusals:
         monkeypatch.delattr(lora.LoraLayer, "lora_variants")
         with pytest.raises(AdapterError, match=r"needs PEFT 0\.20 or newer"):
             with_adapter(quantized)
+
+
+def test_methods_that_know_no_experts_adapt_the_rest_of_a_mixture(mixtral):
+    """As of a dense one. LoRA would adapt the experts of that, and is refused."""
+    model = get_peft_model(copy.deepcopy(mixtral), AdaLoraConfig(target_modules="all-linear", total_step=10))
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert any(isinstance(module, QuantLinear) for name, module in model.named_modules() if ".experts." in name)
+
+
+def test_parameters_of_packed_layers_are_refused(quantized):
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"])
+    with pytest.raises(AdapterError, match=r"'mlp.up_proj.weight', but model.layers.0.mlp.up_proj is packed"):
+        get_peft_model(copy.deepcopy(quantized), config)
 
 
 def test_a_mixture_of_experts_is_fine_tuned_in_its_attention(mixtral, probe_ids):

@@ -155,6 +155,8 @@ def shown_as_linears(model: nn.Module) -> Iterator[None]:
 
     def exchange(other: Any) -> None:
         for parent in list(model.modules()):
+            if isinstance(parent, Expert):
+                continue
             for name, child in parent._modules.items():
                 if isinstance(child, QuantLinear | nn.Linear):
                     parent._modules[name] = other(child)
@@ -191,13 +193,16 @@ class PackedTuner(BaseTuner):
     def _refuse(self, model: nn.Module, config: Any) -> None:
         """Raises AdapterError before anything is done if some of it cannot be."""
         refuse_to_train(model, *(getattr(config, "modules_to_save", None) or ()), *tokens_of(config))
+        refuse_parameters(model, *(getattr(config, "target_parameters", None) or ()))
         wanted = self._prepare_adapter_config(copy.copy(config), self.get_model_config(model))
         targets = wanted.target_modules
         every = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         for name, layer in model.named_modules():
             if isinstance(layer, QuantLinear) and (every or self._check_target_module_exists(wanted, name)):
                 parent, _, last = name.rpartition(".")
-                refuse_to_adapt(layer, wanted, model.get_submodule(parent), last)
+                owner = model.get_submodule(parent)
+                if not (every and isinstance(owner, Expert)):  # among dense ones, experts are no linears either
+                    refuse_to_adapt(layer, wanted, owner, last)
 
     @staticmethod
     def shown(model: nn.Module) -> Any:
@@ -255,6 +260,19 @@ def refuse_to_train(model: nn.Module, *names: str) -> None:
                 f"modules_to_save or trainable_token_indices names {asked!r}, but {name} is packed, and a packed "
                 "weight is not trained. Name it in target_modules instead, which trains an adapter beside it, or call "
                 "model.dequantize() before adding the adapter."
+            )
+
+
+def refuse_parameters(model: nn.Module, *names: str) -> None:
+    """Raises AdapterError if one of these names, as of `target_parameters`, is the weight of a packed layer."""
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        asked = next((wanted for wanted in names if weight == wanted or weight.endswith(f".{wanted}")), None)
+        if asked is not None and isinstance(module, QuantLinear):
+            raise AdapterError(
+                f"target_parameters names {asked!r}, but {name} is packed and has no such parameter. Name the layer "
+                "in target_modules, which trains an adapter beside it, or call model.dequantize() before adding the "
+                "adapter."
             )
 
 
@@ -325,6 +343,7 @@ class LoraModel(PackedTuner, lora.LoraModel):
                 if isinstance(module, QuantLinear)
                 and not name.endswith(".base_layer")  # has an adapter, and is counted as such by PEFT
                 and module is not self.model.get_output_embeddings()  # left out by PEFT's definition
+                and not isinstance(self.model.get_submodule(name.rpartition(".")[0]), Expert)
             }
         return config
 
