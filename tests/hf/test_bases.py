@@ -150,6 +150,30 @@ def test_a_base_that_is_read_at_once_is_dequantized_as_well(bases, config, monke
     assert same_tensors(model.state_dict(), expected.state_dict())
 
 
+@pytest.mark.parametrize("rest", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_gets_the_dtype_that_is_asked_for(bases, config, tmp_path, rest, asked):
+    folder = tmp_path / "model"
+    shutil.copytree(bases["fp8"][0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor.to(rest) if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
+    kept |= {name: tensor for name, tensor in tensors.items() if name.endswith("_scale_inv")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config(), dtype=asked)
+    assert {parameter.dtype for parameter in model.parameters()} == {asked}
+    assert model.config.dtype == asked
+    optq.quantize(folder, config(), output_dir=tmp_path / "out", dtype=str(asked).removeprefix("torch."))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.config.dtype == asked
+    assert same_tensors(again.state_dict(), model.state_dict())
+
+
+def test_a_base_writes_its_text_in_the_dtype_that_is_asked_for(bases, config):
+    settings = config(dataset="self", num_samples=2, model_seqlen=32)
+    model = AutoModelForCausalLM.from_pretrained(bases["fp8"][0], quantization_config=settings, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 def test_a_base_writes_the_text_that_it_stands_for(bases, config):
     settings = config(dataset="self", num_samples=2, model_seqlen=64)
     found, expected = (

@@ -129,6 +129,32 @@ def _with_whole_blocks(operation: Any) -> Any:
     return WholeBlocks(operation.hf_quantizer)
 
 
+def asked_dtypes(model: Any, dtype: torch.dtype | None = None) -> dict[str, torch.dtype]:
+    """The dtype that each floating point parameter gets as `from_pretrained` reads a dense checkpoint, by name.
+
+    Args:
+        model: before its weights are read, unless `dtype` tells what was asked for.
+    """
+    plan = model._get_dtype_plan(dtype or model.dtype)
+
+    def planned(name: str, otherwise: torch.dtype) -> torch.dtype:
+        return next((kept for key, kept in plan.items() if re.search(key.replace("*", ".*"), name)), otherwise)
+
+    found = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    return {name: planned(name, dtype or stated) for name, stated in found.items() if stated.is_floating_point}
+
+
+def cast(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give parameters these dtypes: what transformers dequantizes is read in that of the file, and of mxfp4 bfloat16.
+
+    Args:
+        dtypes: by name; parameters that are not there any more, or not read yet, stay as they are.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+
+
 def forget_dequantizing(model: Any) -> None:
     """Have saving write what was dequantized as the ordinary model that it is now, not quantize it back."""
 
@@ -223,7 +249,8 @@ def load_tensors(model: Any, tensors: dict[str, Any], base: Any = None) -> None:
         weight_mapping=get_model_conversion_mapping(model, None, base),
         hf_quantizer=base,
     )
-    empty = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_meta}
+    empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    asked = {name: dtype for name, dtype in asked_dtypes(model).items() if name in empty}
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -232,9 +259,8 @@ def load_tensors(model: Any, tensors: dict[str, Any], base: Any = None) -> None:
         model._weight_conversions = applied
         if shown:
             transformers_logging.enable_progress_bar()
-    for name, parameter in model.named_parameters() if base is not None else ():
-        # Before 5.18, mxfp4 becomes bfloat16 whatever the model is.
-        parameter.data = parameter.data.to(empty.get(name, parameter.dtype))
+    if base is not None:
+        cast(model, asked)
 
 
 def initialise_buffers(model: Any, name: str) -> None:

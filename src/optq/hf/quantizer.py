@@ -85,6 +85,7 @@ class OptqHfQuantizer(HfQuantizer):
         self._ranks = ALONE
         self._placement = compat.Placement()
         self._element_sizes: dict[str, float] = {}
+        self._asked_dtypes: dict[str, torch.dtype] = {}
         self._plan: Plan | None = None
         self._calibration: Calibration | None = None
         self._streamed: StreamedBlocks | None = None
@@ -125,6 +126,8 @@ class OptqHfQuantizer(HfQuantizer):
         self._files = checkpoint_files or []
         if self._base is None:
             check_dense(self._files)
+        else:
+            self._asked_dtypes = compat.asked_dtypes(model)
         prepared = prepare(model, config, where_told())
         if config.own_text and (reason := why_not_loaded_again(self._files)):
             raise CalibrationError(
@@ -160,6 +163,7 @@ class OptqHfQuantizer(HfQuantizer):
             self._prepare_layers(model)
             return
         assert self._plan is not None  # *before* ran
+        compat.cast(model, self._asked_dtypes)
         config, ranks = self.quantization_config, self._ranks
         if self._calibration is None:
             # Not in *before*: there, transformers holds back the initialisation of whatever model is loaded.

@@ -17,6 +17,7 @@ from optq.memory import release_free_memory
 from optq.placement import evaluating, execution_device, placed, working_dtype
 from optq.ranks import ALONE, Ranks
 
+from . import compat
 from .config import GPTQConfig
 from .journal import kept_samples
 from .origin import where_told
@@ -109,10 +110,14 @@ def _original(model: Any, files: Sequence[str], asked: str | None) -> Iterator[A
     stated = config.__dict__.pop("quantization_config", None)  # ours
     if (base := getattr(stated, "base", None)) is not None:
         config.quantization_config = {**base, "dequantize": True}
-    yield type(model).from_pretrained(
+    dtype = working_dtype(device) or model.dtype
+    original = type(model).from_pretrained(
         Path(files[0]).parent,
         config=config,
-        dtype=working_dtype(device) or model.dtype,
+        dtype=dtype,
         variant=where_told().get("variant"),
         device_map="auto" if asked is None and device.type != "cpu" else {"": device},
     )
+    if base is not None:
+        compat.cast(original, compat.asked_dtypes(original, dtype))
+    yield original
