@@ -118,6 +118,8 @@ class OptqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if self.pre_quantized:  # then transformers leaves some tensors in the dtype of the file
+            self._asked_dtypes = compat.asked_dtypes(model)
         if not self._quantizes:
             self._insert_empty_layers(model, checkpoint_files or [])
             return
@@ -126,8 +128,6 @@ class OptqHfQuantizer(HfQuantizer):
         self._files = checkpoint_files or []
         if self._base is None:
             check_dense(self._files)
-        else:
-            self._asked_dtypes = compat.asked_dtypes(model)
         prepared = prepare(model, config, where_told())
         if config.own_text and (reason := why_not_loaded_again(self._files)):
             raise CalibrationError(
@@ -157,13 +157,13 @@ class OptqHfQuantizer(HfQuantizer):
     @default_torch_state()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         leave_inference_mode(model)
+        compat.cast(model, self._asked_dtypes)
         if not self._quantizes:
             self._complete_layers(model)
             self._doubt_labels(model)
             self._prepare_layers(model)
             return
         assert self._plan is not None  # *before* ran
-        compat.cast(model, self._asked_dtypes)
         config, ranks = self.quantization_config, self._ranks
         if self._calibration is None:
             # Not in *before*: there, transformers holds back the initialisation of whatever model is loaded.
