@@ -40,14 +40,15 @@ from optq.serving import kind_of
 from optq.torch_state import default_torch_state, leave_inference_mode
 
 from . import compat, parallel
-from .bases import check_dense, method_of
+from .bases import check_dense, check_parts, method_of
 from .config import GPTQConfig
 from .journal import Journal, check_same, described
 from .labels import ambiguity, check_label, zeros_are_ambiguous, zeros_contradict
 from .legacy import UNPICKLE
-from .origin import where_told
+from .origin import name_told, where_told
 from .parallel import ParallelLinear
 from .preparation import prepare, prepare_data
+from .source import forget_nested_quantization
 from .streaming import StreamedBlocks, why_not_streamed
 from .upfront import check_kernels, check_placement, check_request
 from .writing import why_not_loaded_again, write_own_text
@@ -124,6 +125,7 @@ class OptqHfQuantizer(HfQuantizer):
         parallel.refuse_to_quantize(model)
         config = self.quantization_config
         self._files = checkpoint_files or []
+        check_parts(model.config, config.base, name_told())
         if self._base is None:
             check_dense(self._files)
         else:
@@ -346,9 +348,7 @@ class OptqHfQuantizer(HfQuantizer):
             self._plan.head,
         )
         model.config.quantization_config = self.quantization_config
-        text_config = model.config.get_text_config(decoder=True)
-        if text_config is not model.config and hasattr(text_config, "quantization_config"):
-            del text_config.quantization_config  # of the base
+        forget_nested_quantization(model.config)  # of the base
         compat.make_generation_config_savable(model)
         for experts in self._experts.values():
             experts.every_token = False
