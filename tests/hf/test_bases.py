@@ -19,7 +19,7 @@ import optq
 from conftest import interrupted_after, rewritten, save_tiny_tokenizer, tiny_llama_config
 from optq import GPTQConfig
 from optq.duration import Duration
-from optq.errors import ModelError, OptqError
+from optq.errors import CheckpointError, ModelError, OptqError
 from optq.hf import quantizer
 from optq.hf.bases import check_base
 from optq.hf.source import forget_nested_quantization, nested_quantization
@@ -316,3 +316,33 @@ def test_codes_that_the_config_does_not_explain_are_not_taken_for_weights(bases,
         del stated["quantization_config"]
     with pytest.raises(ModelError, match=r"down_proj.weight is stored as F8_E4M3"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=config())
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["fp8", "dense"])
+@pytest.mark.parametrize("damage", ["cut short", "missing"])
+def test_weights_that_are_not_whole_are_refused_by_name_by_all(bases, config, tmp_path, stored, damage):
+    folder = tmp_path / "model"
+    model = AutoModelForCausalLM.from_pretrained(bases["fp8"][1])
+    model.save_pretrained(folder, max_shard_size="100KB")
+    save_tiny_tokenizer(folder)
+    if stored:
+        with rewritten(folder / "config.json") as stated:
+            stated["quantization_config"] = FP8
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-100])
+    for way in ways_to_quantize(folder, config(), tmp_path / "out")[:3]:  # optq.check asks for no weights
+        with pytest.raises(CheckpointError, match=shard.name):
+            way()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_checkpoint_that_is_cut_short_is_refused_by_name(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for way in (AutoModelForCausalLM.from_pretrained, optq.inspect):
+        with pytest.raises(CheckpointError, match=r"model.safetensors is no whole"):
+            way(tmp_path / "model")

@@ -33,7 +33,7 @@ from .journal import (
 )
 from .origin import where_in
 from .preparation import prepare
-from .source import companions_folder, copy_companions, model_class_of, model_config_of, weight_files
+from .source import check_files, companions_folder, copy_companions, model_class_of, model_config_of, weight_files
 from .upfront import check_request
 
 PARTIAL = ".optq-partial"
@@ -94,6 +94,7 @@ def quantize(
     Raises:
         OutputError: the folder holds something else or another run, or cannot be written.
         ConfigError, CalibrationError, ModelError, SolveError: see `GPTQConfig` and docs/configuration.md.
+        CheckpointError: a file of the model is missing or not whole.
     """
     if not isinstance(model, (str, os.PathLike)):
         return _quantize_object(model, config, output_dir, kwargs)
@@ -107,6 +108,7 @@ def quantize(
     check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"), output)
     described = model_config_of(source, kwargs)
     check_base(described, source)
+    check_files(source, kwargs)
     ranks, partial = join(), output / PARTIAL
     if ranks.from_first(lambda: _is_finished(output, source, described, config, kwargs)):
         return output

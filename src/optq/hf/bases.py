@@ -8,8 +8,7 @@ them, so they are read in that way, block by block like any other.
 from collections.abc import Iterable
 from typing import Any
 
-from safetensors import safe_open
-
+from optq.checkpoint import open_whole
 from optq.errors import ModelError
 
 from . import compat
@@ -58,11 +57,12 @@ def check_dense(files: Iterable[str]) -> None:
 
     Raises:
         ModelError: the first of them is named.
+        CheckpointError: a file is missing or not whole.
     """
     for file in files:
         if not file.endswith(".safetensors"):
             continue
-        with safe_open(file, framework="pt") as opened:
+        with open_whole(file) as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dict)
                 dtype = opened.get_slice(name).get_dtype()
                 packed = dtype in ("I8", "U8", "I32") and name.rpartition(".")[2] in PACKED_NAMES

@@ -13,6 +13,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from optq.checkpoint import read_headers
 from optq.errors import CheckpointError, ModelError
 from optq.serving import FUSED_NAMES
 
@@ -187,6 +188,24 @@ def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list
             "use_safetensors=False), then save_pretrained()."
         )
     return [path for path in files.values() if path is not None]
+
+
+def check_files(source: str, kwargs: dict[str, Any]) -> None:
+    """Refuse a folder with weights that are not all there; one without any, and the Hub, are asked nothing.
+
+    Raises:
+        CheckpointError: a file is missing or not whole.
+    """
+    folder = Path(source, kwargs.get("subfolder") or "")
+    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if kwargs.get("use_safetensors") is False or kwargs.get("variant"):  # others are read
+        return
+    names: set[str] = set()
+    if whole.exists():  # transformers looks for it first
+        names = {SAFE_WEIGHTS_NAME}
+    elif index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    read_headers([os.fspath(folder / name) for name in sorted(names)])
 
 
 def _only(keys: tuple[str, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
