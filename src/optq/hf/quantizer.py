@@ -45,12 +45,12 @@ from .config import GPTQConfig
 from .journal import Journal, check_same, described
 from .labels import ambiguity, check_label, zeros_are_ambiguous, zeros_contradict
 from .legacy import UNPICKLE
-from .origin import name_told, where_told
+from .origin import DTYPE, name_told, told, where_told
 from .parallel import ParallelLinear
 from .preparation import prepare, prepare_data
 from .source import forget_nested_quantization
 from .streaming import StreamedBlocks, why_not_streamed
-from .upfront import check_kernels, check_placement, check_request
+from .upfront import check_dtype, check_kernels, check_placement, check_request
 from .writing import why_not_loaded_again, write_own_text
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ class OptqHfQuantizer(HfQuantizer):
         self._placement = compat.asked_placement(kwargs.get("device_map"))
         folder = self._placement.offload_folder
         check_request(self.quantization_config, self._placement.device_map, folder)
+        for dtype in told(DTYPE).values():
+            check_dtype(dtype)
 
     def update_device_map(self, device_map: Any) -> Any:
         """While quantizing, load to the CPU: blocks visit the accelerator one by one. The result goes where asked."""
