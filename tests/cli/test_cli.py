@@ -235,6 +235,15 @@ def test_what_is_no_checkpoint_is_told(run, tmp_path):
     assert has_one_line("config.json", err)
 
 
+@pytest.mark.parametrize("command", [("quantize", "out"), ("evaluate",)])
+def test_a_dtype_in_which_nothing_is_computed_is_refused(run, tiny_llama, command):
+    name, *output = command
+    code, _, err = run(name, tiny_llama, *output, "--dtype", "int8")
+    assert code == USAGE
+    assert "invalid choice: 'int8'" in err
+    assert "float32" in err
+
+
 # evaluate and compare
 
 WINDOWS = ("--window", 64, "--stride", 32, "--dtype", "float32", "--device", "cpu")

@@ -6,14 +6,23 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen3MoeConfig,
+)
 
 import optq
-from conftest import interrupted_after, rewritten, save_tiny_tokenizer
+from conftest import interrupted_after, rewritten, save_tiny_tokenizer, tiny_llama_config
 from optq import GPTQConfig
 from optq.duration import Duration
-from optq.errors import ModelError
+from optq.errors import CheckpointError, ModelError, OptqError
 from optq.hf import quantizer
+from optq.hf.bases import check_base
+from optq.hf.source import forget_nested_quantization, nested_quantization
 
 BLOCK = 32  # of fp8 scales, in both directions
 
@@ -102,6 +111,21 @@ def bases(tiny_llama, tmp_path_factory):
         "fp8-experts": in_two_forms(folders["fp8-experts"], encoded_in_fp8, FP8),
         "mxfp4": in_two_forms(folders["mxfp4"], encoded_in_mxfp4, {"quant_method": "mxfp4"}),
     }
+
+
+@pytest.fixture
+def tiny_llava(tmp_path):
+    """The folder of a model with two parts."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config={"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **vision},
+            text_config=tiny_llama_config().to_dict(),
+            image_token_index=100,
+        )
+    ).save_pretrained(tmp_path / "llava")
+    save_tiny_tokenizer(tmp_path / "llava")
+    return tmp_path / "llava"
 
 
 @pytest.fixture
@@ -204,6 +228,15 @@ def test_a_plan_knows_such_a_base(bases, config, monkeypatch):
     assert optq.plan(stored, config()).linears == optq.plan(dense, config()).linears
 
 
+def ways_to_quantize(folder, config, output, model_class=AutoModelForCausalLM):
+    return (
+        lambda: model_class.from_pretrained(folder, quantization_config=config),
+        lambda: optq.quantize(folder, config, output_dir=output),
+        lambda: optq.plan(folder, config),
+        lambda: optq.check(folder, config),
+    )
+
+
 METHODS = {
     "awq": "to='dense'",
     "compressed-tensors": "to='dense'",
@@ -219,15 +252,49 @@ def test_any_other_is_refused_by_name_by_all(tiny_llama, config, tmp_path, metho
     shutil.copytree(tiny_llama, folder)
     with rewritten(folder / "config.json") as stated:
         stated["quantization_config"] = {"quant_method": method, "load_in_4bit": method == "bitsandbytes"}
-    for way in (
-        lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config()),
-        lambda: optq.quantize(folder, config(), output_dir=tmp_path / "out"),
-        lambda: optq.plan(folder, config()),
-        lambda: optq.check(folder, config()),
-    ):
+    for way in ways_to_quantize(folder, config(), tmp_path / "out"):
         with pytest.raises(ModelError, match=rf"quantized already \({method}\).*{METHODS[method]}"):
             way()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "error"),
+    [({}, "an empty quantization_config"), ("fp8", "quantization_config='fp8'"), ([4], r"quantization_config=\[4\]")],
+)
+def test_an_entry_that_says_nothing_is_refused_by_all(tiny_llama, config, tmp_path, entry, error):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    with rewritten(folder / "config.json") as stated:
+        stated["quantization_config"] = entry
+    for way in ways_to_quantize(folder, config(), tmp_path / "out"):
+        with pytest.raises(OptqError, match=error):
+            way()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
+def test_a_part_that_is_quantized_already_is_refused_by_name_by_all(tiny_llava, config, tmp_path, method):
+    with rewritten(tiny_llava / "config.json") as stated:
+        stated["vision_config"]["quantization_config"] = {"quant_method": method}
+    ways = ways_to_quantize(tiny_llava, config(), tmp_path / "out", LlavaForConditionalGeneration)
+    for way in ways:
+        with pytest.raises(ModelError, match=rf"vision_config.quantization_config \({method}\)"):
+            way()
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_only_repeat_what_holds_for_all_are_forgotten(tiny_llava):
+    model_config = AutoConfig.from_pretrained(tiny_llava)
+    model_config.vision_config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["patch"]}
+    model_config.audio_config = {"quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(ModelError, match="vision_config"):
+        check_base(model_config, "a model")
+    model_config.quantization_config = FP8
+    assert check_base(model_config, "a model") == "fp8"
+    forget_nested_quantization(model_config)
+    assert nested_quantization(model_config) == {}
+    assert model_config.quantization_config == FP8
 
 
 def test_a_gptq_checkpoint_is_not_quantized_again_but_loaded(saved, config, tmp_path):
@@ -249,3 +316,33 @@ def test_codes_that_the_config_does_not_explain_are_not_taken_for_weights(bases,
         del stated["quantization_config"]
     with pytest.raises(ModelError, match=r"down_proj.weight is stored as F8_E4M3"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=config())
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["fp8", "dense"])
+@pytest.mark.parametrize("damage", ["cut short", "missing"])
+def test_weights_that_are_not_whole_are_refused_by_name_by_all(bases, config, tmp_path, stored, damage):
+    folder = tmp_path / "model"
+    model = AutoModelForCausalLM.from_pretrained(bases["fp8"][1])
+    model.save_pretrained(folder, max_shard_size="100KB")
+    save_tiny_tokenizer(folder)
+    if stored:
+        with rewritten(folder / "config.json") as stated:
+            stated["quantization_config"] = FP8
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-100])
+    for way in ways_to_quantize(folder, config(), tmp_path / "out")[:3]:  # optq.check asks for no weights
+        with pytest.raises(CheckpointError, match=shard.name):
+            way()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_checkpoint_that_is_cut_short_is_refused_by_name(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for way in (AutoModelForCausalLM.from_pretrained, optq.inspect):
+        with pytest.raises(CheckpointError, match=r"model.safetensors is no whole"):
+            way(tmp_path / "model")

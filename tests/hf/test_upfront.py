@@ -66,6 +66,14 @@ def test_a_device_that_is_not_there_is_refused_by_all(everywhere, config, no_wei
         assert "this machine has cpu" in str(error)
 
 
+@pytest.mark.parametrize("dtype", ["int8", torch.int8, "float8_e4m3fn", torch.float64])
+def test_a_dtype_in_which_nothing_is_computed_is_refused_by_all(everywhere, config, no_weights, dtype):
+    for error in everywhere(config(), dtype=dtype):
+        assert isinstance(error, ConfigError)
+        assert f"dtype={dtype!r}" in str(error)
+        assert "float32, bfloat16, float16 or auto" in str(error)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="on an accelerator Triton runs")
 @pytest.mark.parametrize(
     ("settings", "reason"),

@@ -11,6 +11,7 @@ from .layout import TENSOR_NAMES as TENSOR_NAMES
 from .layout import PackedWeight as PackedWeight
 from .layout import QuantizedTensors as QuantizedTensors
 from .layout import find_quantized_linears as find_quantized_linears
+from .layout import open_whole as open_whole
 from .layout import pack as pack
 from .layout import read_headers as read_headers
 from .layout import relabel as relabel

@@ -8,9 +8,10 @@ The format is specified in docs/checkpoint-format.md. Outside names (qweight, qz
 import os
 import pickle
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optq.errors import CheckpointError
@@ -176,13 +177,33 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+def open_whole(file: str | os.PathLike[str]) -> Any:
+    """A safetensors file, as safetensors opens it.
+
+    Raises:
+        CheckpointError: it is missing, or not whole.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"The checkpoint lacks the file {os.fspath(file)}, which its index or config names. Copy or download it "
+            "again."
+        ) from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{os.fspath(file)} is no whole safetensors file: {error}. It may be cut short, or a pointer of Git LFS; "
+            "copy or download it again."
+        ) from error
+
+
 def read_headers(files: list[str], *, pickled: bool = False) -> dict[str, TensorHeader]:
     """The headers of every tensor in `files`, by tensor name.
 
     Args:
         pickled: read files that torch.save wrote (.bin, .pt), too: their tensors only, as torch's weights_only does.
     Raises:
-        CheckpointError: a file is not safetensors, or it is pickled and holds more than tensors.
+        CheckpointError: a file is missing, damaged or not safetensors, or it is pickled and holds more than tensors.
     """
     headers: dict[str, TensorHeader] = {}
     for file in files:
@@ -195,7 +216,7 @@ def read_headers(files: list[str], *, pickled: bool = False) -> dict[str, Tensor
                 )
             headers |= _headers_of_pickle(file)
             continue
-        with safe_open(file, framework="pt") as tensors:
+        with open_whole(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 part = tensors.get_slice(name)
                 headers[name] = TensorHeader(

@@ -16,7 +16,12 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """The same, and as what its weights are loaded."""
     add_source(parser)
-    parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16, float16 or auto: as it is stored (auto)")
+    parser.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        help="float32, bfloat16, float16 or auto: as it is stored (auto)",
+    )
 
 
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from .journal import (
 )
 from .origin import where_in
 from .preparation import prepare
-from .source import companions_folder, copy_companions, model_class_of, model_config_of, weight_files
-from .upfront import check_request
+from .source import check_files, companions_folder, copy_companions, model_class_of, model_config_of, weight_files
+from .upfront import check_dtype, check_request
 
 PARTIAL = ".optq-partial"
 """Where files grow inside the output folder before they get their names."""
@@ -94,6 +94,7 @@ def quantize(
     Raises:
         OutputError: the folder holds something else or another run, or cannot be written.
         ConfigError, CalibrationError, ModelError, SolveError: see `GPTQConfig` and docs/configuration.md.
+        CheckpointError: a file of the model is missing or not whole.
     """
     if not isinstance(model, (str, os.PathLike)):
         return _quantize_object(model, config, output_dir, kwargs)
@@ -105,8 +106,10 @@ def quantize(
     source, output = os.fspath(model), Path(output_dir)
     config = copy.copy(GPTQConfig.from_stock(config))
     check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"), output)
+    check_dtype(kwargs.get("dtype"))
     described = model_config_of(source, kwargs)
     check_base(described, source)
+    check_files(source, kwargs)
     ranks, partial = join(), output / PARTIAL
     if ranks.from_first(lambda: _is_finished(output, source, described, config, kwargs)):
         return output
@@ -252,6 +255,7 @@ def _write_rest(model: Any, companions: Path, partial: Path) -> None:
 
 def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
     """The model on the meta device, in the dtype that it would be loaded in."""
+    check_dtype(kwargs.get("dtype"))
     model_config = model_config_of(source, kwargs)
     check_base(model_config, source)
     model_class = model_class_of(model_config)

@@ -8,12 +8,12 @@ them, so they are read in that way, block by block like any other.
 from collections.abc import Iterable
 from typing import Any
 
-from safetensors import safe_open
-
+from optq.checkpoint import open_whole
 from optq.errors import ModelError
 
 from . import compat
-from .source import quantization_entry
+from .legacy import entry_of
+from .source import nested_quantization, quantization_entry
 
 _CONVERTED = (
     "optq.convert({source!r}, output_dir=..., to='dense') makes an ordinary model of it, which can be quantized"
@@ -32,7 +32,7 @@ PACKED_NAMES = ("weight", "qweight", "weight_packed", "qdata")
 
 def method_of(stated: Any) -> str:
     """What quantized a model, from its quantization_config."""
-    entry = stated if isinstance(stated, dict) else stated.to_dict()
+    entry = entry_of(stated)
     if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
         return "bitsandbytes"
     method = entry.get("quant_method", "no known method")
@@ -57,11 +57,12 @@ def check_dense(files: Iterable[str]) -> None:
 
     Raises:
         ModelError: the first of them is named.
+        CheckpointError: a file is missing or not whole.
     """
     for file in files:
         if not file.endswith(".safetensors"):
             continue
-        with safe_open(file, framework="pt") as opened:
+        with open_whole(file) as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dict)
                 dtype = opened.get_slice(name).get_dtype()
                 packed = dtype in ("I8", "U8", "I32") and name.rpartition(".")[2] in PACKED_NAMES
@@ -80,8 +81,43 @@ def check_base(model_config: Any, source: str) -> str | None:
         ModelError: it is, and cannot.
     """
     stated = quantization_entry(model_config)
-    if not stated:
+    check_parts(model_config, stated, source)
+    if stated is None:
         return None
+    check_says_something(stated)
     if reason := why_no_base(stated, source):
         raise ModelError(reason)
     return method_of(stated)
+
+
+def check_says_something(stated: Any) -> None:
+    """Refuse a quantization_config that is there and says nothing.
+
+    Raises:
+        ModelError: it is empty.
+        CheckpointError: it is no dict.
+    """
+    if not entry_of(stated):
+        raise ModelError(
+            "config.json has an empty quantization_config, so nobody can tell whether and how the model is quantized; "
+            'it is a dict with "quant_method". Correct it, or remove it if the weights are not quantized.'
+        )
+
+
+def check_parts(model_config: Any, stated: dict[str, Any] | None, source: str) -> None:
+    """Refuse a model whose config says of a part, such as vision_config, what it does not say of the whole.
+
+    transformers asks only the whole and its text model, so codes of another part would be read as its weights.
+
+    Args:
+        stated: what holds for the whole.
+    Raises:
+        ModelError: the part is named.
+    """
+    for part, entry in nested_quantization(model_config).items():
+        if entry and (stated is None or method_of(entry) != method_of(stated)):
+            raise ModelError(
+                f"{source} has {part}.quantization_config ({method_of(entry)}) in its config.json, so this part is "
+                "quantized already; only the quantization of the whole model or of its text model is understood. Use "
+                f"the model that it was made from; if the weights of {part} are not quantized, remove that entry."
+            )

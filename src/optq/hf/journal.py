@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from optq.calibration import Calibration, bytes_of
 from optq.checkpoint import PackedWeight, find_quantized_linears, read_headers
-from optq.errors import OutputError, RankError, counted
+from optq.errors import CheckpointError, OutputError, RankError, counted
 from optq.version import __version__
 
 from . import compat
@@ -105,7 +105,7 @@ class Journal:
             with safe_open(file, framework="pt") as opened:
                 tensors = compat.renamed({key: opened.get_tensor(key) for key in opened.keys()}, self._model)  # noqa: SIM118
             headers = compat.renamed(read_headers([str(file)]), self._model)
-        except SafetensorError as error:
+        except (SafetensorError, CheckpointError) as error:
             raise OutputError(f"{file} is damaged ({error}). Delete it and run again: its block is redone.") from error
         self.written |= tensors.keys()
         return {

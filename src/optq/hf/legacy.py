@@ -59,20 +59,23 @@ def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> N
         config: of config.json; may get `quantization_config` and `transformers_weights`.
         where: `WHERE`, as far as the caller said.
     Raises:
-        CheckpointError: a folder has several files that may be the weights.
+        CheckpointError: a folder has several files that may be the weights; or the quantization_config is no dict.
     """
+    stated = config.get("quantization_config")
+    if stated is not None:
+        entry_of(stated)
     folder = Path(source, where.get("subfolder") or "")
     if not folder.is_dir() and "gptq" not in source.lower():
         return
     file = cached_file(source, QUANTIZE_CONFIG, _raise_exceptions_for_missing_entries=False, **where)
     beside = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
-    if config.get("quantization_config") is None:
+    if stated is None:
         if "bits" not in beside or beside.get("quant_method", "gptq") != "gptq":
             return
         marlin = {"checkpoint_format": "marlin"} if beside.get("is_marlin_format") else {}
         settings = {key: value for key, value in beside.items() if key not in NOT_SETTINGS}
         config["quantization_config"] = {"quant_method": "gptq", **settings, **marlin}
-    elif config["quantization_config"].get("quant_method") != "gptq":
+    elif entry_of(stated).get("quant_method") != "gptq":
         return
     if folder.is_dir() or is_offline_mode() or where.get("local_files_only"):
         names = [path.name for path in (folder if folder.is_dir() else Path(file or "").parent).iterdir()]
@@ -81,6 +84,22 @@ def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> N
         names = [name.removeprefix(f"{folder.relative_to(source)}/") for name in listed]
     if "transformers_weights" not in config and (name := unusual_name(names, beside)) is not None:
         config["transformers_weights"] = name
+
+
+def entry_of(stated: Any) -> dict[str, Any]:
+    """A quantization_config as the dict that config.json has.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if isinstance(stated, dict):
+        return stated
+    if hasattr(stated, "to_dict"):
+        return dict(stated.to_dict())
+    raise CheckpointError(
+        f"config.json has quantization_config={stated!r}, which says nothing that could be understood; it is a dict "
+        'with "quant_method". Correct it, or remove it if the weights are not quantized.'
+    )
 
 
 def unusual_name(names: Collection[str], beside: Mapping[str, Any]) -> str | None:

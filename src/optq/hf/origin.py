@@ -24,6 +24,9 @@ FOR_WEIGHTS = ("variant",)
 PLACEMENT = ("max_memory", "offload_folder", "offload_buffers")
 """What belongs to a device_map."""
 
+DTYPE = ("dtype", "torch_dtype")
+"""What is the same; the second is older."""
+
 NAME = "pretrained_model_name_or_path"
 
 _TOLD: ContextVar[Mapping[str, Any] | None] = ContextVar("optq_told", default=None)

@@ -27,7 +27,7 @@ from .api import model_without_weights
 from .config import GPTQConfig
 from .origin import where_in
 from .preparation import prepare, prepare_data, vocabulary_of
-from .source import head_width_of, parallel_plan_of, place_of
+from .source import check_files, head_width_of, parallel_plan_of, place_of
 from .upfront import check_kernels, check_request
 
 
@@ -126,12 +126,13 @@ def plan(
         tensor_parallel: over how many GPUs vLLM will split the model.
         kwargs: as for `optq.quantize`: dtype, revision, token, trust_remote_code, …
     Raises:
-        ConfigError, CalibrationError, ModelError: whatever would stop the run before its work.
+        ConfigError, CalibrationError, CheckpointError, ModelError: whatever would stop the run before its work.
     """
     config = GPTQConfig.from_stock(config)
     device_map = kwargs.get("device_map")
     check_request(config, device_map, kwargs.get("offload_folder"))
     model = model_without_weights(place_of(model_id_or_dir), kwargs)
+    check_files(place_of(model_id_or_dir), kwargs)
     where = where_in(kwargs)
     prepared = prepare(model, config, where)
     planned = prepared.plan

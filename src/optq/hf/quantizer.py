@@ -40,16 +40,17 @@ from optq.serving import kind_of
 from optq.torch_state import default_torch_state, leave_inference_mode
 
 from . import compat, parallel
-from .bases import check_dense, method_of
+from .bases import check_dense, check_parts, method_of
 from .config import GPTQConfig
 from .journal import Journal, check_same, described
 from .labels import ambiguity, check_label, zeros_are_ambiguous, zeros_contradict
 from .legacy import UNPICKLE
-from .origin import where_told
+from .origin import DTYPE, name_told, told, where_told
 from .parallel import ParallelLinear
 from .preparation import prepare, prepare_data
+from .source import forget_nested_quantization
 from .streaming import StreamedBlocks, why_not_streamed
-from .upfront import check_kernels, check_placement, check_request
+from .upfront import check_dtype, check_kernels, check_placement, check_request
 from .writing import why_not_loaded_again, write_own_text
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ class OptqHfQuantizer(HfQuantizer):
         self._placement = compat.asked_placement(kwargs.get("device_map"))
         folder = self._placement.offload_folder
         check_request(self.quantization_config, self._placement.device_map, folder)
+        for dtype in told(DTYPE).values():
+            check_dtype(dtype)
 
     def update_device_map(self, device_map: Any) -> Any:
         """While quantizing, load to the CPU: blocks visit the accelerator one by one. The result goes where asked."""
@@ -126,6 +129,7 @@ class OptqHfQuantizer(HfQuantizer):
         parallel.refuse_to_quantize(model)
         config = self.quantization_config
         self._files = checkpoint_files or []
+        check_parts(model.config, config.base, name_told())
         if self._base is None:
             check_dense(self._files)
         prepared = prepare(model, config, where_told())
@@ -346,9 +350,7 @@ class OptqHfQuantizer(HfQuantizer):
             self._plan.head,
         )
         model.config.quantization_config = self.quantization_config
-        text_config = model.config.get_text_config(decoder=True)
-        if text_config is not model.config and hasattr(text_config, "quantization_config"):
-            del text_config.quantization_config  # of the base
+        forget_nested_quantization(model.config)  # of the base
         compat.make_generation_config_savable(model)
         for experts in self._experts.values():
             experts.every_token = False

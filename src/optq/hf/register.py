@@ -67,3 +67,13 @@ def register() -> None:
 
     merge_quantization_configs.optq_wraps = True  # type: ignore[attr-defined]  # others may wrap it as well
     auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
+    supports = auto.AutoHfQuantizer.supports_quant_method
+
+    @wraps(supports)
+    def supports_quant_method(stated: Any) -> Any:
+        from .bases import check_says_something
+
+        check_says_something(stated)  # here transformers fails at it, whatever is asked for
+        return supports(stated)
+
+    auto.AutoHfQuantizer.supports_quant_method = staticmethod(supports_quant_method)

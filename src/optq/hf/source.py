@@ -13,14 +13,17 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from optq.checkpoint import read_headers
 from optq.errors import CheckpointError, ModelError
 from optq.serving import FUSED_NAMES
 
 from .config import GPTQConfig
-from .legacy import WHERE
+from .legacy import WHERE, entry_of
 
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 """Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
+
+ENTRY = "quantization_config"
 
 NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
 
@@ -74,10 +77,43 @@ def stated_quantization(model_config: Any) -> GPTQConfig | None:
 
 def quantization_entry(model_config: Any) -> dict[str, Any] | None:
     """The quantization_config of a checkpoint in any format; that of its text model, if only that has one."""
-    stated: Any = getattr(model_config, "quantization_config", None) or getattr(
-        model_config.get_text_config(decoder=True), "quantization_config", None
+    stated: Any = getattr(model_config, ENTRY, None) or getattr(
+        model_config.get_text_config(decoder=True), ENTRY, None
     )
-    return stated if stated is None or isinstance(stated, dict) else stated.to_dict()
+    return None if stated is None else entry_of(stated)
+
+
+def nested_quantization(model_config: Any, inside: str = "") -> dict[str, Any]:
+    """The quantization_config of each part of the model that has one, by the part's name, such as vision_config.
+
+    Args:
+        inside: the name of the part that `model_config` is.
+    """
+    found: dict[str, Any] = {}
+    for name, part in parts_of(model_config).items():
+        stated = part.get(ENTRY) if isinstance(part, dict) else getattr(part, ENTRY, None)
+        if stated is not None:
+            found[inside + name] = entry_of(stated)
+        found |= nested_quantization(part, f"{inside}{name}.")
+    return found
+
+
+def forget_nested_quantization(model_config: Any) -> None:
+    """Take the quantization_config out of every part of the model."""
+    for part in parts_of(model_config).values():
+        (part if isinstance(part, dict) else vars(part)).pop(ENTRY, None)
+        forget_nested_quantization(part)
+
+
+def parts_of(model_config: Any) -> dict[str, Any]:
+    """The configs inside of a config; dicts where transformers knows no class for it."""
+    held = model_config if isinstance(model_config, dict) else vars(model_config)
+    return {
+        name: part
+        for name, part in held.items()
+        if isinstance(part, PreTrainedConfig)
+        or (isinstance(part, dict) and name.endswith("_config") and name != ENTRY)
+    }
 
 
 def parallel_plan_of(model_config: Any) -> Mapping[str, str]:
@@ -152,6 +188,24 @@ def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list
             "use_safetensors=False), then save_pretrained()."
         )
     return [path for path in files.values() if path is not None]
+
+
+def check_files(source: str, kwargs: dict[str, Any]) -> None:
+    """Refuse a folder with weights that are not all there; one without any, and the Hub, are asked nothing.
+
+    Raises:
+        CheckpointError: a file is missing or not whole.
+    """
+    folder = Path(source, kwargs.get("subfolder") or "")
+    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if kwargs.get("use_safetensors") is False or kwargs.get("variant"):  # others are read
+        return
+    names: set[str] = set()
+    if whole.exists():  # transformers looks for it first
+        names = {SAFE_WEIGHTS_NAME}
+    elif index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    read_headers([os.fspath(folder / name) for name in sorted(names)])
 
 
 def _only(keys: tuple[str, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

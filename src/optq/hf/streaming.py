@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 
+from optq.checkpoint import open_whole
 from optq.errors import ModelError, counted
 from optq.model import Experts, put_fused, put_split
 
@@ -129,7 +129,7 @@ def _keys_by_block(
     """Block -> file -> the names, in that file, of the block's tensors."""
     file_of: dict[str, str] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with open_whole(file) as opened:
             file_of |= dict.fromkeys(opened.keys(), file)
     keys: dict[str, dict[str, list[str]]] = {name: {} for name in blocks}
     for key, renamed in compat.names_in_model(file_of, model, base).items():
@@ -148,7 +148,7 @@ def _prefix_among(name: str, blocks: dict[str, nn.Module]) -> str | None:
 @contextmanager
 def _opened(keys: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
     """Slices that are read when they are asked for. Closing unmaps the files, which would count as memory."""
-    opened = {file: safe_open(file, framework="pt") for file in keys}
+    opened = {file: open_whole(file) for file in keys}
     try:
         yield {key: opened[file].get_slice(key) for file, names in keys.items() for key in names}
     finally:

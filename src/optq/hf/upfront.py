@@ -27,6 +27,24 @@ AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of device_map with which transformers chooses among the devices that are there."""
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""What a model may be loaded in to be quantized, but for "auto": as it is stored."""
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse a `dtype=` of from_pretrained in which no model is computed.
+
+    Raises:
+        ConfigError: it is named.
+    """
+    for each in dtype.values() if isinstance(dtype, Mapping) else (dtype,):
+        if each is not None and each != "auto" and str(each).removeprefix("torch.") not in DTYPES:
+            raise ConfigError(
+                f"dtype={dtype!r} was asked for, in which no model is loaded to be quantized; it may be "
+                f"{', '.join(DTYPES)} or auto: as it is stored. How many bits the weights get is told by bits=."
+            )
+
+
 def check_request(
     config: GPTQConfig,
     device_map: Any = None,
