@@ -57,6 +57,15 @@ def test_its_checkpoint_is_that_of_its_folder(tiny_llama, config, tmp_path):
     assert not list((tmp_path / "from memory").glob(".*"))
 
 
+def test_other_models_of_the_same_config_stay_as_they_are(tiny_llama, config, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    other = AutoModelForCausalLM.from_config(model.config)
+    optq.quantize(model, config)
+    assert model.config is model.model.config is model.model.layers[0].self_attn.config
+    other.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
 def test_what_counts_is_in_memory_not_in_the_folder(tiny_llama, config, quantized):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
