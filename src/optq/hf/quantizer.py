@@ -6,6 +6,7 @@ quantizing, *before* plans and checks everything that can fail early, and *after
 puts an empty `QuantLinear` wherever the checkpoint has packed words, and *after* lets each choose its kernel.
 """
 
+import copy
 import json
 import logging
 import math
@@ -374,6 +375,10 @@ class OptqHfQuantizer(HfQuantizer):
                 f"{type(model).__name__}. The checkpoint was made for another architecture."
             )
         self._packed = list(fitting)
+        if config.lm_head and not any(kind_of(name) == name for name in fitting):  # left out: this model has no head
+            self.quantization_config = config = copy.copy(config)
+            config.lm_head = False
+            model.config.quantization_config = config
         dtype = model.dtype
         layer_type = ParallelLinear if parallel.wants_parallel(model) else QuantLinear
         for name, tensors in fitting.items():
