@@ -129,6 +129,33 @@ def test_the_stock_class_is_taken_over():
     assert GPTQConfig.from_stock(config) is config
 
 
+def test_a_dict_of_fields_is_a_config_everywhere(tiny_llama, token_rows):
+    fields = {"bits": 4, "group_size": 32, "quant_method": "gptq", "dataset": token_rows}
+    assert optq.plan(tiny_llama, fields).linears == optq.plan(tiny_llama, GPTQConfig(**fields)).linears
+    assert optq.check(tiny_llama, fields) == ()
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert optq.quantize(model, {**fields, "effort": "fast"}).model.layers[0].mlp.up_proj.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "NoneType was passed as the config; allowed are a GPTQConfig"),
+        ("gptq", "str was passed"),
+        (transformers.BitsAndBytesConfig(load_in_8bit=True), "BitsAndBytesConfig was passed"),
+        (transformers.AwqConfig(), "quant_method='awq'"),
+        ({"bits": 4, "quant_method": "fp8"}, "quant_method='fp8'"),
+        ({"group_size": 32}, "no 'bits'"),
+    ],
+)
+def test_what_is_no_config_of_ours_is_refused_by_name(tiny_llama, tmp_path, config, message):
+    with pytest.raises(ConfigError, match=message):
+        optq.plan(tiny_llama, config)
+    with pytest.raises(ConfigError, match=message):
+        optq.quantize(tiny_llama, config, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_copies_share_the_calibration_data_but_nothing_else():
     config = GPTQConfig(bits=4, dataset=["text"], dynamic={"-:.*k_proj": {}})
     copied = copy.deepcopy(config)

@@ -48,7 +48,7 @@ OURS = (PARTIAL, LOG_NAME)
 @overload
 def quantize(
     model: str | os.PathLike[str],
-    config: transformers.GPTQConfig,
+    config: transformers.GPTQConfig | dict[str, Any],
     *,
     output_dir: str | os.PathLike[str],
     **kwargs: Any,
@@ -57,14 +57,17 @@ def quantize(
 
 @overload
 def quantize(
-    model: PreTrainedModel, config: transformers.GPTQConfig, *, output_dir: str | os.PathLike[str] | None = None
+    model: PreTrainedModel,
+    config: transformers.GPTQConfig | dict[str, Any],
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel: ...
 
 
 @default_torch_state()
 def quantize(
     model: str | os.PathLike[str] | PreTrainedModel,
-    config: transformers.GPTQConfig,
+    config: transformers.GPTQConfig | dict[str, Any],
     *,
     output_dir: str | os.PathLike[str] | None = None,
     **kwargs: Any,
@@ -126,7 +129,7 @@ def quantize(
 
 def _quantize_object(
     model: Any,
-    config: transformers.GPTQConfig,
+    config: transformers.GPTQConfig | dict[str, Any],
     output_dir: str | os.PathLike[str] | None,
     kwargs: dict[str, Any],
 ) -> PreTrainedModel:

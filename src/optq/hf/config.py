@@ -286,10 +286,33 @@ class GPTQConfig(transformers.GPTQConfig):
         return super().from_dict(config_dict, *args, **kwargs)
 
     @classmethod
-    def from_stock(cls, config: transformers.GPTQConfig) -> "GPTQConfig":
-        """Ours from transformers' own class. What is a default there, not a wish, becomes our default."""
+    def from_stock(cls, config: transformers.GPTQConfig | dict[str, Any]) -> "GPTQConfig":
+        """Ours from a dict, or from transformers' own class: what is a default there, not a wish, becomes ours.
+
+        Raises:
+            ConfigError: it is neither of these, or the config of another method.
+        """
         if isinstance(config, cls):
             return config
+        if not isinstance(config, (transformers.GPTQConfig, dict)):
+            raise ConfigError(
+                f"A {type(config).__name__} was passed as the config; allowed are a GPTQConfig, such as "
+                'GPTQConfig(bits=4), and a dict of its fields, such as {"bits": 4}.'
+            )
+        method = (config if isinstance(config, dict) else vars(config)).get("quant_method") or "gptq"
+        method = str(getattr(method, "value", method)).lower()
+        if method != "gptq":
+            raise ConfigError(
+                f"The config that was passed says quant_method={method!r}; allowed is 'gptq'. Pass a GPTQConfig, such "
+                "as GPTQConfig(bits=4)."
+            )
+        if isinstance(config, dict):
+            if "bits" not in config:
+                raise ConfigError(
+                    f"The dict that was passed as the config has no 'bits', but {_short(list(config))}; allowed are "
+                    f"{', '.join(map(str, BITS))}."
+                )
+            return cls(**config)
         fields = dict(vars(config))
         for field, default in (("batch_size", 1), ("act_group_aware", True)):
             if fields.get(field) == default:

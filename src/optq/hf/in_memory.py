@@ -16,7 +16,7 @@ from .quantizer import OptqHfQuantizer
 
 
 @default_torch_state()
-def quantize_in_memory(model: PreTrainedModel, config: transformers.GPTQConfig) -> PreTrainedModel:
+def quantize_in_memory(model: PreTrainedModel, config: transformers.GPTQConfig | dict[str, Any]) -> PreTrainedModel:
     """Replace the linears of a loaded model by packed ones, as `from_pretrained(quantization_config=config)` does.
 
     Args:

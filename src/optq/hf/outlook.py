@@ -112,7 +112,7 @@ class Outlook:
 @default_torch_state()
 def plan(
     model_id_or_dir: str | os.PathLike[str],
-    config: transformers.GPTQConfig,
+    config: transformers.GPTQConfig | dict[str, Any],
     *,
     tensor_parallel: int = 1,
     **kwargs: Any,
