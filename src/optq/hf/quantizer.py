@@ -30,7 +30,7 @@ from optq.errors import CalibrationError, CheckpointError, QualityError, counted
 from optq.evaluation import Comparison, is_good, judge
 from optq.kernels import tune
 from optq.layers import QuantLinear, join_experts, join_siblings
-from optq.memory import GIB, release_free_memory
+from optq.memory import release_free_memory
 from optq.model import LINEAR_TYPES, ROLES, ActivationStore, Experts, find_fused_experts, put_fused, put_split
 from optq.placement import execution_device, working_dtype
 from optq.planning import Plan
@@ -48,7 +48,7 @@ from .labels import ambiguity, check_label, zeros_are_ambiguous, zeros_contradic
 from .legacy import UNPICKLE
 from .origin import where_told
 from .parallel import ParallelLinear
-from .preparation import prepare, prepare_data
+from .preparation import budget_of, prepare, prepare_data
 from .streaming import StreamedBlocks, why_not_streamed
 from .upfront import check_kernels, check_placement, check_request
 from .writing import why_not_loaded_again, write_own_text
@@ -204,7 +204,7 @@ class OptqHfQuantizer(HfQuantizer):
                     self._plan,
                     self._calibration,
                     lambda view: config.candidates_for(view.name, *view.shape),
-                    self._budget(model),
+                    budget_of(model, config, self._plan),
                     device=config.device,
                     log=self.log,
                     source=self._streamed,
@@ -310,22 +310,6 @@ class OptqHfQuantizer(HfQuantizer):
         With experts only if they are multiplied at once: else which of them run depends on the data.
         """
         return all(experts.grouped is not None and experts.grouped.are_joined for experts in self._experts.values())
-
-    def _budget(self, model: Any) -> float:
-        """How many bits the planned linears may take."""
-        assert self._plan is not None
-        config = self.quantization_config
-        planned = [target.view for target in self._plan.all_targets]
-        if config.target_bits_per_weight is not None:
-            return config.target_bits_per_weight * sum(view.weight.numel() for view in planned)
-        assert config.target_size_gib is not None
-        quantized = {id(view.parameter) for view in planned}
-        dense = sum(
-            parameter.numel() * parameter.element_size()
-            for parameter in model.parameters()  # each once, however often it is tied
-            if id(parameter) not in quantized
-        )
-        return 8 * (config.target_size_gib * GIB - float(dense))
 
     def _record(self, model: Any) -> None:
         """Make the model's config say what the checkpoint will be."""
