@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from optq.calibration import TOKENS_PER_MICRO_BATCH, TOKENS_PER_STEP, Calibration, accepted, prepare_calibration
-from optq.errors import CalibrationError, ConfigError
+from optq.errors import CalibrationError, ConfigError, ModelError
 from optq.memory import GIB
 from optq.model import Experts, find_blocks, find_fused_experts, find_linears, put_fused, put_split
 from optq.planning import Plan, plan_quantization
@@ -102,9 +102,27 @@ def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
             budget_of(model, config, plan)
         finally:
             put_fused(model, experts)
+    _refuse_shared(model, plan)
     for module in experts.values():
         module.every_token = config.calibrate_all_experts
     return plan, experts
+
+
+def _refuse_shared(model: Any, plan: Plan) -> None:
+    """Refuse linears that have several names: each can be replaced once, and calibrated in one place."""
+    planned = {id(target.view.module) for target in plan.all_targets}
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in planned:
+            names.setdefault(id(module), []).append(name)
+    for found in names.values():
+        if len(found) > 1:
+            raise ModelError(
+                f"{type(model).__name__} has one linear under several names: {', '.join(found[:3])}"
+                f"{' …' * (len(found) > 3)}. It or a module around it is shared, and cannot be quantized in several "
+                "places. Put a copy.deepcopy() of that module into all places but one, or exclude these linears with "
+                "dynamic."
+            )
 
 
 def budget_of(model: Any, config: GPTQConfig, plan: Plan) -> float:

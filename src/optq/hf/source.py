@@ -22,6 +22,9 @@ from .legacy import WHERE
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 """Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
 
+TOKENIZERS = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "spiece*", "tekken*", "sentencepiece*")
+"""What a tokenizer's files are called; a slow one's may be its vocabulary alone."""
+
 NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
 
 
@@ -111,6 +114,11 @@ def companions_folder(source: str, kwargs: dict[str, Any]) -> Path:
     keys = ("revision", "token", "cache_dir", "local_files_only")
     snapshot = snapshot_download(source, allow_patterns=list(COMPANIONS), **_only(keys, kwargs))
     return Path(snapshot, kwargs.get("subfolder") or "")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files, of whatever kind."""
+    return bool(files_of(folder, TOKENIZERS))
 
 
 def copy_companions(source: Path, target: Path) -> None:
