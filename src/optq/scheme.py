@@ -66,7 +66,7 @@ class LayerScheme:
     refinement: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if self.bits not in BITS or not isinstance(self.bits, int):
             raise ConfigError(f"bits={self.bits!r} was asked for; allowed are {', '.join(map(str, BITS))}.")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise ConfigError(
@@ -82,12 +82,12 @@ class LayerScheme:
             )
         if self.grid not in get_args(GridFit):
             raise ConfigError(f"grid={self.grid!r} was asked for; allowed are {', '.join(get_args(GridFit))}.")
-        if not 0 < self.damping < 1:
+        if not isinstance(self.damping, (int, float)) or not 0 < self.damping < 1:
             raise ConfigError(
-                f"damping={self.damping} was asked for; it is a fraction, 0 < damping < 1 (0.1 is usual)."
+                f"damping={self.damping!r} was asked for; it is a fraction, 0 < damping < 1 (0.1 is usual)."
             )
-        if not 0 <= self.propagation <= 1:
-            raise ConfigError(f"propagation={self.propagation} was asked for; it is a fraction from 0 (off) to 1.")
+        if not isinstance(self.propagation, (int, float)) or not 0 <= self.propagation <= 1:
+            raise ConfigError(f"propagation={self.propagation!r} was asked for; it is a fraction from 0 (off) to 1.")
         if isinstance(self.refinement, bool) or not isinstance(self.refinement, int) or self.refinement < 0:
             raise ConfigError(f"refinement={self.refinement!r} was asked for; it is a number of rounds, 0 or more.")
 

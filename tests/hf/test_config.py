@@ -2,6 +2,7 @@
 import copy
 import enum
 import json
+import math
 import shutil
 import warnings
 
@@ -14,6 +15,7 @@ import optq
 from conftest import rewritten
 from optq import GPTQConfig
 from optq.errors import ConfigError, KernelError
+from optq.hf.config import OPEN_SWITCHES, SWITCHES
 
 
 def test_is_transformers_own_class_by_name_and_type():
@@ -127,6 +129,33 @@ def test_the_stock_class_is_taken_over():
     assert GPTQConfig.from_stock(config) is config
 
 
+def test_a_dict_of_fields_is_a_config_everywhere(tiny_llama, token_rows):
+    fields = {"bits": 4, "group_size": 32, "quant_method": "gptq", "dataset": token_rows}
+    assert optq.plan(tiny_llama, fields).linears == optq.plan(tiny_llama, GPTQConfig(**fields)).linears
+    assert optq.check(tiny_llama, fields) == ()
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert optq.quantize(model, {**fields, "effort": "fast"}).model.layers[0].mlp.up_proj.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "NoneType was passed as the config; allowed are a GPTQConfig"),
+        ("gptq", "str was passed"),
+        (transformers.BitsAndBytesConfig(load_in_8bit=True), "BitsAndBytesConfig was passed"),
+        (transformers.AwqConfig(), "quant_method='awq'"),
+        ({"bits": 4, "quant_method": "fp8"}, "quant_method='fp8'"),
+        ({"group_size": 32}, "no 'bits'"),
+    ],
+)
+def test_what_is_no_config_of_ours_is_refused_by_name(tiny_llama, tmp_path, config, message):
+    with pytest.raises(ConfigError, match=message):
+        optq.plan(tiny_llama, config)
+    with pytest.raises(ConfigError, match=message):
+        optq.quantize(tiny_llama, config, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_copies_share_the_calibration_data_but_nothing_else():
     config = GPTQConfig(bits=4, dataset=["text"], dynamic={"-:.*k_proj": {}})
     copied = copy.deepcopy(config)
@@ -210,6 +239,15 @@ def test_an_effort_sets_what_is_left_open():
         ({"polish": -1}, "polish=-1"),
         ({"max_perplexity_ratio": 0}, "max_perplexity_ratio=0"),
         ({"target_bits_per_weight": "4"}, "target_bits_per_weight='4'"),
+        ({"target_size_gib": math.inf}, "target_size_gib=inf.*finite"),
+        ({"max_perplexity_ratio": math.nan}, "max_perplexity_ratio=nan.*finite"),
+        ({"damp_percent": "0.1"}, "damping='0.1'"),
+        ({"propagation": math.nan}, "propagation=nan"),
+        ({"seed": math.nan}, "seed=nan"),
+        ({"activation_memory": {"cpu": "infGiB"}}, "activation_memory"),
+        ({"meta": [1]}, r"meta=<list of 1> was asked for; it is a dict"),
+        ({"meta": "text"}, "meta='text'"),
+        ({"meta": {1: 2}}, "meta={1: 2}"),
     ],
 )
 def test_impossible_wishes_say_what_is_allowed(settings, message):
@@ -246,7 +284,42 @@ def test_rules_of_another_form_are_refused(dynamic):
         GPTQConfig(bits=4, dynamic=dynamic)
 
 
+@pytest.mark.parametrize("field", [*SWITCHES, *OPEN_SWITCHES])
+@pytest.mark.parametrize("value", ["false", "no", [1], 2, 0.5])
+def test_what_is_neither_true_nor_false_is_refused(field, value):
+    refused = pytest.raises(ConfigError, match=rf"{field}=.* was asked for; allowed are True and False")
+    with refused:
+        GPTQConfig(**{"bits": 4, field: value})
+    with refused:
+        GPTQConfig.from_dict({"bits": 4, field: value})
+
+
+def test_files_may_say_1_0_or_null():
+    config = GPTQConfig.from_dict({"bits": 4, "desc_act": 1, "sym": 0, "true_sequential": None, "lm_head": None})
+    assert (config.desc_act, config.sym, config.true_sequential, config.lm_head) == (True, False, True, False)
+    with pytest.raises(ConfigError, match=r"dynamic: '\.\*': sym='no' was asked for"):
+        GPTQConfig(bits=4, dynamic={".*": {"sym": "no"}})
+
+
+@pytest.mark.parametrize("meta", [{"quantizer": 5}, {"quantizer": [5, None]}, [1], "text", None])
+def test_odd_facts_in_a_file_do_not_matter(meta):
+    config = GPTQConfig.from_dict({"bits": 4, "meta": meta})
+    assert not config.by_gptqmodel and config.zero_format == "gptq"
+
+
+def test_a_writers_name_may_be_in_capitals():
+    config = GPTQConfig.from_dict({"bits": 4, "meta": {"quantizer": "GPTQModel:v7.0"}})
+    assert config.by_gptqmodel and config.zero_format == "gptq:gptqmodel"
+
+
+@pytest.mark.parametrize("sign", ["+:", "-:", ""])
+def test_a_rule_without_a_dict_is_refused(sign):
+    with pytest.raises(ConfigError, match=r"None was asked for.*a dict of settings"):
+        GPTQConfig(bits=4, dynamic={f"{sign}.*q_proj": None})
+
+
 def test_a_rule_without_settings_changes_nothing():
-    config = GPTQConfig(bits=4, dynamic={"+:.*up_proj": None, "-:.*o_proj": None})
+    config = GPTQConfig.from_dict({"bits": 4, "dynamic": {"+:.*up_proj": None, "-:.*o_proj": {}}})
+    assert config.to_dict()["dynamic"] == {"+:.*up_proj": {}, "-:.*o_proj": {}}
     assert config.scheme_for("model.layers.0.mlp.up_proj") == config.scheme_for("model.layers.0.mlp.down_proj")
     assert config.scheme_for("model.layers.0.self_attn.o_proj") is None

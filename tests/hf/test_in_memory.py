@@ -2,6 +2,7 @@
 """`optq.quantize` of a model object: the same result as from its folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,42 @@ def test_its_checkpoint_is_that_of_its_folder(tiny_llama, config, tmp_path):
         or "4-bit" in (tmp_path / "from memory" / "README.md").read_text()
     )
     assert not list((tmp_path / "from memory").glob(".*"))
+
+
+def test_other_models_of_the_same_config_stay_as_they_are(tiny_llama, config, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    other = AutoModelForCausalLM.from_config(model.config)
+    optq.quantize(model, config)
+    assert model.config is model.model.config is model.model.layers[0].self_attn.config
+    other.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("where", ["subfolder", "nowhere", "beside", "passed"])
+def test_a_checkpoint_without_a_tokenizer_is_said(tiny_llama, config, tmp_path, caplog, where):
+    place = tmp_path / "model" / ("inside" if where != "beside" else "")
+    shutil.copytree(tiny_llama, place)
+    subfolder = {} if where == "beside" else {"subfolder": "inside"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **subfolder)
+    if where == "nowhere":
+        model.config.name_or_path = ""
+    config.effort = "fast"
+    if where == "passed":
+        config.tokenizer = AutoTokenizer.from_pretrained(place)
+    optq.quantize(model, config, output_dir=tmp_path / "out")
+    assert ("without a tokenizer" in caplog.text) == (where in ("subfolder", "nowhere"))
+    assert (tmp_path / "out" / "tokenizer.json").exists() == (where in ("beside", "passed"))
+
+
+@pytest.mark.parametrize("part", ["", ".mlp", ".self_attn.q_proj"])
+def test_a_shared_layer_is_refused_before_the_work(tiny_llama, config, part):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.set_submodule(f"model.layers.1{part}", model.get_submodule(f"model.layers.0{part}"))
+    with pytest.raises(
+        ModelError, match=r"one linear under several names: model\.layers\.0.*, model\.layers\.1.*deepcopy"
+    ):
+        optq.quantize(model, config)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
 
 
 def test_what_counts_is_in_memory_not_in_the_folder(tiny_llama, config, quantized):

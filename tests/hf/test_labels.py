@@ -69,6 +69,7 @@ def test_a_vocabulary_that_does_not_pack_leaves_the_head_as_it_is(tmp_path, toke
     [
         ({"dynamic": {"+:.*dwn_proj": {"bits": 8}}}, "no linear layer, so it has no effect. Near it: down_proj"),
         ({"dynamic": {r"-:model\.layers\.[789]\..*": {}}}, "matches no linear layer"),
+        ({"dynamic": {"+:lm_head": {"bits": 8}}}, "'+:lm_head' matches only the output head, which stays as it is"),
         ({"dynamic": {"+:.*o_proj": {"bit": 8}}}, "sets 'bit', which has no effect; what can be set is bits"),
         ({"modules_in_block_to_quantize": ["mlp.up_proj", "mlp.gat_proj"]}, "'mlp.gat_proj' is the name of no linear"),
         ({"modules_in_block_to_quantize": [["mlp.up_proj"], ["lm_head"]]}, "asked for with lm_head=True"),

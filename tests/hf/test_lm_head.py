@@ -101,6 +101,8 @@ def test_a_packed_head_is_left_out_for_another_task_as_a_dense_one_is(packed_hea
         model.save_pretrained(tmp_path)
         again = task.from_pretrained(tmp_path)
         assert torch.equal(again(probe_ids)[0], model(probe_ids)[0])
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["lm_head"] is False
+    assert whole.config.quantization_config.lm_head is True
     names = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     assert len(names) == 14
     assert "lm_head" not in names

@@ -103,6 +103,22 @@ def test_the_dtype_counts(without_weights, token_rows):
     assert half.dense_gib == whole.dense_gib / 2
 
 
+@pytest.mark.parametrize(
+    "target", [{"target_bits_per_weight": 1}, {"target_size_gib": 1e-9}, {"target_size_gib": 1e-5, "lm_head": True}]
+)
+def test_a_budget_that_no_scheme_fits_is_refused_before_the_work(
+    tiny_llama, without_weights, token_rows, tmp_path, monkeypatch, target
+):
+    monkeypatch.setattr("optq.hf.quantizer.allocate", None)
+    config = GPTQConfig(bits=4, group_size=32, dataset=token_rows, **target)
+    for call in (
+        lambda: optq.plan(without_weights, config),
+        lambda: optq.quantize(tiny_llama, config, output_dir=tmp_path / "out"),
+    ):
+        with pytest.raises(ConfigError, match=r"target_\w+=1.*smallest allowed schemes need 2\.\d+"):
+            call()
+
+
 @pytest.mark.parametrize("target", [{"target_bits_per_weight": 3.5}, {"target_bits_per_weight": 30.0}])
 def test_a_budget_is_what_the_plan_says_and_what_the_checkpoint_has(
     tiny_llama, token_rows, tmp_path, monkeypatch, target

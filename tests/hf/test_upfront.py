@@ -101,7 +101,7 @@ def test_a_kernel_that_will_run_is_not_refused(tiny_llama, config):
         ({"meta": {"tags": {"a"}}}, "meta={'tags'"),
         ({"meta": {"loss": float("nan")}}, "meta={'loss'"),
         ({"meta": {"mean": torch.ones(2)}}, "meta={'mean'"),
-        ({"meta": {1: "a", "b": 2}}, "meta={1"),
+        ({"meta": {"of": [{1: "a"}]}}, "meta={'of'"),
         ({"owner": object()}, "owner=<object"),
         ({"dynamic": {"+:.*down_proj": {"bits": 8, "note": b"x"}}}, "dynamic={"),
     ],

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -33,8 +34,18 @@ from .journal import (
 )
 from .origin import where_in
 from .preparation import prepare
-from .source import check_files, companions_folder, copy_companions, model_class_of, model_config_of, weight_files
+from .source import (
+    check_files,
+    companions_folder,
+    copy_companions,
+    has_tokenizer,
+    model_class_of,
+    model_config_of,
+    weight_files,
+)
 from .upfront import check_dtype, check_request
+
+logger = logging.getLogger(__name__)
 
 PARTIAL = ".optq-partial"
 """Where files grow inside the output folder before they get their names."""
@@ -48,7 +59,7 @@ OURS = (PARTIAL, LOG_NAME)
 @overload
 def quantize(
     model: str | os.PathLike[str],
-    config: transformers.GPTQConfig,
+    config: transformers.GPTQConfig | dict[str, Any],
     *,
     output_dir: str | os.PathLike[str],
     **kwargs: Any,
@@ -57,14 +68,17 @@ def quantize(
 
 @overload
 def quantize(
-    model: PreTrainedModel, config: transformers.GPTQConfig, *, output_dir: str | os.PathLike[str] | None = None
+    model: PreTrainedModel,
+    config: transformers.GPTQConfig | dict[str, Any],
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel: ...
 
 
 @default_torch_state()
 def quantize(
     model: str | os.PathLike[str] | PreTrainedModel,
-    config: transformers.GPTQConfig,
+    config: transformers.GPTQConfig | dict[str, Any],
     *,
     output_dir: str | os.PathLike[str] | None = None,
     **kwargs: Any,
@@ -129,7 +143,7 @@ def quantize(
 
 def _quantize_object(
     model: Any,
-    config: transformers.GPTQConfig,
+    config: transformers.GPTQConfig | dict[str, Any],
     output_dir: str | os.PathLike[str] | None,
     kwargs: dict[str, Any],
 ) -> PreTrainedModel:
@@ -147,6 +161,15 @@ def _quantize_object(
     config = copy.copy(GPTQConfig.from_stock(config))
     config.log_file = config.log_file or str(output / LOG_NAME)
     companions = companions_folder(named, {}) if named else None  # before the work: it may need the network
+    if not hasattr(config.tokenizer, "save_pretrained") and (companions is None or not has_tokenizer(companions)):
+        found_in = f"{str(named)!r} has none" if named else "the model does not say where it came from"
+        logger.warning(
+            "The checkpoint will be written without a tokenizer: %s%s. Pass it as GPTQConfig(tokenizer=...), or save "
+            "it to the folder: tokenizer.save_pretrained(%r).",
+            found_in,
+            ", and an object does not say in which subfolder its files were" * bool(named),
+            str(output),
+        )
     if not ranks.from_first(lambda: _begin(output, config)) or any(partial.iterdir()):
         raise OutputError(
             f"output_dir={str(output)!r} holds an unfinished run of a model given by its id or folder. Repeat "

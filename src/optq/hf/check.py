@@ -21,7 +21,7 @@ from .source import place_of
 @default_torch_state()
 def check(
     model_id_or_dir: str | os.PathLike[str],
-    config: transformers.GPTQConfig | None = None,
+    config: transformers.GPTQConfig | dict[str, Any] | None = None,
     *,
     server: str = "vllm",
     version: str | None = None,

@@ -9,6 +9,7 @@ tokenizers or calibration texts to disk.
 import copy
 import inspect
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sized
@@ -86,6 +87,12 @@ RUN_ONLY = (
 
 OVERRIDES = ("bits", "group_size", "sym", "desc_act", "damp_percent")
 """What an entry of `dynamic` may change."""
+
+SWITCHES = ("desc_act", "sym", "true_sequential", "packing", "calibrate_all_experts", "lm_head")
+"""Fields that are true or false; None, as some files say, is the default."""
+
+OPEN_SWITCHES = ("static_groups", "act_group_aware")
+"""The same, but None is a value of its own."""
 
 NOT_DECISIVE = (
     *("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "journal_folder", "base"),
@@ -206,10 +213,10 @@ class GPTQConfig(transformers.GPTQConfig):
         self.dataset = dataset
         self.group_size = group_size
         self.damp_percent = damp_percent
-        self.desc_act = bool(desc_act)
+        self.desc_act = desc_act
         self.act_group_aware = act_group_aware
-        self.sym = bool(sym)
-        self.true_sequential = bool(true_sequential)
+        self.sym = sym
+        self.true_sequential = true_sequential
         self.static_groups = static_groups  # None until we quantize: a checkpoint of others must not claim ours
         self.effort = effort
         self.grid = grid
@@ -221,12 +228,12 @@ class GPTQConfig(transformers.GPTQConfig):
         self.backend = backend
         self.model_seqlen = model_seqlen
         self.num_samples = num_samples
-        self.packing = bool(packing)
+        self.packing = packing
         self.block_name_to_quantize = block_name_to_quantize
         self.module_name_preceding_first_block = module_name_preceding_first_block
         self.batch_size = batch_size
         self.pad_token_id = pad_token_id
-        self.calibrate_all_experts = bool(calibrate_all_experts)
+        self.calibrate_all_experts = calibrate_all_experts
         self.seed = seed
         self.quality_gate = quality_gate
         self.max_perplexity_ratio = max_perplexity_ratio
@@ -242,7 +249,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.target_size_gib = target_size_gib
         self.serving = serving
         self.dynamic = dynamic
-        self.lm_head = bool(lm_head)
+        self.lm_head = lm_head
         self.pack_dtype = str(pack_dtype or "int32").removeprefix("torch.")
         self.unknown = unknown
         self.post_init()
@@ -269,13 +276,43 @@ class GPTQConfig(transformers.GPTQConfig):
                 "one, pass GPTQConfig(..., backend=...) to from_pretrained.",
                 backend,
             )
+        if not isinstance(config_dict.get("meta") or {}, dict):
+            logger.warning(
+                "The quantization_config says meta=%s, which is no dict of facts: it is left aside.",
+                _short(config_dict.pop("meta")),
+            )
+        if isinstance(rules := config_dict.get("dynamic"), dict):  # null in a file is a rule without settings
+            config_dict["dynamic"] = {key: {} if value is None else value for key, value in rules.items()}
         return super().from_dict(config_dict, *args, **kwargs)
 
     @classmethod
-    def from_stock(cls, config: transformers.GPTQConfig) -> "GPTQConfig":
-        """Ours from transformers' own class. What is a default there, not a wish, becomes our default."""
+    def from_stock(cls, config: transformers.GPTQConfig | dict[str, Any]) -> "GPTQConfig":
+        """Ours from a dict, or from transformers' own class: what is a default there, not a wish, becomes ours.
+
+        Raises:
+            ConfigError: it is neither of these, or the config of another method.
+        """
         if isinstance(config, cls):
             return config
+        if not isinstance(config, (transformers.GPTQConfig, dict)):
+            raise ConfigError(
+                f"A {type(config).__name__} was passed as the config; allowed are a GPTQConfig, such as "
+                'GPTQConfig(bits=4), and a dict of its fields, such as {"bits": 4}.'
+            )
+        method = (config if isinstance(config, dict) else vars(config)).get("quant_method") or "gptq"
+        method = str(getattr(method, "value", method)).lower()
+        if method != "gptq":
+            raise ConfigError(
+                f"The config that was passed says quant_method={method!r}; allowed is 'gptq'. Pass a GPTQConfig, such "
+                "as GPTQConfig(bits=4)."
+            )
+        if isinstance(config, dict):
+            if "bits" not in config:
+                raise ConfigError(
+                    f"The dict that was passed as the config has no 'bits', but {_short(list(config))}; allowed are "
+                    f"{', '.join(map(str, BITS))}."
+                )
+            return cls(**config)
         fields = dict(vars(config))
         for field, default in (("batch_size", 1), ("act_group_aware", True)):
             if fields.get(field) == default:
@@ -292,6 +329,11 @@ class GPTQConfig(transformers.GPTQConfig):
             if getattr(self, field) not in allowed:
                 shown = ", ".join(repr(value) for value in allowed if value)
                 raise ConfigError(f"{field}={getattr(self, field)!r} was asked for; allowed are {shown}.")
+        for field in (*SWITCHES, *OPEN_SWITCHES):
+            value = getattr(self, field)
+            if value is None and field in SWITCHES:
+                value = inspect.signature(type(self).__init__).parameters[field].default
+            setattr(self, field, value if value is None else _switch(field, value))
         self._base_scheme()  # LayerScheme validates itself
         if self.format == "marlin":
             raise ConfigError(
@@ -308,7 +350,7 @@ class GPTQConfig(transformers.GPTQConfig):
             raise ConfigError(f"polish={self.polish!r} was asked for; it is a number of passes, 0 or more, or None.")
         try:
             self._activation_bytes()
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"activation_memory={self.activation_memory!r} was asked for; it is a dict with an accelerator's "
                 'number or "cpu" as keys, and bytes or sizes such as "8GiB" as values.'
@@ -319,10 +361,23 @@ class GPTQConfig(transformers.GPTQConfig):
                 raise ConfigError(
                     f"{field}={value!r} was asked for; it is a positive integer, or None for the default."
                 )
-        for field in ("target_bits_per_weight", "target_size_gib", "max_perplexity_ratio"):
+        for field, may_be_none in (("seed", False), ("pad_token_id", True)):
             value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
-                raise ConfigError(f"{field}={value!r} was asked for; it is a positive number, or None.")
+            if not (value is None and may_be_none) and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"{field}={value!r} was asked for; it is an integer{', or None' * may_be_none}.")
+        for field in ("target_bits_per_weight", "target_size_gib", "max_perplexity_ratio"):
+            value, may_be_none = getattr(self, field), field != "max_perplexity_ratio"
+            if not (value is None and may_be_none) and not (_is_number(value) and value > 0):
+                raise ConfigError(
+                    f"{field}={value!r} was asked for; it is a positive finite number{', or None' * may_be_none}."
+                )
+        if self.meta is not None and not (
+            isinstance(self.meta, dict) and all(isinstance(key, str) for key in self.meta)
+        ):
+            raise ConfigError(
+                f"meta={_short(self.meta)} was asked for; it is a dict with text as keys, or None, and goes to "
+                "config.json."
+            )
         if self.target_bits_per_weight is not None and self.target_size_gib is not None:
             raise ConfigError("Pass target_bits_per_weight or target_size_gib, not both: they may contradict.")
         self._check_serving(self._base_scheme())
@@ -331,15 +386,17 @@ class GPTQConfig(transformers.GPTQConfig):
                 f"dynamic={self.dynamic!r} was asked for; it is a dict of patterns with dicts of settings."
             )
         for pattern, override in (self.dynamic or {}).items():
-            if not isinstance(pattern, str) or not isinstance(override or {}, dict):
+            if not isinstance(pattern, str) or not isinstance(override, dict):
                 raise ConfigError(
                     f"dynamic: {pattern!r}: {override!r} was asked for; the first is a pattern, and the second a dict "
-                    f"of settings: {', '.join(OVERRIDES)}."
+                    f"of settings: {', '.join(OVERRIDES)}; or {{}}."
                 )
             try:
                 re.compile(pattern_in(pattern))
             except re.error as error:
                 raise ConfigError(f"dynamic: {pattern!r} is not a regular expression: {error}.") from error
+            for key in {"sym", "desc_act"} & override.keys():
+                _switch(f"dynamic: {pattern!r}: {key}", override[key])
             if not pattern.startswith("-:"):
                 self._check_serving(self._scheme_with(override))
 
@@ -411,9 +468,10 @@ class GPTQConfig(transformers.GPTQConfig):
     @property
     def _writers(self) -> tuple[str, ...]:
         """Of a checkpoint: the tools that wrote it, as "name:version", as far as they say so."""
-        wrote = (self.meta or {}).get("quantizer") or ()
+        wrote = (self.meta or {}).get("quantizer")
+        tools = wrote if isinstance(wrote, (list, tuple)) else (wrote,)
         by_auto_round = ("auto-round",) if "autoround_version" in self.unknown else ()
-        return (*((wrote,) if isinstance(wrote, str) else wrote), *by_auto_round)
+        return (*(tool.lower() for tool in tools if isinstance(tool, str)), *by_auto_round)
 
     @property
     def zero_format(self) -> str:
@@ -456,12 +514,12 @@ class GPTQConfig(transformers.GPTQConfig):
             refinement=self._pieces.refinement if self.refinement is None else self.refinement,
         )
 
-    def _scheme_with(self, override: dict[str, Any] | None) -> LayerScheme:
+    def _scheme_with(self, override: dict[str, Any]) -> LayerScheme:
         """The base scheme with one entry of `dynamic` applied."""
         merged = copy.copy(self)
         for key in OVERRIDES:
-            if key in (override or {}):
-                setattr(merged, key, (override or {})[key])
+            if key in override:
+                setattr(merged, key, override[key])
         return merged._base_scheme()
 
     def for_checkpoint(
@@ -594,6 +652,20 @@ class GPTQConfig(transformers.GPTQConfig):
 
 SHORT = 80  # characters
 DATA = ("dataset", "tokenizer")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, and not a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _switch(field: str, value: Any) -> bool:
+    """A truth value; files have 0 and 1 as well."""
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ConfigError(
+            f"{field}={_short(value)} was asked for; allowed are True and False (in a file also 1 and 0)."
+        )
+    return bool(value)
 
 
 def _short(value: Any) -> str:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizing a model that is in memory already: the steps of `from_pretrained` after its weights have been read."""
 
+import copy
 from typing import Any
 
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optq.errors import ModelError
 from optq.torch_state import default_torch_state
@@ -15,7 +16,7 @@ from .quantizer import OptqHfQuantizer
 
 
 @default_torch_state()
-def quantize_in_memory(model: PreTrainedModel, config: transformers.GPTQConfig) -> PreTrainedModel:
+def quantize_in_memory(model: PreTrainedModel, config: transformers.GPTQConfig | dict[str, Any]) -> PreTrainedModel:
     """Replace the linears of a loaded model by packed ones, as `from_pretrained(quantization_config=config)` does.
 
     Args:
@@ -30,6 +31,7 @@ def quantize_in_memory(model: PreTrainedModel, config: transformers.GPTQConfig) 
     """
     refuse_unless_whole(model)
     quantizer = OptqHfQuantizer(config, pre_quantized=False)
+    _own_config(model)
     device_map = getattr(model, "hf_device_map", None)
     quantizer.validate_environment(device_map=device_map)
     marks = {name: getattr(model, name, None) for name in ("is_quantized", "quantization_method")}
@@ -50,6 +52,15 @@ def quantize_in_memory(model: PreTrainedModel, config: transformers.GPTQConfig) 
         raise
     model.hf_quantizer = quantizer
     return model
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a config of its own, parts of it included: others may be made of the same objects."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig):
+            module.config = copy.deepcopy(config, copies)
 
 
 def refuse_unless_whole(model: Any) -> None:

@@ -146,7 +146,13 @@ def without_effect(config: GPTQConfig, linears: list[str]) -> list[str]:
         if not any(name.endswith(f".{entry}") and kind_of(name) != name for name in linears)
     ]
     for pattern, override in (config.dynamic or {}).items():
-        if not any(re.match(pattern_in(pattern), name) for name in linears):
+        matched = [name for name in linears if re.match(pattern_in(pattern), name)]
+        if matched and not config.lm_head and not pattern.startswith("-:") and all(kind_of(n) == n for n in matched):
+            found.append(
+                f"dynamic: {pattern!r} matches only the output head, which stays as it is, so it has no effect. The "
+                "output head is asked for with lm_head=True."
+            )
+        if not matched:
             found.append(
                 f"dynamic: {pattern!r} matches no linear layer, so it has no effect."
                 + _nearest(re.sub(r"\\[dw.]|[^\w.]", "", pattern_in(pattern)).strip("."), linears)

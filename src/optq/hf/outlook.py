@@ -26,7 +26,7 @@ from optq.torch_state import default_torch_state
 from .api import model_without_weights
 from .config import GPTQConfig
 from .origin import where_in
-from .preparation import prepare, prepare_data, vocabulary_of
+from .preparation import budget_of, dense_bytes, prepare, prepare_data, vocabulary_of
 from .source import check_files, head_width_of, parallel_plan_of, place_of
 from .upfront import check_kernels, check_request
 
@@ -112,7 +112,7 @@ class Outlook:
 @default_torch_state()
 def plan(
     model_id_or_dir: str | os.PathLike[str],
-    config: transformers.GPTQConfig,
+    config: transformers.GPTQConfig | dict[str, Any],
     *,
     tensor_parallel: int = 1,
     **kwargs: Any,
@@ -143,14 +143,10 @@ def plan(
     targets = planned.all_targets
     stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets)
     weights = sum(math.prod(target.view.shape) for target in targets)
-    quantized = {id(target.view.parameter) for target in targets}
     dense = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # each once, however often it is tied
-    left = sum(size for identity, size in dense.items() if identity not in quantized)
-    embedding = model.get_input_embeddings().weight
-    if id(embedding) in quantized:  # a tied head, which will be untied
-        left += dense[id(embedding)]
+    left = dense_bytes(model, planned)
     if config.has_budget:
-        stored = min(_budget(config, weights, left), sum(_most_bits(config, target) for target in targets))
+        stored = min(int(budget_of(model, config, planned)), sum(_most_bits(config, target) for target in targets))
     memory = _memory(model, planned, calibration, device)
     activations, (on_device, _) = memory["activations"], config.activation_limits(device)
     memory["activations"] = min(activations, int(on_device))
@@ -192,14 +188,6 @@ def _duration(model: Any, planned: Plan, calibration: Calibration, config: GPTQC
     if not config.own_text:
         return found
     return replace(found, uncounted=(*found.uncounted, "what the model writes to be calibrated on"))
-
-
-def _budget(config: GPTQConfig, weights: int, left: int) -> int:
-    """The bits that a budget leaves for so many weights, beside `left` bytes of what is not quantized."""
-    if config.target_bits_per_weight is not None:
-        return int(config.target_bits_per_weight * weights)
-    assert config.target_size_gib is not None
-    return max(0, int(8 * (config.target_size_gib * GIB - left)))
 
 
 def _most_bits(config: GPTQConfig, target: Target) -> int:

@@ -3,6 +3,7 @@
 
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from optq.calibration import TOKENS_PER_MICRO_BATCH, TOKENS_PER_STEP, Calibration, accepted, prepare_calibration
-from optq.errors import CalibrationError, ConfigError
+from optq.errors import CalibrationError, ConfigError, ModelError
+from optq.memory import GIB
 from optq.model import Experts, find_blocks, find_fused_experts, find_linears, put_fused, put_split
 from optq.planning import Plan, plan_quantization
 from optq.positions import fitting, positions_of, stated_positions
@@ -94,9 +96,87 @@ def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
     experts = {
         name: module for name, module in experts.items() if any(linear.startswith(f"{name}.") for linear in planned)
     }
+    if config.has_budget:
+        put_split(model, experts)
+        try:
+            budget_of(model, config, plan)
+        finally:
+            put_fused(model, experts)
+    _refuse_shared(model, plan)
     for module in experts.values():
         module.every_token = config.calibrate_all_experts
     return plan, experts
+
+
+def _refuse_shared(model: Any, plan: Plan) -> None:
+    """Refuse linears that have several names: each can be replaced once, and calibrated in one place."""
+    planned = {id(target.view.module) for target in plan.all_targets}
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in planned:
+            names.setdefault(id(module), []).append(name)
+    for found in names.values():
+        if len(found) > 1:
+            raise ModelError(
+                f"{type(model).__name__} has one linear under several names: {', '.join(found[:3])}"
+                f"{' …' * (len(found) > 3)}. It or a module around it is shared, and cannot be quantized in several "
+                "places. Put a copy.deepcopy() of that module into all places but one, or exclude these linears with "
+                "dynamic."
+            )
+
+
+def budget_of(model: Any, config: GPTQConfig, plan: Plan) -> float:
+    """How many bits the planned linears may take: what `target_bits_per_weight` or `target_size_gib` leaves for them.
+
+    Args:
+        model: may be on the meta device; its experts are split.
+    Raises:
+        ConfigError: even with the smallest schemes, each linear by itself, they take more.
+    """
+    views = [target.view for target in plan.all_targets]
+    weights = sum(math.prod(view.shape) for view in views)
+    least = sum(
+        min((scheme.stored_bits(*view.shape) for scheme in config.candidates_for(view.name, *view.shape)), default=0)
+        for view in views
+    )
+    if config.target_bits_per_weight is not None:
+        budget, dense = config.target_bits_per_weight * weights, 0
+        asked = f"target_bits_per_weight={config.target_bits_per_weight}"
+    else:
+        assert config.target_size_gib is not None
+        dense = dense_bytes(model, plan)
+        budget = 8 * (config.target_size_gib * GIB - dense)
+        asked = f"target_size_gib={config.target_size_gib}"
+    if budget < least:
+        size = f", and the model {dense / GIB + least / 8 / GIB:.3g} GiB" if dense else ""
+        raise ConfigError(
+            f"{asked}, so a budget of {budget / weights:.3f} bits per weight was asked for, but the smallest allowed "
+            f"schemes need {least / weights:.3f}{size}. Ask for more, or allow fewer bits or larger groups."
+        )
+    return budget
+
+
+def dense_bytes(model: Any, plan: Plan) -> int:
+    """What is not quantized takes; `model` may be on the meta device, and its experts are split."""
+    quantized = {id(target.view.parameter) for target in plan.all_targets}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # on the meta device they may not be tied yet
+    sizes = {
+        id(parameter): parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in tied
+    }
+    embedding = getattr(_embedding(model), "weight", None)
+    if id(embedding) in quantized:  # a tied head, which will be untied
+        quantized.remove(id(embedding))
+    return sum(size for identity, size in sizes.items() if identity not in quantized)
+
+
+def _embedding(model: Any) -> Any:
+    """The input embedding, or None of a model that does not say which it is."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def why_not_written(model: Any) -> str | None:
@@ -116,10 +196,7 @@ def _has_decoder_inputs(model: Any) -> bool:
 
 def vocabulary_of(model: Any) -> int:
     """How many token ids there are."""
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:  # of models that do not say which it is
-        embedding = None
+    embedding = _embedding(model)
     if isinstance(getattr(embedding, "weight", None), torch.Tensor):
         return int(embedding.weight.shape[0])
     return int(model.config.get_text_config(decoder=True).vocab_size)  # some have an embedding per codebook

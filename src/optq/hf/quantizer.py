@@ -6,6 +6,7 @@ quantizing, *before* plans and checks everything that can fail early, and *after
 puts an empty `QuantLinear` wherever the checkpoint has packed words, and *after* lets each choose its kernel.
 """
 
+import copy
 import json
 import logging
 import math
@@ -29,7 +30,7 @@ from optq.errors import CalibrationError, CheckpointError, QualityError, counted
 from optq.evaluation import Comparison, is_good, judge
 from optq.kernels import tune
 from optq.layers import QuantLinear, join_experts, join_siblings
-from optq.memory import GIB, release_free_memory
+from optq.memory import release_free_memory
 from optq.model import LINEAR_TYPES, ROLES, ActivationStore, Experts, find_fused_experts, put_fused, put_split
 from optq.placement import execution_device, working_dtype
 from optq.planning import Plan
@@ -47,7 +48,7 @@ from .labels import ambiguity, check_label, zeros_are_ambiguous, zeros_contradic
 from .legacy import UNPICKLE
 from .origin import DTYPE, name_told, told, where_told
 from .parallel import ParallelLinear
-from .preparation import prepare, prepare_data
+from .preparation import budget_of, prepare, prepare_data
 from .source import forget_nested_quantization
 from .streaming import StreamedBlocks, why_not_streamed
 from .upfront import check_dtype, check_kernels, check_placement, check_request
@@ -211,7 +212,7 @@ class OptqHfQuantizer(HfQuantizer):
                     self._plan,
                     self._calibration,
                     lambda view: config.candidates_for(view.name, *view.shape),
-                    self._budget(model),
+                    budget_of(model, config, self._plan),
                     device=config.device,
                     log=self.log,
                     source=self._streamed,
@@ -318,22 +319,6 @@ class OptqHfQuantizer(HfQuantizer):
         """
         return all(experts.grouped is not None and experts.grouped.are_joined for experts in self._experts.values())
 
-    def _budget(self, model: Any) -> float:
-        """How many bits the planned linears may take."""
-        assert self._plan is not None
-        config = self.quantization_config
-        planned = [target.view for target in self._plan.all_targets]
-        if config.target_bits_per_weight is not None:
-            return config.target_bits_per_weight * sum(view.weight.numel() for view in planned)
-        assert config.target_size_gib is not None
-        quantized = {id(view.parameter) for view in planned}
-        dense = sum(
-            parameter.numel() * parameter.element_size()
-            for parameter in model.parameters()  # each once, however often it is tied
-            if id(parameter) not in quantized
-        )
-        return 8 * (config.target_size_gib * GIB - float(dense))
-
     def _record(self, model: Any) -> None:
         """Make the model's config say what the checkpoint will be."""
         assert self._plan is not None
@@ -380,6 +365,10 @@ class OptqHfQuantizer(HfQuantizer):
                 f"{type(model).__name__}. The checkpoint was made for another architecture."
             )
         self._packed = list(fitting)
+        if config.lm_head and not any(kind_of(name) == name for name in fitting):  # left out: this model has no head
+            self.quantization_config = config = copy.copy(config)
+            config.lm_head = False
+            model.config.quantization_config = config
         dtype = model.dtype
         layer_type = ParallelLinear if parallel.wants_parallel(model) else QuantLinear
         for name, tensors in fitting.items():

@@ -25,6 +25,9 @@ COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LI
 
 ENTRY = "quantization_config"
 
+TOKENIZERS = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "spiece*", "tekken*", "sentencepiece*")
+"""What a tokenizer's files are called; a slow one's may be its vocabulary alone."""
+
 NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
 
 
@@ -147,6 +150,11 @@ def companions_folder(source: str, kwargs: dict[str, Any]) -> Path:
     keys = ("revision", "token", "cache_dir", "local_files_only")
     snapshot = snapshot_download(source, allow_patterns=list(COMPANIONS), **_only(keys, kwargs))
     return Path(snapshot, kwargs.get("subfolder") or "")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files, of whatever kind."""
+    return bool(files_of(folder, TOKENIZERS))
 
 
 def copy_companions(source: Path, target: Path) -> None:

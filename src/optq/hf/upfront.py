@@ -147,11 +147,25 @@ def _check_written(config: GPTQConfig) -> None:
     for key, value in config.written().items():
         try:
             json.dumps(value, sort_keys=True, allow_nan=False)
+            _check_keys(value)
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{key}={_shown(value)} was asked for, which config.json cannot hold: {error}. Allowed are what JSON "
                 "has: text, finite numbers, true, false, null, and lists and dicts of these with text as keys."
             ) from error
+
+
+def _check_keys(value: Any) -> None:
+    """Refuse keys that JSON would turn into text, or that cannot be sorted beside text."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{key!r} is a key and no text")
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return
+    for part in value:
+        _check_keys(part)
 
 
 def _shown(value: Any) -> str:
