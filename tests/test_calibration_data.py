@@ -157,6 +157,16 @@ class TestBatches:
     def test_a_batch_is_as_many_samples_as_it_has_rows(self, samples, data):
         assert samples(data) == sorted(IDS.tolist())
 
+    def test_a_loader_of_lists_gives_samples_and_not_positions(self, samples):
+        rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * 15 + [0] * 5} for ids in IDS]
+        expected = sorted(ids[:15].tolist() for ids in IDS)
+        for size in (1, 4, 6):
+            loader = DataLoader(rows, batch_size=size)
+            assert samples(loader) == expected
+            for batches in (list(loader), iter(loader)):
+                with pytest.raises(CalibrationError, match=r"20 tensors of . numbers?, .*Pass the DataLoader itself"):
+                    samples(batches)
+
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_what_a_tokenizer_returns_is_taken_as_it_is(self, samples, tiny_llama, side):
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama, padding_side=side)
@@ -173,6 +183,9 @@ class TestBatches:
         added = (1 - mask.float()) * torch.finfo(torch.float32).min  # zero is real
         for kind in (mask.bool(), mask.float(), mask.half(), mask.numpy().astype(np.uint8), mask.tolist(), added):
             assert samples([{"input_ids": ids, "attention_mask": kind}]) == encoded(*TEXTS)
+        rows = [{"input_ids": row, "attention_mask": kept.tolist()} for row, kept in zip(ids, added, strict=True)]
+        assert not any(rows[1]["attention_mask"])  # nothing to remove
+        assert samples(rows) == encoded(*TEXTS)
         with pytest.raises(CalibrationError, match="not made of 0 and 1"):
             samples([{"input_ids": ids, "attention_mask": -mask}])
 

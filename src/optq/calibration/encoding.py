@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optq.errors import CalibrationError, counted
 
-from .sources import CHAT_COLUMNS, KNOWN_COLUMNS, TEXT_COLUMNS, Row, accepted, read_to_judge
+from .sources import CHAT_COLUMNS, KNOWN_COLUMNS, TEXT_COLUMNS, Row, accepted, is_by_position, read_to_judge
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names for those of chat templates."""
@@ -89,6 +89,13 @@ class Encoder:
                 raise CalibrationError(
                     f"Calibration {place} has {', '.join(more)} besides text, and the first samples have not. Pass "
                     "what the model's processor returns for every sample, in a list."
+                )
+            ids = row["input_ids"]
+            if is_by_position(ids) and len(ids) > ids[0].numel():
+                raise CalibrationError(
+                    f"Calibration {place} has input_ids of {len(ids)} tensors of {counted(ids[0].numel(), 'number')}, "
+                    "as torch's default_collate makes of lists: one per position, not per sample. Pass the DataLoader "
+                    "itself or its dataset, or stack them: torch.stack(input_ids, dim=1)."
                 )
             yield from _unpadded(row["input_ids"], row.get("attention_mask"), place)
             return
@@ -261,7 +268,7 @@ def _unpadded(ids: Any, mask: Any, place: str) -> Iterator[list[int]]:
         raise CalibrationError(
             f"Calibration {place} has {counted(len(rows), 'row')} of input_ids and {len(masks)} of attention_mask."
         )
-    is_added = any(kept is not None and _is_negative(_as_tensor(kept, place, "attention_mask")) for kept in masks)
+    is_added = _is_added([_as_tensor(kept, place, "attention_mask") for kept in masks if kept is not None])
     for index, (row, kept) in enumerate(zip(rows, masks, strict=True)):
         where = place if len(rows) == 1 else f"{place.rstrip(',')}, row {index} of its batch,"
         found = _integers(row, where)
@@ -289,9 +296,10 @@ def _integers(row: Any, place: str) -> Tensor:
     return found.to(torch.int64)
 
 
-def _is_negative(mask: Tensor) -> bool:
-    """Whether a mask is to be added to scores, so that its real tokens have 0, and not 1."""
-    return mask.is_floating_point() and bool((mask < 0).any())
+def _is_added(masks: Sequence[Tensor]) -> bool:
+    """Whether masks are to be added to scores, so that real tokens have 0, and not 1; without a real one, none is."""
+    are_floats = len(masks) > 0 and all(mask.is_floating_point() for mask in masks)
+    return are_floats and (any(bool((mask < 0).any()) for mask in masks) or not any(map(torch.any, masks)))
 
 
 def _kept(mask: Any, is_added: bool, place: str) -> Tensor:
