@@ -3,7 +3,9 @@
 
 import json
 import logging
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -357,6 +359,17 @@ def test_names_and_weights_can_be_checked_without_loading_anything(dataset):
         check_sources(dataset)
     check_sources("wikitext2:0.5,self:0.5")
     check_sources(["hello"])
+
+
+def test_a_list_of_names_or_files_is_not_taken_for_texts(prepare, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).write_text('"a text of its own"')
+    for dataset in (["wikitext2"], ("a.jsonl", "b.jsonl"), ["wikitext2:0.7", "a.jsonl:0.3"], [Path("a.jsonl"), "c4"]):
+        named = re.escape(repr(",".join(map(str, dataset))))
+        with pytest.raises(CalibrationError, match=f"a list of names or files; .* Pass one string, {named}"):
+            prepare(dataset)
+    assert prepare(["wikitext2", "hello there"]).recipe["samples"] >= 1
 
 
 def test_damaged_files_are_refused(prepare, tmp_path):

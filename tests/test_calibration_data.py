@@ -132,6 +132,25 @@ class TestChats:
         with pytest.raises(CalibrationError, match=rf"sample [01] is a chat that .* template refuses.*{message}"):
             samples([chat("fine"), chat("x")], tokenizer)
 
+    def test_tools_and_documents_reach_the_template(self, samples, tiny_llama):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+        tokenizer.chat_template = (
+            "{% for part in (tools or []) + (documents or []) %}{{ part | tojson }}{% endfor %}"
+            "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+        )
+        add, look = {"name": "add"}, {"name": "look", "title": None}  # as a table fills it up
+        for row in (
+            {"messages": chat("hi"), "tools": [add, look]},
+            {"messages": chat("hi"), "tools": json.dumps([add, look]), "documents": None},
+            {"messages": chat("hi"), "tools": [json.dumps(add)], "documents": [look]},
+            {"messages": [chat("hi")], "tools": [[add]], "documents": [[look]]},
+        ):
+            assert samples([row], tokenizer) == encoded('{"name": "add"}{"name": "look"}hiyo')
+        two = {"messages": [chat("hi"), chat("ho")], "tools": [[add], None]}
+        assert samples([two], tokenizer) == encoded('{"name": "add"}hiyo', "hoyo")
+        with pytest.raises(CalibrationError, match="sample 0 has tools that are a str; a list of dicts is needed"):
+            samples([{"messages": chat("hi"), "tools": "add, look"}], tokenizer)
+
     def test_a_text_that_the_tokenizer_refuses_names_the_sample(self, samples):
         with pytest.raises(CalibrationError, match="sample 1 cannot be encoded"):
             samples(["fine", "half a surrogate \ud800"])
@@ -157,6 +176,22 @@ class TestBatches:
     def test_a_batch_is_as_many_samples_as_it_has_rows(self, samples, data):
         assert samples(data) == sorted(IDS.tolist())
 
+    def test_sparse_tensors_are_refused_in_few_words(self, samples):
+        for data in (IDS.to_sparse(), [IDS[0].to_sparse()], {"input_ids": IDS, "attention_mask": IDS.to_sparse()}):
+            with pytest.raises(CalibrationError, match=r"in a sparse tensor, torch.sparse_coo; .*to_dense") as refused:
+                samples(data)
+            assert len(str(refused.value)) < 300
+
+    def test_a_loader_of_lists_gives_samples_and_not_positions(self, samples):
+        rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * 15 + [0] * 5} for ids in IDS]
+        expected = sorted(ids[:15].tolist() for ids in IDS)
+        for size in (1, 4, 6):
+            loader = DataLoader(rows, batch_size=size)
+            assert samples(loader) == expected
+            for batches in (list(loader), iter(loader)):
+                with pytest.raises(CalibrationError, match=r"20 tensors of . numbers?, .*Pass the DataLoader itself"):
+                    samples(batches)
+
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_what_a_tokenizer_returns_is_taken_as_it_is(self, samples, tiny_llama, side):
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama, padding_side=side)
@@ -173,6 +208,9 @@ class TestBatches:
         added = (1 - mask.float()) * torch.finfo(torch.float32).min  # zero is real
         for kind in (mask.bool(), mask.float(), mask.half(), mask.numpy().astype(np.uint8), mask.tolist(), added):
             assert samples([{"input_ids": ids, "attention_mask": kind}]) == encoded(*TEXTS)
+        rows = [{"input_ids": row, "attention_mask": kept.tolist()} for row, kept in zip(ids, added, strict=True)]
+        assert not any(rows[1]["attention_mask"])  # nothing to remove
+        assert samples(rows) == encoded(*TEXTS)
         with pytest.raises(CalibrationError, match="not made of 0 and 1"):
             samples([{"input_ids": ids, "attention_mask": -mask}])
 
@@ -229,6 +267,17 @@ class TestIterables:
             pandas.Series(TEXTS, [7, 8, 9]),
         ):
             assert samples(table) == encoded(*TEXTS)
+
+    def test_chats_in_cells_of_pandas_are_those_of_the_file(self, samples, tmp_path):
+        pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+        file = tmp_path / "chat.parquet"
+        chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in TEXTS]
+        pandas.DataFrame({"messages": chats}).to_parquet(file)
+        table = pandas.read_parquet(file)
+        assert type(table["messages"][0]) is np.ndarray
+        by_path = samples(str(file))
+        for data in (table, table["messages"], table.to_dict("records"), iter(table["messages"])):
+            assert samples(data) == by_path == encoded(*(f"<user>{text}" for text in TEXTS))
 
     def test_numbers_beside_a_text_are_no_images(self, samples):
         datasets = pytest.importorskip("datasets")

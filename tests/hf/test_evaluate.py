@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, T5Config, ViTConfig
 
 import optq
 from optq import GPTQConfig
-from optq.errors import CalibrationError
+from optq.errors import CalibrationError, ConfigError
 from optq.hf.evaluate import Evaluation
 
 KWARGS = {"window": 64, "stride": 16, "dtype": torch.float32, "device": "cpu"}
@@ -105,6 +105,37 @@ def test_a_text_that_is_too_short_is_refused(quantized, tmp_path):
 def test_a_text_of_another_vocabulary_is_refused(quantized):
     with pytest.raises(CalibrationError, match="has token id 500, but the model's vocabulary ends at 127"):
         optq.evaluate(quantized[2], dataset=[{"input_ids": [500] * 128}], **KWARGS)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "reason"),
+    [
+        (LlamaConfig(), "LlamaForSequenceClassification", "is a LlamaForSequenceClassification, which does not pred"),
+        (LlamaConfig(tie_word_embeddings=False), "LlamaModel", "is a LlamaModel, which does not predict"),
+        (BertConfig(), "BertForMaskedLM", "is a BertForMaskedLM, which does not predict"),
+        (T5Config(), "T5ForConditionalGeneration", "reads one text with its encoder"),
+        (ViTConfig(), "ViTForImageClassification", "of the type 'vit', which writes no text"),
+    ],
+)
+def test_what_does_not_predict_the_next_token_is_refused_before_it_is_loaded(config, architecture, reason, tmp_path):
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)  # there are no weights to load
+    with pytest.raises(ConfigError, match=f"{reason}.* no perplexity .* causal language models"):
+        optq.evaluate(tmp_path, dataset=["a text"], **KWARGS)
+
+
+def test_an_object_that_does_not_predict_the_next_token_has_no_perplexity():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForMaskedLM(BertConfig(vocab_size=16, **sizes))
+    with pytest.raises(ConfigError, match="BertForMaskedLM does not predict the next token"):
+        optq.perplexity(model, torch.arange(16), 8)
+
+
+def test_an_original_with_another_vocabulary_is_refused_before_it_is_loaded(tiny_llama, tmp_path):
+    config = LlamaConfig(vocab_size=136, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"vocabulary of 128 tokens, .* one of 136; .*resize_token_embeddings"):
+        optq.evaluate(tiny_llama, baseline=tmp_path, dataset=["a text"], **KWARGS)
 
 
 def test_what_a_tokenizer_returns_is_judged_on_as_the_text_is(quantized, text, tiny_llama):

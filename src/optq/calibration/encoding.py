@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows become lists of token ids: texts and chats through the tokenizer, ids as they are."""
 
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from optq.errors import CalibrationError, counted
 
-from .sources import CHAT_COLUMNS, KNOWN_COLUMNS, TEXT_COLUMNS, Row, accepted, read_to_judge
+from .sources import CHAT_COLUMNS, KNOWN_COLUMNS, TEXT_COLUMNS, Row, accepted, is_by_position, read_to_judge
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names for those of chat templates."""
@@ -20,6 +22,9 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 SAID_ELSEWHERE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What a turn without content has instead."""
+
+BESIDE_TURNS = ("tools", "documents")
+"""Columns that chat templates take besides the turns."""
 
 RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What the code of a tokenizer or a chat template may raise on data that it was not written for."""
@@ -56,7 +61,7 @@ class Encoder:
         Raises:
             CalibrationError: the row has no known form; its place says which it is.
         """
-        return list(self._samples(row.content, row.place))
+        return list(self._samples(_in_lists(row.content), row.place))
 
     def _samples(self, content: Any, place: str) -> Iterator[list[int]]:
         if isinstance(content, str):
@@ -90,16 +95,31 @@ class Encoder:
                     f"Calibration {place} has {', '.join(more)} besides text, and the first samples have not. Pass "
                     "what the model's processor returns for every sample, in a list."
                 )
+            ids = row["input_ids"]
+            if is_by_position(ids) and len(ids) > ids[0].numel():
+                raise CalibrationError(
+                    f"Calibration {place} has input_ids of {len(ids)} tensors of {counted(ids[0].numel(), 'number')}, "
+                    "as torch's default_collate makes of lists: one per position, not per sample. Pass the DataLoader "
+                    "itself or its dataset, or stack them: torch.stack(input_ids, dim=1)."
+                )
             yield from _unpadded(row["input_ids"], row.get("attention_mask"), place)
             return
         for column in (*CHAT_COLUMNS, *TEXT_COLUMNS):
             value, is_text = row.get(column, ()), column in TEXT_COLUMNS
-            if isinstance(value, str) if is_text else _is_chat(value):
+            if not is_text and _is_chat(value):
+                yield self._chat(value, place, _beside_turns(row, place))
+                return
+            if is_text and isinstance(value, str):
                 yield from self._samples(value, place)
                 return
             fits = (lambda part: isinstance(part, str)) if is_text else _is_chat
             if _is_list(value) and len(value) and all(map(fits, value)):
-                yield from self._samples(value, place)
+                beside = {} if is_text else {name: row[name] for name in BESIDE_TURNS if row.get(name) is not None}
+                for index, part in enumerate(value):
+                    where = f"{place.rstrip(',')}, row {index} of its batch,"
+                    # Of a batch, each chat has its own, or all have the same.
+                    own = {name: of[index] if _is_per_chat(of, len(value)) else of for name, of in beside.items()}
+                    yield self._ids(part, where) if is_text else self._chat(part, where, _beside_turns(own, where))
                 return
         raise CalibrationError(
             f"Calibration {place} is a dict with {sorted(map(str, row))}, of which none of {', '.join(KNOWN_COLUMNS)} "
@@ -114,7 +134,9 @@ class Encoder:
         except RAISED as error:
             raise CalibrationError(f"Calibration {place} cannot be encoded by the tokenizer: {error}") from error
 
-    def _chat(self, turns: Sequence[Mapping[str, Any]], place: str) -> list[int]:
+    def _chat(
+        self, turns: Sequence[Mapping[str, Any]], place: str, beside: Mapping[str, Any] | None = None
+    ) -> list[int]:
         messages = [_message(turn, f"{place.rstrip(',')}, turn {index}") for index, turn in enumerate(turns)]
         if not getattr(self.tokenizer, "chat_template", None):
             raise CalibrationError(
@@ -123,21 +145,21 @@ class Encoder:
             )
         refusal: CalibrationError | None = None
         try:
-            text = self._rendered(messages, place)
+            text = self._rendered(messages, place, beside)
         except CalibrationError as error:
             text, refusal = "", error
         if refusal is not None or _lost(messages, text):
             # Some templates for images and text take lists of parts only, and nothing from strings.
             in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
             with suppress(CalibrationError):
-                with_parts = self._rendered(in_parts, place)
+                with_parts = self._rendered(in_parts, place, beside)
                 if "[{" not in with_parts and not _lost(messages, with_parts):
                     text, refusal = with_parts, None
         if refusal is not None:
             raise refusal
         return self._ids(text, place, add_special_tokens=False)  # the template has them
 
-    def _rendered(self, messages: list[dict[str, Any]], place: str) -> str:
+    def _rendered(self, messages: list[dict[str, Any]], place: str, beside: Mapping[str, Any] | None) -> str:
         try:
             from jinja2 import TemplateError
         except ImportError as error:
@@ -145,7 +167,7 @@ class Encoder:
                 f"Calibration {place} is a chat, which takes jinja2: pip install jinja2."
             ) from error
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **(beside or {})))
         except (TemplateError, *RAISED) as error:
             raise CalibrationError(
                 f"Calibration {place} is a chat that the tokenizer's chat template refuses: {error}. "
@@ -178,6 +200,58 @@ def _is_chat(value: Any) -> bool:
         and all(isinstance(turn, Mapping) for turn in value)
         and any("role" in turn or ("from" in turn and "value" in turn) for turn in value)
     )
+
+
+def _beside_turns(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What a chat's row has for the template besides the turns: tools and documents, as lists.
+
+    Raises:
+        CalibrationError: one of them is something else.
+    """
+    found: dict[str, Any] = {}
+    for name in BESIDE_TURNS:
+        value = _parsed(row.get(name))
+        is_nothing = value is None or (isinstance(value, float) and math.isnan(value))  # NaN: pandas' None
+        if is_nothing or (isinstance(value, Sequence) and len(value) == 0):
+            continue
+        if _is_list(value):
+            value = [_parsed(part) for part in value]
+        if not _is_list(value) or not all(isinstance(part, Mapping) or callable(part) for part in value):
+            raise CalibrationError(
+                f"Calibration {place} has {name} that are a {type(value).__name__}; a list of dicts is needed, as the "
+                "chat template takes them, or one in JSON. Leave them out if they are something else."
+            )
+        found[name] = [_without_nulls(part) for part in value]
+    return found
+
+
+def _is_per_chat(value: Any, chats: int) -> bool:
+    return _is_list(value) and len(value) == chats and all(part is None or _is_list(_parsed(part)) for part in value)
+
+
+def _parsed(value: Any) -> Any:
+    """What is JSON in a text, as tables keep what has no columns of its own; all else as it is."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(value) if isinstance(value, str) else value
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without what tables fill up where some rows have a key and others have not."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if _is_list(value) else value
+
+
+def _in_lists(value: Any) -> Any:
+    """The same with lists for arrays of objects, which pandas makes of the lists in a column."""
+    if getattr(getattr(value, "dtype", None), "kind", "") == "O" and getattr(value, "ndim", 0):
+        return [_in_lists(part) for part in value.tolist()]
+    if isinstance(value, dict):
+        return {key: _in_lists(part) for key, part in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        return [_in_lists(part) for part in value]
+    return value
 
 
 def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -255,13 +329,20 @@ def _sequences(value: Any) -> list[Any]:
 
 def _unpadded(ids: Any, mask: Any, place: str) -> Iterator[list[int]]:
     """The real tokens of every sample in input_ids and, maybe, attention_mask."""
+    for name, value in (("input_ids", ids), ("attention_mask", mask)):
+        for part in value if _is_list(value) else [value]:
+            if isinstance(part, Tensor) and "sparse" in str(part.layout):
+                raise CalibrationError(
+                    f"Calibration {place} has {name} in a sparse tensor, {part.layout}; a dense one is needed: pass "
+                    "to_dense() of it."
+                )
     rows = _sequences(ids)
     masks = [None] * len(rows) if mask is None else _sequences(mask)
     if len(rows) != len(masks):
         raise CalibrationError(
             f"Calibration {place} has {counted(len(rows), 'row')} of input_ids and {len(masks)} of attention_mask."
         )
-    is_added = any(kept is not None and _is_negative(_as_tensor(kept, place, "attention_mask")) for kept in masks)
+    is_added = _is_added([_as_tensor(kept, place, "attention_mask") for kept in masks if kept is not None])
     for index, (row, kept) in enumerate(zip(rows, masks, strict=True)):
         where = place if len(rows) == 1 else f"{place.rstrip(',')}, row {index} of its batch,"
         found = _integers(row, where)
@@ -289,9 +370,10 @@ def _integers(row: Any, place: str) -> Tensor:
     return found.to(torch.int64)
 
 
-def _is_negative(mask: Tensor) -> bool:
-    """Whether a mask is to be added to scores, so that its real tokens have 0, and not 1."""
-    return mask.is_floating_point() and bool((mask < 0).any())
+def _is_added(masks: Sequence[Tensor]) -> bool:
+    """Whether masks are to be added to scores, so that real tokens have 0, and not 1; without a real one, none is."""
+    are_floats = len(masks) > 0 and all(mask.is_floating_point() for mask in masks)
+    return are_floats and (any(bool((mask < 0).any()) for mask in masks) or not any(map(torch.any, masks)))
 
 
 def _kept(mask: Any, is_added: bool, place: str) -> Tensor:

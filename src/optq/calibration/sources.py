@@ -17,7 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from optq.errors import CalibrationError
 
@@ -200,10 +202,33 @@ def is_in_memory(dataset: Any) -> bool:
 
 
 def check_sources(dataset: Any) -> None:
-    """Refuse weights that make no sense, and names and paths that do not exist, before anything is loaded."""
+    """Refuse weights that make no sense, and names and paths that do not exist, before anything is loaded.
+
+    Raises:
+        CalibrationError: what is wrong with them; or a list holds nothing but names and paths, which are no texts.
+    """
+    if isinstance(dataset, Sequence) and not isinstance(dataset, str) and len(dataset) and all(map(_is_name, dataset)):
+        named = ",".join(map(str, dataset))
+        raise CalibrationError(
+            f"dataset={[str(part) for part in dataset]} is a list of names or files; the strings of a list are read "
+            f"as texts. Pass one string, {named!r}; a weight may follow each, as in 'wikitext2:0.7,./my.jsonl:0.3'."
+        )
     for source, _ in mixture(dataset):
         if isinstance(source, (str, Path)) and not _exists(str(source)):
             raise CalibrationError(_no_such_source(str(source)))
+
+
+def _is_name(part: Any) -> bool:
+    """Whether a string of a list is meant as a source, with or without a weight, and not as a text."""
+    if isinstance(part, Path):
+        return True
+    if not isinstance(part, str):
+        return False
+    match = WEIGHTED.fullmatch(part)
+    return any(
+        name in (SELF, *DATASETS) or (_suffix(Path(name)) in FILE_SUFFIXES and os.path.isfile(name))
+        for name in (part, match["source"] if match else part)
+    )
 
 
 def _weights_in(text: str) -> dict[str, float]:
@@ -262,6 +287,8 @@ def read(source: Any, samples: int | None, seed: int) -> tuple[Iterable[Row], di
 
 def _rows_of(source: Any) -> Any:
     """The rows of an object: what has a length and is indexed, or at least can be iterated."""
+    if isinstance(source, DataLoader) and source.collate_fn is default_collate:
+        return map(_stacked, source)
     if is_row(source) or (hasattr(source, "tolist") and _is_numeric(source)):
         return [source]  # one row, which may hold a batch
     if hasattr(source, "columns"):
@@ -277,6 +304,22 @@ def _rows_of(source: Any) -> Any:
         hint = " Call it, and pass what it returns." if callable(source) else ""
         raise CalibrationError(f"dataset= is a {type(source).__name__}; pass {accepted()}.{hint}")
     return source
+
+
+def _stacked(batch: Any) -> Any:
+    """What torch's default_collate makes of lists, a tensor per position, as a tensor with a row per sample."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {name: torch.stack(list(value), 1) if is_by_position(value) else value for name, value in batch.items()}
+
+
+def is_by_position(value: Any) -> bool:
+    """Whether these are tensors of one dimension and one length, in a list: samples, or positions of samples."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(part, Tensor) and part.ndim == 1 and part.shape == value[0].shape for part in value)
+    )
 
 
 def _is_numeric(array: Any) -> bool:

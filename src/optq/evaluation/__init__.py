@@ -14,6 +14,7 @@ from .perplexity import Perplexity as Perplexity
 from .perplexity import Protocol as Protocol
 from .perplexity import Span as Span
 from .perplexity import compare_on as compare_on
+from .perplexity import no_perplexity as no_perplexity
 from .perplexity import perplexity as perplexity
 from .perplexity import perplexity_on as perplexity_on
 from .perplexity import spans as spans

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from optq.errors import counted
+from optq.errors import ConfigError, counted
 from optq.positions import fitting
 from optq.torch_state import default_torch_state
 
@@ -111,10 +111,24 @@ def perplexity(
         windows: how many to use at most, from the start; by default all.
         protocol, stride: see `Protocol` and `spans`.
     Raises:
+        ConfigError: the model does not predict the next token.
         ValueError: the text is too short for the protocol.
     """
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is not None and not can_generate():
+        raise ConfigError(no_perplexity(type(model).__name__, "does not predict the next token"))
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(no_perplexity(type(model).__name__, "reads one text with its encoder to write another"))
     window = fitting(model, window, f"window={window}")
     return perplexity_on(model, input_ids, spans(input_ids.numel(), protocol, window, stride)[:windows])
+
+
+def no_perplexity(what: str, reason: str) -> str:
+    """The message where a model has none."""
+    return (
+        f"{what} {reason}, so a text has no perplexity under it. Perplexity is of causal language models; judge this "
+        "one by its own task."
+    )
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from optq.calibration import SELF, check_vocabulary, read_for_evaluation, write_samples
 from optq.errors import CalibrationError, ConfigError, counted
@@ -25,6 +26,7 @@ from optq.evaluation import (
     Speed,
     compare_on,
     generation_speed,
+    no_perplexity,
     perplexity_on,
     spans,
 )
@@ -138,12 +140,18 @@ def compare(
         kwargs: for `from_pretrained` of every model: dtype, revision, token, trust_remote_code, …
     Raises:
         CalibrationError: the text cannot be read, or is shorter than a window.
+        ConfigError: one of the models does not predict the next token, or has another vocabulary than the baseline.
     """
     device = execution_device(device)
     names = [place_of(model) for model in models]
     origin = None if baseline is None else place_of(baseline)
     reference = origin or names[0]
-    stated = {name: stated_positions(model_config_of(name, kwargs)) for name in dict.fromkeys([reference, *names])}
+    configs = {name: model_config_of(name, kwargs) for name in dict.fromkeys([reference, *names])}
+    for name, config in configs.items():
+        _check_predicts(name, config)
+        if origin is not None:
+            _check_comparable(name, config, origin, configs[origin])
+    stated = {name: stated_positions(config) for name, config in configs.items()}
     shortest = min(stated, key=lambda name: stated[name] or window)
     if (limit := stated[shortest] or window) < window:
         positions = counted(limit, "position")
@@ -209,6 +217,42 @@ def _room(model: Any, prompt: int, new: int) -> int:
             "with the prompt. Ask for fewer."
         )
     return room
+
+
+def _check_predicts(name: str, config: Any) -> None:
+    """Refuse what AutoModelForCausalLM would not load, or would load with a head that it makes up.
+
+    Raises:
+        ConfigError: the model does not predict the next token.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(no_perplexity(name, "reads one text with its encoder to write another"))
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(no_perplexity(name, f"is of the type {config.model_type!r}, which writes no text"))
+    headless = AutoModel._model_mapping.get(type(config), None)
+    for architecture in config.architectures or ():
+        found = getattr(transformers, architecture, None)  # None: one that transformers does not have
+        if found is None or (found is headless and config.get_text_config(decoder=True).tie_word_embeddings):
+            continue  # the second: its embeddings are its head
+        if not found.can_generate():
+            raise ConfigError(no_perplexity(name, f"is a {architecture}, which does not predict the next token"))
+
+
+def _check_comparable(name: str, config: Any, origin: str, original: Any) -> None:
+    """Refuse models that spread their probabilities over different tokens.
+
+    Raises:
+        ConfigError: the vocabularies differ in size.
+    """
+    sizes = [getattr(found.get_text_config(decoder=True), "vocab_size", None) for found in (config, original)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"{name} has a vocabulary of {sizes[0]} tokens, and the baseline {origin} one of {sizes[1]}; only models "
+            "with the same one can be compared. Resize the baseline's embeddings as the model's were "
+            "(resize_token_embeddings), or leave baseline= out."
+        )
 
 
 def _load(name: str, device: torch.device, kwargs: dict[str, Any]) -> Any:
