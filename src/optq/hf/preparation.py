@@ -150,8 +150,8 @@ def budget_of(model: Any, config: GPTQConfig, plan: Plan) -> float:
     if budget < least:
         size = f", and the model {dense / GIB + least / 8 / GIB:.3g} GiB" if dense else ""
         raise ConfigError(
-            f"{asked}, so a budget of {budget / weights:.3f} bits per weight was asked for, but the smallest allowed "
-            f"schemes need {least / weights:.3f}{size}. Ask for more, or allow fewer bits or larger groups."
+            f"{asked}, so a budget of {max(budget, 0) / weights:.3f} bits per weight was asked for, but the smallest "
+            f"allowed schemes need {least / weights:.3f}{size}. Ask for more, or allow fewer bits or larger groups."
         )
     return budget
 
