@@ -7,6 +7,7 @@ import io
 import peft
 import pytest
 import torch
+from packaging import version
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -256,6 +257,8 @@ def test_biases_of_packed_layers_are_trained_as_those_of_dense_ones(opt, probe_i
     for name in biases:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=1e-7)
         assert found[name].any()  # they began as zeros
+    if bias != "all" and version.parse(peft.__version__) < version.parse("0.21"):
+        pytest.skip("before 0.21, PEFT does not save these biases, of dense layers either")
     packed.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(opt), tmp_path)
     assert torch.equal(logits(again, probe_ids), logits(packed, probe_ids))
