@@ -16,10 +16,10 @@ test: lint
 # interpreter of Triton 3.6, which torch 2.11 comes with, does not know NumPy 2.4.
 test-min:
 	$(MAKE) test-versions VENV=.venv-min UNPINNED="^(torch|triton|transformers|peft|huggingface_hub|sympy|numpy)==" \
-		VERSIONS="torch==2.11.0 transformers==5.17.0 peft==0.20.0 numpy<2.4"
+		VERSIONS="torch==2.11.0 transformers==5.17.0 peft==0.20.0 'numpy<2.4'"
 
 test-latest:
-	$(MAKE) test-versions VENV=.venv-latest UNPINNED="==" VERSIONS="torch==2.13.0 transformers>=5.24"
+	$(MAKE) test-versions VENV=.venv-latest UNPINNED="==" VERSIONS="torch==2.13.0 'transformers>=5.24'"
 
 test-versions: $(VENV)/.installed-versions
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
