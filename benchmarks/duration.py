@@ -102,10 +102,10 @@ def in_this_process(case: dict[str, Any], source: str, output: str) -> dict[str,
     rows = torch.randint(0, 1000, (settings.pop("samples"), settings.pop("length"))).tolist()
     config = optq.GPTQConfig(**settings, dataset=[{"input_ids": row} for row in rows])
     started = time.monotonic()
-    outlook = optq.plan(source, config, dtype=torch.float32)
+    estimate = optq.plan(source, config, dtype=torch.float32)
     found: dict[str, Any] = {
         "planning_seconds": round(time.monotonic() - started, 1),
-        "predicted": {part: round(seconds, 1) for part, seconds in outlook.seconds.items()},
+        "predicted": {part: round(seconds, 1) for part, seconds in estimate.seconds.items()},
     }
     if not output:
         return found
@@ -121,13 +121,13 @@ def watched(before_and_after: Callable[[], None] = lambda: None) -> dict[str, fl
     Args:
         before_and_after: waits for what still runs elsewhere.
     """
-    import optq.allocation
-    import optq.block
-    import optq.driver
     import optq.hf.quantizer
+    import optq.quantization.bit_allocation
+    import optq.quantization.block
+    import optq.quantization.driver
     from optq.gptq import Hessian, InputDrift
-    from optq.hf.journal import Journal
     from optq.hf.streaming import StreamedBlocks
+    from optq.runs.journal import Journal
 
     spent: dict[str, float] = {}
     inside: list[str] = []
@@ -152,18 +152,18 @@ def watched(before_and_after: Callable[[], None] = lambda: None) -> dict[str, fl
 
     watch(optq.hf.quantizer, "allocate", "search of the best bits")
     watch(StreamedBlocks, "read", "reading and writing")
-    watch(optq.driver, "pack", "reading and writing")
+    watch(optq.quantization.driver, "pack", "reading and writing")
     watch(Journal, "write", "reading and writing")
     watch(Hessian, "add", "Hessians")
     watch(InputDrift, "add", "Hessians")
-    watch(optq.block, "solve", "solving")
-    watch(optq.block, "polish", "polishing")
+    watch(optq.quantization.block, "solve", "solving")
+    watch(optq.quantization.block, "reconstruct", "block reconstruction")
     return spent
 
 
 def seconds_left() -> list[float]:
     """After each block, from now on."""
-    from optq.progress import RunLog
+    from optq.events import RunLog
 
     found: list[float] = []
     emit = RunLog.emit

@@ -36,7 +36,7 @@ def mixture(shape: tuple[int, int, int, int], bits: int, group_size: int, device
     import torch
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    from optq.layers import QuantLinear, join_experts
+    from optq.layers import QuantLinear, fuse_experts
     from optq.model import Experts
 
     count, choices, hidden, inner = shape
@@ -49,7 +49,7 @@ def mixture(shape: tuple[int, int, int, int], bits: int, group_size: int, device
         features = (inner, hidden) if role == "down_proj" else (hidden, inner)
         for index, packed in enumerate(packed_weights(features, bits, group_size, count, device)):
             experts.set_submodule(f"{index}.{role}", QuantLinear(packed))
-    experts.grouped = join_experts(*experts.linears())
+    experts.grouped_gemm = fuse_experts(*experts.linears())
     for layer in experts.modules():
         if isinstance(layer, QuantLinear):
             layer.prepare(torch.bfloat16)
@@ -92,7 +92,7 @@ def measure(name: str, bits: int, group_size: int, all_tokens: tuple[int, ...]) 
     device = "cuda" if gpu else "cpu"
     count, choices, hidden, _ = SHAPES[name]
     experts = mixture(SHAPES[name], bits, group_size, device)
-    grouped = experts.grouped
+    grouped_gemm = experts.grouped_gemm
     found: dict[str, Any] = {}
     for tokens in all_tokens:
         inputs = []
@@ -102,7 +102,7 @@ def measure(name: str, bits: int, group_size: int, all_tokens: tuple[int, ...]) 
             inputs.append((x, scores.indices, scores.values.bfloat16()))
 
         def run(products: Any, inputs: Any = inputs) -> None:
-            experts.grouped = products
+            experts.grouped_gemm = products
             for arguments in inputs:
                 experts(*arguments)
 
@@ -113,11 +113,11 @@ def measure(name: str, bits: int, group_size: int, all_tokens: tuple[int, ...]) 
         with torch.no_grad():
             if gpu:
                 times = {"one after the other": on_gpu(partial(run, None))}
-                if grouped.why_not(tokens * choices, inputs[0][0]) is None:
-                    times["at once"] = on_gpu(partial(run, grouped))
+                if grouped_gemm.why_not(tokens * choices, inputs[0][0]) is None:
+                    times["at once"] = on_gpu(partial(run, grouped_gemm))
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
-                        run(grouped)
+                        run(grouped_gemm)
                     times["at once, replayed"] = on_gpu(graph.replay)
             else:
                 times = on_cpu({"one after the other": [partial(run, None)], "products alone": [run_products]})

@@ -62,10 +62,10 @@ def quantized(model: Any, bits: int, group_size: int) -> Any:
 
 def prepare(model: Any, dtype: Any, *, joined: bool = True) -> dict[str, Any]:
     """Derive what the kernels want, as loading does: seconds, and bytes in memory beside those on disk."""
-    from optq.layers import QuantLinear, join_siblings
+    from optq.layers import QuantLinear, fuse_projections
 
     if joined:
-        join_siblings(model)
+        fuse_projections(model)
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     on_disk = sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
     started = time.perf_counter()

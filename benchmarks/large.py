@@ -171,7 +171,7 @@ def in_this_process(shape: dict[str, Any], data: tuple[int, int], source: str, o
     import torch
 
     import optq
-    from optq.placement import execution_device
+    from optq.device.placement import execution_device
     from optq.scheme import LayerScheme
 
     device = execution_device()

@@ -36,7 +36,7 @@ torch.manual_seed(0)
 settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
 rows = [{"input_ids": row.tolist()} for row in torch.randint(0, 1000, (settings.pop("samples", 32), 128))]
 optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, group_size=64, dataset=rows, **settings), output_dir=sys.argv[2])
-from optq.memory import peak_gib
+from optq.device.memory import peak_gib
 print(json.dumps({"peak_rss_mb": round(peak_gib("cpu") * 2**30 / 1e6)}))
 """
 

@@ -109,7 +109,7 @@ def quantize_ours(folder: str, calibration: Path, output: Path, settings: dict[s
     from transformers import AutoModelForCausalLM
 
     from optq import GPTQConfig
-    from optq.memory import peak_gib
+    from optq.device.memory import peak_gib
 
     dataset = [{"input_ids": row} for row in json.loads(calibration.read_text())]
     config = GPTQConfig(**settings, dataset=dataset, seed=SEED)

@@ -50,8 +50,8 @@ def measure(model_id: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from optq.device.memory import peak_gib
     from optq.evaluation import generation_speed, perplexity
-    from optq.memory import peak_gib
 
     started = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model_id)

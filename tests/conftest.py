@@ -23,10 +23,11 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from optq import GPTQConfig, triton_devices
-from optq.hf.journal import Journal
+from optq import GPTQConfig
+from optq.device import triton as triton_devices
 from optq.kernels import triton_gpu
-from optq.model import ActivationStore
+from optq.quantization.activations import ActivationStore
+from optq.runs.journal import Journal
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_fused_experts import KINDS, inputs, mixture
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from optq import GPTQConfig, QuantLinear
 from optq.checkpoint import PackedWeight, pack, unpack_codes
 from optq.gptq import columns, round_to_nearest, solve
 from optq.kernels import choose_kernel, triton_gpu, tune
-from optq.model.activations import _SideStream
+from optq.quantization.activations import _SideStream
 from optq.scheme import LayerScheme
-from test_grouped import KINDS, inputs, mixture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -153,13 +153,13 @@ def test_all_experts_at_once_err_at_most_twice_as_much_as_torch(bits, group_size
     for counts in ([1] * 8 + [0] * 12, [0, 70, 1, 0] * 5, [0] * 19 + [300], [65] * 20, [129] * 20):
         starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device="cuda")
         x = torch.randn(sum(counts) + 3, one.in_features, device="cuda", dtype=dtype)
-        found = kernel.grouped.matmul(x, starts, whole)
+        found = kernel.grouped_gemm.matmul(x, starts, whole)
         dense = [each.columns(0, each.out_features) for each in packed]
         own = x[:-3].split(counts)
         exact = torch.cat([part.double() @ weight.double() for part, weight in zip(own, dense, strict=True)])
         torchs_own = torch.cat([part @ weight.to(dtype) for part, weight in zip(own, dense, strict=True)])
         assert relative_error(found[:-3], exact) <= 2 * relative_error(torchs_own, exact), counts
-        assert torch.equal(kernel.grouped.matmul(x, starts, whole)[:-3], found[:-3]), "two runs differ"
+        assert torch.equal(kernel.grouped_gemm.matmul(x, starts, whole)[:-3], found[:-3]), "two runs differ"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -221,7 +221,7 @@ def test_the_fused_loops_of_the_solver_choose_the_codes_of_single_operations(bit
     monkeypatch.setattr(columns, "why_not_fused", lambda device: "for comparison")
     single = solve(weight, hessian, scheme)
     assert (fused.quantized.codes != single.quantized.codes).float().mean() < 1e-2
-    torch.testing.assert_close(fused.lost.sum(), single.lost.sum(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(fused.loss.sum(), single.loss.sum(), rtol=1e-3, atol=0)
 
 
 def test_tuning_keeps_the_results_and_remembers_what_it_found(tmp_path, monkeypatch):

@@ -13,40 +13,40 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import kernels as kernels
+    from .api.card import card as card
+    from .api.check import check as check
+    from .api.convert import convert as convert
+    from .api.evaluate import bench as bench
+    from .api.evaluate import compare as compare
+    from .api.evaluate import evaluate as evaluate
+    from .api.export_onnx import export_onnx as export_onnx
+    from .api.inspect import inspect as inspect
+    from .api.inspect import kernel_choices as kernel_choices
+    from .api.plan import plan as plan
+    from .api.push import push as push
+    from .api.quantize import quantize as quantize
+    from .config.gptq import GPTQConfig as GPTQConfig
     from .errors import OptqError as OptqError
     from .evaluation import perplexity as perplexity
-    from .hf.api import quantize as quantize
-    from .hf.card import card as card
-    from .hf.check import check as check
-    from .hf.config import GPTQConfig as GPTQConfig
-    from .hf.convert import convert as convert
-    from .hf.evaluate import bench as bench
-    from .hf.evaluate import compare as compare
-    from .hf.evaluate import evaluate as evaluate
-    from .hf.inspection import inspect as inspect
-    from .hf.inspection import kernel_choices as kernel_choices
-    from .hf.onnx import export_onnx as export_onnx
-    from .hf.outlook import plan as plan
-    from .hf.push import push as push
     from .layers import QuantLinear as QuantLinear
 
 _HOMES = {
-    "GPTQConfig": "optq.hf.config",
+    "GPTQConfig": "optq.config.gptq",
     "OptqError": "optq.errors",
     "QuantLinear": "optq.layers",
-    "bench": "optq.hf.evaluate",
-    "card": "optq.hf.card",
-    "check": "optq.hf.check",
-    "compare": "optq.hf.evaluate",
-    "convert": "optq.hf.convert",
-    "evaluate": "optq.hf.evaluate",
-    "export_onnx": "optq.hf.onnx",
-    "inspect": "optq.hf.inspection",
-    "kernel_choices": "optq.hf.inspection",
+    "bench": "optq.api.evaluate",
+    "card": "optq.api.card",
+    "check": "optq.api.check",
+    "compare": "optq.api.evaluate",
+    "convert": "optq.api.convert",
+    "evaluate": "optq.api.evaluate",
+    "export_onnx": "optq.api.export_onnx",
+    "inspect": "optq.api.inspect",
+    "kernel_choices": "optq.api.inspect",
     "perplexity": "optq.evaluation",
-    "plan": "optq.hf.outlook",
-    "push": "optq.hf.push",
-    "quantize": "optq.hf.api",
+    "plan": "optq.api.plan",
+    "push": "optq.api.push",
+    "quantize": "optq.api.quantize",
 }
 
 __all__ = [

@@ -10,10 +10,10 @@ from importlib import import_module
 from types import ModuleType
 
 HOSTS = {
-    "transformers.configuration_utils": ("PreTrainedConfig", "optq.hf.legacy"),
+    "transformers.configuration_utils": ("PreTrainedConfig", "optq.files.legacy"),
     "transformers.quantizers.auto": ("get_hf_quantizer", "optq.hf.register"),
-    "transformers.modeling_utils": ("PreTrainedModel", "optq.hf.origin"),
-    "peft.helpers": ("rescale_adapter_scale", "optq.hf.peft"),  # by then, all of its methods are there
+    "transformers.modeling_utils": ("PreTrainedModel", "optq.compat.call"),
+    "peft.helpers": ("rescale_adapter_scale", "optq.integrations.peft"),  # by then, all of its methods are there
 }
 """What we register with -> a name that it has once it is loaded, and our module that does it."""
 WATCHED = (

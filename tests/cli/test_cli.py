@@ -169,7 +169,7 @@ def test_a_dry_run_is_a_plan(run, tiny_llama, text, tmp_path):
 
 
 def test_what_does_not_fit_has_an_exit_code(run, tiny_llama, text, monkeypatch):
-    monkeypatch.setattr("optq.hf.outlook.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("optq.api.plan.free_bytes", lambda device: 1000)
     code, out, _ = run("plan", "--model", tiny_llama, *SETTINGS, "--dataset", text)
     assert code == RESOURCES
     assert "does not fit; try" in out
@@ -395,7 +395,7 @@ def test_a_defect_is_called_one_and_debug_shows_where(run, checkpoint, monkeypat
     def broken(*arguments, **settings):
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("optq.hf.inspection.read_headers", broken)
+    monkeypatch.setattr("optq.api.inspect.read_headers", broken)
     code, _, err = run("inspect", checkpoint)
     assert code == INTERNAL
     assert has_one_line("IndexError: list index out of range (a defect", err)

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from optq import triton_devices
+from optq.device import triton as triton_devices
 from optq.gptq import columns as loops
 from optq.gptq import solve
 from optq.scheme import LayerScheme

@@ -31,7 +31,7 @@ def unchanged(present):
     return present.quantized
 
 
-def lost(problem, quantized):
+def loss(problem, quantized):
     weight, hessian = problem
     return output_energy(weight - quantized.decode(), hessian)
 
@@ -76,11 +76,11 @@ def test_a_sweep_is_coordinate_descent(problem):
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_no_row_ends_above_where_it_started(problem, bits, symmetric, group_size):
     quantized = start(problem, bits=bits, symmetric=symmetric, group_size=group_size)
-    before = lost(problem, quantized)
+    before = loss(problem, quantized)
     for rounds in (1, 3):
         refined = refine(*problem, Attempt.of(*problem, quantized), rounds, unchanged)
-        after = refined.lost
-        torch.testing.assert_close(after, lost(problem, refined.quantized))
+        after = refined.loss
+        torch.testing.assert_close(after, loss(problem, refined.quantized))
         torch.testing.assert_close(refined.pull, (problem[0] - refined.quantized.decode()) @ problem[1])
         assert (after <= before).all()
         assert after.sum() < before.sum()
@@ -94,7 +94,7 @@ def test_solving_again_on_refitted_grids_helps(correlated_problem, bits):
     losses = []
     for refinement in (0, 1, 3):
         scheme = LayerScheme(bits=bits, group_size=16, damping=0.01, refinement=refinement)
-        losses.append(float(solve(weight, hessian, scheme).lost.sum()))
+        losses.append(float(solve(weight, hessian, scheme).loss.sum()))
     assert losses[0] > 1.05 * losses[1] > 1.05 * losses[2]
 
 
@@ -103,8 +103,8 @@ def test_no_row_ends_above_rounding_to_nearest(correlated_problem, refinement):
     weight, hessian = correlated_problem(64, IN)
     hessian = damped(hessian, 0.3)  # so that the solver's own damping below changes little
     solution = solve(weight, hessian, LayerScheme(bits=2, group_size=16, damping=1e-4, refinement=refinement))
-    assert (solution.lost <= solution.nearest_lost * 1.001).all()
-    assert solution.lost.sum() < 0.95 * solution.nearest_lost.sum()
+    assert (solution.loss <= solution.rtn_loss * 1.001).all()
+    assert solution.loss.sum() < 0.95 * solution.rtn_loss.sum()
 
 
 def test_refined_scales_are_storable(problem):

@@ -53,8 +53,8 @@ def brute_force_codes(weight: Tensor, hessian: Tensor, scheme: LayerScheme) -> t
     # Rows on which this greedy procedure loses to rounding to nearest are rounded to nearest.
     nearest = grid.encode(original.float(), group_of_column).double()
     scales, zeros = (values.double()[:, group_of_column] for values in (grid.scales, grid.zeros))
-    lost, nearest_lost = (output_energy(original - (found - zeros) * scales, damped) for found in (codes, nearest))
-    codes = torch.where((nearest_lost < lost)[:, None], nearest, codes)
+    loss, rtn_loss = (output_energy(original - (found - zeros) * scales, damped) for found in (codes, nearest))
+    codes = torch.where((rtn_loss < loss)[:, None], nearest, codes)
     return codes.to(torch.uint8), group_of_column
 
 
@@ -97,9 +97,9 @@ def test_output_error_is_below_rounding_to_nearest(correlated_problem, group_siz
     scheme = LayerScheme(bits=3, group_size=group_size, act_order=act_order, damping=0.01)
     solution = solve(weight, hessian, scheme)
     nearest = round_to_nearest(weight, scheme)
-    assert solution.lost.sum() < 0.7 * output_energy(weight - nearest.decode(), hessian).sum()
+    assert solution.loss.sum() < 0.7 * output_energy(weight - nearest.decode(), hessian).sum()
     assert solution.quantized.scales.shape == (32, scheme.group_count(80))
-    torch.testing.assert_close(solution.lost, output_energy(weight - solution.quantized.decode(), hessian))
+    torch.testing.assert_close(solution.loss, output_energy(weight - solution.quantized.decode(), hessian))
 
 
 def test_stacked_matrices_get_the_codes_of_separate_solves(correlated_problem):

@@ -13,7 +13,8 @@ from optq import GPTQConfig
 from optq.calibration import prepare_calibration
 from optq.errors import CalibrationError
 from optq.evaluation import Comparer
-from optq.model import BlockCall, SuspendedForwards, find_blocks
+from optq.model import find_blocks
+from optq.quantization.coroutines import BlockCall, SuspendedForwards
 
 COVERAGE = Path(__file__).parents[2] / "benchmarks/coverage.py"
 CAUSAL = (
@@ -171,9 +172,9 @@ def test_speech_models_are_calibrated_on_sound_and_its_text(tmp_path):
     rows[0]["labels"][0, -1] = -100
     reloaded, blocks = quantized_from_samples(tmp_path, model, rows)
     assert blocks == [f"model.{part}.layers.{index}" for part in ("encoder", "decoder") for index in range(2)]
-    recipe = reloaded.config.quantization_config.meta["calibration"]
-    assert recipe["inputs"] == ["decoder_input_ids", "input_features"]
-    assert recipe["tokens"] == sum(12 + index for index in range(6))
+    info = reloaded.config.quantization_config.meta["calibration"]
+    assert info["inputs"] == ["decoder_input_ids", "input_features"]
+    assert info["tokens"] == sum(12 + index for index in range(6))
 
 
 SIZES = {"layers": 2, "attention_heads": 4, "ffn_dim": 96}

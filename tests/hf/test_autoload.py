@@ -63,7 +63,7 @@ print(type(model.model.layers[0].mlp.up_proj).__module__, "peft" in sys.modules)
     ],
 )
 def test_whatever_is_imported_first(first):
-    assert run(f"{first}\nimport transformers.modeling_utils\n{WHICH}") == "optq.hf.config"
+    assert run(f"{first}\nimport transformers.modeling_utils\n{WHICH}") == "optq.config.gptq"
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_whatever_is_imported_first(first):
 def test_peft_knows_packed_layers_whatever_is_imported_first(first, autoload):
     pytest.importorskip("peft")
     code = f"{first}\nimport peft; print(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA].__module__)"
-    assert run(code, OPTQ_AUTOLOAD=autoload) == "optq.hf.peft"
+    assert run(code, OPTQ_AUTOLOAD=autoload) == "optq.integrations.peft"
 
 
 @pytest.mark.parametrize("switch", ["OPTQ_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 def test_it_can_be_switched_off(switch):
     code = f"import torch, transformers.modeling_utils\n{WHICH}"
     assert run(code, **{switch: "0"}) == "transformers.utils.quantization_config"
-    assert run(f"import optq\n{code}", **{switch: "0"}) == "optq.hf.config"
+    assert run(f"import optq\n{code}", **{switch: "0"}) == "optq.config.gptq"
 
 
 def test_importing_optq_imports_nothing_heavy():

@@ -18,11 +18,11 @@ from transformers import (
 import optq
 from conftest import interrupted_after, rewritten, save_tiny_tokenizer, tiny_llama_config
 from optq import GPTQConfig
-from optq.duration import Duration
 from optq.errors import CheckpointError, ModelError, OptqError
+from optq.files.source import forget_nested_quantization, nested_quantization
 from optq.hf import quantizer
 from optq.hf.bases import check_base
-from optq.hf.source import forget_nested_quantization, nested_quantization
+from optq.quantization.cost_estimate import Duration
 
 BLOCK = 32  # of fp8 scales, in both directions
 
@@ -223,7 +223,7 @@ def test_a_last_block_that_is_narrower_has_its_own_scale(tiny_llama, config, tmp
 
 
 def test_a_plan_knows_such_a_base(bases, config, monkeypatch):
-    monkeypatch.setattr("optq.hf.outlook._duration", lambda *arguments: Duration(seconds={}))
+    monkeypatch.setattr("optq.api.plan._duration", lambda *arguments: Duration(seconds={}))
     stored, dense = bases["fp8"]
     assert optq.plan(stored, config()).linears == optq.plan(dense, config()).linears
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import optq
 from optq import GPTQConfig
-from optq.block import BlockWork
 from optq.errors import ConfigError
-from optq.model import ActivationStore
+from optq.quantization.activations import ActivationStore
+from optq.quantization.block import BlockWork
 
 
 def weights(folder):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import optq
 from conftest import interrupted_after
 from optq import GPTQConfig, QuantLinear
-from optq.hf.api import LOG_NAME
+from optq.api.quantize import LOG_NAME
 from optq.model import Experts
 
 SHAPE = {
@@ -215,14 +215,14 @@ def test_starved_experts_are_said_counted_and_still_better_than_rounding(qwen, r
 
 
 def test_a_plan_counts_the_hessians_of_all_experts(qwen, rows):
-    outlook = optq.plan(qwen, config(rows))
-    assert sum(outlook.linears.values()) == 2 * (4 + 8 * 3)
-    assert round(outlook.memory_gib["Hessians"] * 2**30) == 4 * (3 + 8) * 64**2
+    estimate = optq.plan(qwen, config(rows))
+    assert sum(estimate.linears.values()) == 2 * (4 + 8 * 3)
+    assert round(estimate.memory_gib["Hessians"] * 2**30) == 4 * (3 + 8) * 64**2
     size = sum(file.stat().st_size for file in qwen.glob("*.safetensors")) / 2**30
-    assert outlook.dense_gib == pytest.approx(size, rel=0.05)
+    assert estimate.dense_gib == pytest.approx(size, rel=0.05)
     written = optq.quantize(qwen, config(rows), output_dir=qwen.parent / "out")
     size = sum(file.stat().st_size for file in written.glob("*.safetensors")) / 2**30
-    assert outlook.checkpoint_gib == pytest.approx(size, rel=0.15)  # the names of many small tensors take space too
+    assert estimate.checkpoint_gib == pytest.approx(size, rel=0.15)  # the names of many small tensors take space too
 
 
 def test_all_experts_may_be_shown_all_tokens(qwen, rows, tmp_path):
@@ -292,14 +292,14 @@ def test_all_experts_at_once_compute_and_save_the_same(checkpoint, launches, tmp
     model = AutoModelForCausalLM.from_pretrained(folder, **settings)
     mixtures = [module for module in model.modules() if isinstance(module, Experts)]
     routed = all(mixture.layout.routed for mixture in mixtures)
-    assert all((mixture.grouped is not None and mixture.grouped.are_joined) == routed for mixture in mixtures)
+    assert all((mixture.grouped_gemm is not None and mixture.grouped_gemm.are_fused) == routed for mixture in mixtures)
     assert model.hf_quantizer.is_compileable == routed
     ids = torch.arange(3, 7).view(1, 4)
     with torch.no_grad():
         found = model(ids).logits
         assert launches.count("grouped_product") == 2 * len(mixtures) * routed
         for mixture in mixtures:
-            mixture.grouped = None
+            mixture.grouped_gemm = None
         launches.clear()
         torch.testing.assert_close(found, model(ids).logits, rtol=2e-2, atol=2e-2)
         assert "grouped_product" not in launches

@@ -127,21 +127,21 @@ def test_the_footprint_is_that_of_the_packed_tensors(model, dense, saved):
 @pytest.mark.parametrize("origin", ["quantized", "model"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_the_same_logits_and_are_independent(request, probe_ids, expected, origin, duplicate):
-    twin = duplicate(request.getfixturevalue(origin))
-    assert torch.equal(logits(twin, probe_ids), expected)
-    for layer in layers(twin):
+    reference = duplicate(request.getfixturevalue(origin))
+    assert torch.equal(logits(reference, probe_ids), expected)
+    for layer in layers(reference):
         layer.load_state_dict({**layer.state_dict(), "scales": torch.zeros_like(layer.scales)})
-    assert not torch.equal(logits(twin, probe_ids), expected)
+    assert not torch.equal(logits(reference, probe_ids), expected)
     assert torch.equal(logits(request.getfixturevalue(origin), probe_ids), expected)
 
 
 def test_checkpointing_changes_nothing_in_use_and_trains_what_is_not_packed(model, dense, probe_ids, expected):
-    for each in (model, twin := copy.deepcopy(dense)):
+    for each in (model, reference := copy.deepcopy(dense)):
         each.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert torch.equal(logits(model.eval(), probe_ids), expected)
-    for each in (model, twin):
+    for each in (model, reference):
         each.train()(probe_ids, labels=probe_ids).loss.backward()
-    theirs = dict(twin.named_parameters())
+    theirs = dict(reference.named_parameters())
     trained = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert len(trained) == 2 + 2 * 2  # embeddings and norms
     torch.testing.assert_close(trained, {name: theirs[name].grad for name in trained}, rtol=1e-3, atol=1e-5)

@@ -192,8 +192,8 @@ def environment_of(pid):
 def test_a_process_that_quantizes_alone_among_several_ends(tiny_llama, token_rows, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import datetime, os, sys, time, optq, optq.ranks\n"
-        "optq.ranks.MEETING = datetime.timedelta(seconds=3)\n"
+        "import datetime, os, sys, time, optq, optq.distributed\n"
+        "optq.distributed.MEETING = datetime.timedelta(seconds=3)\n"
         "if os.environ['RANK'] == '1': time.sleep(15), sys.exit()\n"
         f"optq.quantize({str(tiny_llama)!r}, optq.GPTQConfig(bits=4, dataset=[]), output_dir='out')\n"
     )
@@ -204,7 +204,7 @@ def test_a_process_that_quantizes_alone_among_several_ends(tiny_llama, token_row
 
 
 def test_a_process_that_expects_others_says_what_to_do():
-    code = "import optq.ranks; optq.ranks.join()"
+    code = "import optq.distributed; optq.distributed.join()"
     alone = {**os.environ, "WORLD_SIZE": "2"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=alone, check=False)
     assert "WORLD_SIZE=2 says that this is one of several processes" in ended.stderr

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optq
 from conftest import save_tiny_tokenizer, tiny_llama_config
-from hf.hub_server import Repository, serve
+from hub_server import Repository, serve
 from optq import GPTQConfig
+from optq.compat import call as origin
 from optq.errors import CalibrationError, ConfigError
-from optq.hf import origin
 
 TEXTS = [f"text number {index} of a few" for index in range(4)]
 TOLD = {"token": "secret", "cache_dir": "elsewhere", "local_files_only": True, "trust_remote_code": False}
@@ -52,15 +52,15 @@ def config(**changes):
     return GPTQConfig(**{"bits": 4, "group_size": 32, "effort": "fast", "dataset": TEXTS, **changes})
 
 
-def recipe(model):
+def info(model):
     return model.config.quantization_config.meta["calibration"]
 
 
 def test_a_subfolders_model_is_calibrated_with_the_subfolders_tokenizer(nested, tiny_llama, tmp_path):
-    expected = recipe(AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config()))
+    expected = info(AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config()))
     assert expected["tokens"] == sum(map(len, TEXTS))
     found = AutoModelForCausalLM.from_pretrained(nested, subfolder="inner", quantization_config=config())
-    assert recipe(found) == expected
+    assert info(found) == expected
     assert optq.plan(nested, config(), subfolder="inner").tokens == expected["tokens"]
     with pytest.raises(CalibrationError):  # negative control: the one at the root makes one token of a text
         AutoModelForCausalLM.from_pretrained(nested / "inner", quantization_config=config(tokenizer=str(nested)))
@@ -173,7 +173,7 @@ def test_a_private_repositorys_tokenizer_is_fetched_at_the_same_commit_with_the_
         hub.repositories["user/tiny"] = Repository(private=True, trees={"1" * 40: files, "2" * 40: later})
         where = {"subfolder": "inner", "revision": "1" * 40, "token": "good-token", "cache_dir": str(tmp_path)}
         model = AutoModelForCausalLM.from_pretrained("user/tiny", quantization_config=config(), **where)
-        assert recipe(model)["tokens"] == sum(map(len, TEXTS))
+        assert info(model)["tokens"] == sum(map(len, TEXTS))
         assert optq.plan("user/tiny", config(), **where).tokens == sum(map(len, TEXTS))
         with pytest.raises(CalibrationError):  # negative control: what the newest commit has
             optq.plan("user/tiny", config(), **{**where, "revision": "main"})

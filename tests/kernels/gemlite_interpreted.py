@@ -18,10 +18,10 @@ from test_kernels import packed_weight, relative_error
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from optq import triton_devices
 from optq.checkpoint import unpack_codes
+from optq.device import triton as triton_devices
 from optq.kernels import KERNELS, choose_kernel, gemlite_gpu
-from optq.kernels.trial import why_wrong
+from optq.kernels.selftest import why_wrong
 
 
 class Properties:

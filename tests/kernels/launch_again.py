@@ -99,7 +99,7 @@ def main() -> None:
         check(lambda x, prepared=prepared: triton_gpu.matmul(x, prepared), torch.randn(1, prepared.in_features).half())
     starts = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
     experts = triton_gpu.prepare(packed_weight(4, 64, True, out=96))
-    check(lambda x: triton_gpu.grouped(x, starts, experts), torch.randn(3, experts.in_features).half())
+    check(lambda x: triton_gpu.grouped_gemm(x, starts, experts), torch.randn(3, experts.in_features).half())
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def error(packed, counts, dtype):
     rows = int(starts[-1]) + BEYOND
     # Some rows more than are used: a program with a planted fault may read beyond its input.
     x = torch.randn(rows + 64, IN, generator=torch.Generator().manual_seed(rows)).to(dtype)[:rows]
-    found = triton_gpu.grouped(x, starts, joined(packed))
+    found = triton_gpu.grouped_gemm(x, starts, joined(packed))
     assert found.dtype == dtype
     assert found.shape == (rows, OUT)
     if not bool(found[-BEYOND:].isnan().all()):
@@ -107,8 +107,8 @@ def test_there_are_programs_for_all_tiles_and_few_others(counts, size):
 def test_each_expert_gets_what_it_would_get_alone_and_the_same_bytes_again():
     packed, counts = experts(), COUNTS["none to some, several tiles to others"]
     whole, starts, x = joined(packed), starts_of(counts), torch.randn(sum(counts), IN).half()
-    found = triton_gpu.grouped(x, starts, whole)
-    assert torch.equal(triton_gpu.grouped(x, starts, whole), found)
+    found = triton_gpu.grouped_gemm(x, starts, whole)
+    assert torch.equal(triton_gpu.grouped_gemm(x, starts, whole), found)
     for view, own, result in zip(
         KERNEL.joint.split(whole, [OUT] * len(packed)), x.split(counts), found.split(counts), strict=True
     ):
@@ -116,16 +116,18 @@ def test_each_expert_gets_what_it_would_get_alone_and_the_same_bytes_again():
 
 
 def test_refuses_in_words():
-    assert KERNEL.grouped.why_not(1024 * 8, 8, torch.float16) is None
-    assert "more than 1024 rows per expert" in KERNEL.grouped.why_not(1024 * 8 + 1, 8, torch.float16)
-    assert "float32" in KERNEL.grouped.why_not(1, 8, torch.float32)
+    assert KERNEL.grouped_gemm.why_not(1024 * 8, 8, torch.float16) is None
+    assert "more than 1024 rows per expert" in KERNEL.grouped_gemm.why_not(1024 * 8 + 1, 8, torch.float16)
+    assert "float32" in KERNEL.grouped_gemm.why_not(1, 8, torch.float32)
 
 
 def test_the_operator_keeps_torchs_rules():
     whole, counts = joined(experts()), COUNTS["every expert"]
     arguments = (torch.randn(sum(counts), IN).half(), starts_of(counts), *_flat(whole), "triton")
-    torch.library.opcheck(torch.ops.optq.grouped.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    assert torch.equal(torch.ops.optq.grouped(*arguments), triton_gpu.grouped(*arguments[:2], whole))
+    torch.library.opcheck(
+        torch.ops.optq.grouped_gemm.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+    assert torch.equal(torch.ops.optq.grouped_gemm(*arguments), triton_gpu.grouped_gemm(*arguments[:2], whole))
 
 
 FAULTS = {

@@ -15,8 +15,8 @@ import pytest
 import torch
 from test_kernels import CASES, IN, packed_weight, relative_error
 
-from optq import triton_devices
 from optq.checkpoint import PackedWeight, unpack_codes
+from optq.device import triton as triton_devices
 from optq.kernels import KERNELS, choose_kernel, explain, triton_gpu
 
 triton = pytest.importorskip("triton")

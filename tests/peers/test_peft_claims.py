@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
+from test_linear import in_threads
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,8 +24,7 @@ from transformers import (
 
 from optq import GPTQConfig, QuantLinear
 from optq.errors import AdapterError
-from optq.hf.peft import ONLY_MULTIPLY
-from test_layers import in_threads
+from optq.integrations.peft import ONLY_MULTIPLY
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 SETTINGS = {

@@ -28,9 +28,9 @@ TOKENS_PER_MICRO_BATCH = 2048
 TOKENS_PER_STEP = 512  # of a micro-batch that is a step of gradient descent: many small steps get further
 FEW_TOKENS = 16384
 SHORT_SAMPLES = 128  # tokens
-SAMPLES_PER_PROBE = 16  # one sample in so many is held out to judge the result …
-MOST_PROBES = 8
-PROBE_TOKENS = 512  # … by its first tokens, so that the logits stay small
+SAMPLES_PER_HELD_OUT = 16  # one sample in so many is held out to judge the result …
+MOST_HELD_OUT = 8
+HELD_OUT_TOKENS = 512  # … by its first tokens, so that the logits stay small
 
 
 Sample = TypeVar("Sample")
@@ -80,21 +80,21 @@ class Calibration:
 
     Args:
         batches: micro-batches, longest samples first.
-        recipe: what was used, for the checkpoint and the log: counts and a hash, never the texts.
-        probes: micro-batches on which the quantized model is compared with the original one.
+        info: what was used, for the checkpoint and the log: counts and a hash, never the texts.
+        held_out: micro-batches on which the quantized model is compared with the original one.
         probes_held_out: whether they are kept out of `batches`.
         weaknesses: what makes this data a poor basis, in words.
     """
 
     batches: tuple[MicroBatch, ...]
-    recipe: dict[str, Any]
-    probes: tuple[MicroBatch, ...] = ()
-    probes_held_out: bool = False
+    info: dict[str, Any]
+    held_out: tuple[MicroBatch, ...] = ()
+    truly_held_out: bool = False
     weaknesses: tuple[str, ...] = ()
 
     def weak_for(self, in_features: int) -> tuple[str, ...]:
         """`weaknesses`, and whether the tokens suffice for a linear of so many inputs."""
-        tokens = self.recipe["tokens"]
+        tokens = self.info["tokens"]
         if tokens >= in_features:
             return self.weaknesses
         return (
@@ -114,7 +114,7 @@ def prepare_calibration(
     batch_size: int | None = None,
     pad_token_id: int | None = None,
     seed: int = 0,
-    probe: bool = True,
+    hold_out: bool = True,
     decoded: bool = False,
     micro_batch_tokens: int = TOKENS_PER_MICRO_BATCH,
     dtype: torch.dtype = torch.float32,
@@ -136,7 +136,7 @@ def prepare_calibration(
         batch_size: samples per micro-batch; by default as many as fit in `micro_batch_tokens`.
         pad_token_id: fills up shorter samples; they are masked, so any id does, and what is none stands for 0.
         padded: whether samples of unequal length may run together.
-        probe: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
+        hold_out: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
             samples none is held out; the longest is then used for both.
         decoded: of a model with an encoder and a decoder: both read the text.
         dtype: of images and sound, the model's.
@@ -152,22 +152,22 @@ def prepare_calibration(
     if whole:
         found = read(dataset, limit, seed)[0]
         rows = [_whole(row, decoded, dtype) for row in islice(found, None if is_in_memory(dataset) else limit)]
-        return _prepare_whole(dataset, rows, vocabulary, window, samples, seed, probe)
+        return _prepare_whole(dataset, rows, vocabulary, window, samples, seed, hold_out)
     windows_of = partial(
         _windows, encode=Encoder(load_tokenizer), window=window, separator=separator, seed=seed, write=write
     )
     chosen, sources, unmet = _gather(mixture(dataset), limit, seed, windows_of)
     check_vocabulary(max(max(ids) for ids in chosen), vocabulary)
-    fitted, probes = _set_apart(chosen, seed) if probe else (chosen, [])
+    fitted, held_out = _set_apart(chosen, seed) if hold_out else (chosen, [])
     tokens = sum(map(len, fitted))
-    held_out = len(chosen) - len(fitted)
+    held_out_samples = len(chosen) - len(fitted)
     # Some models name -1, or an id that only their tokenizer has; embeddings take ids of the vocabulary.
     padding = pad_token_id if isinstance(pad_token_id, int) and 0 <= pad_token_id < vocabulary else 0
-    recipe = {
+    info = {
         "source": ", ".join(source["name"] for source in sources),
         "sources": sources,
         "samples": len(fitted),
-        "held_out": held_out,
+        "held_out": held_out_samples,
         "tokens": tokens,
         "longest": max(map(len, fitted)),
         "seed": seed,
@@ -178,14 +178,14 @@ def prepare_calibration(
         counted(len(fitted), "sample"),
         ", ".join(f"{source['samples']} of {source['name']}" for source in sources),
         counted(tokens, "token"),
-        recipe["longest"],
-        counted(held_out, "more sample is", "more samples are"),
+        info["longest"],
+        counted(held_out_samples, "more sample is", "more samples are"),
     )
     return Calibration(
         batches=tuple(_batches(fitted, batch_size, padding, micro_batch_tokens, decoded, padded)),
-        recipe=recipe,
-        probes=tuple(_batches([ids[:PROBE_TOKENS] for ids in probes], 1, padding, decoded=decoded)),
-        probes_held_out=held_out > 0,
+        info=info,
+        held_out=tuple(_batches([ids[:HELD_OUT_TOKENS] for ids in held_out], 1, padding, decoded=decoded)),
+        truly_held_out=held_out_samples > 0,
         weaknesses=(*unmet, *_weaknesses(chosen, window, samples)),
     )
 
@@ -196,7 +196,7 @@ def _gather(
     seed: int,
     windows_of: Callable[[Any, int | None], tuple[list[list[int]], dict[str, Any]]],
 ) -> tuple[list[list[int]], list[dict[str, Any]], list[str]]:
-    """Distinct samples of all sources by weight, what the recipe says of each source, and which give too few."""
+    """Distinct samples of all sources by weight, what the info says of each source, and which give too few."""
     chosen: list[list[int]] = []
     sources: list[dict[str, Any]] = []
     unmet: list[str] = []
@@ -237,7 +237,7 @@ def _windows(
     seed: int,
     write: Callable[[int], list[list[int]]] | None,
 ) -> tuple[list[list[int]], dict[str, Any]]:
-    """All windows of one source that are long enough, and facts for the recipe."""
+    """All windows of one source that are long enough, and facts for the info."""
     if isinstance(source, str) and source == SELF:
         if write is None or count is None:
             raise CalibrationError(f"dataset={SELF!r} needs a model that can write. Pass {accepted()}.")
@@ -266,23 +266,23 @@ def _windows(
 
 
 def _prepare_whole(
-    dataset: Any, rows: list[MicroBatch], vocabulary: int, window: int, limit: int | None, seed: int, probe: bool
+    dataset: Any, rows: list[MicroBatch], vocabulary: int, window: int, limit: int | None, seed: int, hold_out: bool
 ) -> Calibration:
     """Samples that are more than text: each is run as it is, by itself."""
     chosen = _draw(rows, limit, seed, _length)
     check_vocabulary(max(int(row.input_ids.max()) for row in chosen), vocabulary)
-    fitted, probes = _set_apart(chosen, seed, _length) if probe else (chosen, [])
-    held_out = len(chosen) - len(fitted)
+    fitted, held_out = _set_apart(chosen, seed, _length) if hold_out else (chosen, [])
+    held_out_samples = len(chosen) - len(fitted)
     digest = hashlib.sha256()
     for row in chosen:
         for name, tensor in sorted((row.inputs or {}).items()):
             digest.update(name.encode() + bytes_of(tensor))
     lengths = [_length(row) for row in fitted]
     names = sorted(set().union(*(row.inputs or {} for row in chosen)))
-    recipe = {
+    info = {
         "source": name_of(dataset),
         "samples": len(fitted),
-        "held_out": held_out,
+        "held_out": held_out_samples,
         "tokens": sum(lengths),
         "longest": max(lengths),
         "inputs": names,
@@ -292,9 +292,9 @@ def _prepare_whole(
     logger.info("Calibration: %s with %s, as they are.", counted(len(fitted), "sample"), ", ".join(names))
     return Calibration(
         batches=tuple(fitted),
-        recipe=recipe,
-        probes=tuple(probes),
-        probes_held_out=held_out > 0,
+        info=info,
+        held_out=tuple(held_out),
+        truly_held_out=held_out_samples > 0,
         weaknesses=tuple(_weaknesses([row.input_ids.flatten().tolist() for row in chosen], window, limit)),
     )
 
@@ -386,7 +386,7 @@ def _set_apart(
     length: Callable[[Sample], int] = len,  # type: ignore[assignment]
 ) -> tuple[list[Sample], list[Sample]]:
     """The samples to calibrate on, and those to judge the result with."""
-    count = min(len(samples) // SAMPLES_PER_PROBE, MOST_PROBES)
+    count = min(len(samples) // SAMPLES_PER_HELD_OUT, MOST_HELD_OUT)
     if count == 0:
         return samples, [max(samples, key=length)]
     drawn = set(random.Random(seed).sample(range(len(samples)), count))

@@ -257,7 +257,7 @@ def shares(weights: Sequence[float], count: int) -> list[int]:
 
 
 def name_of(source: Any) -> str:
-    """What the recipe calls a source: its name on the Hub, the kind of file, or the type of the object; no path."""
+    """How calibration info names a source: a name on the Hub, the kind of file, the type of the object; no path."""
     if not isinstance(source, (str, Path)):
         return "iterator" if isinstance(source, Iterator) else type(source).__name__
     if source == SELF or source in DATASETS:
@@ -266,7 +266,7 @@ def name_of(source: Any) -> str:
 
 
 def read(source: Any, samples: int | None, seed: int) -> tuple[Iterable[Row], dict[str, Any]]:
-    """The rows of one source, and what the recipe says of them beyond its name.
+    """The rows of one source, and what the calibration info says of them beyond its name.
 
     Args:
         samples: how many will be drawn: of longer sources, ROWS_PER_SAMPLE times as many rows are chosen with `seed`,

@@ -1,12 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes of a GPTQ checkpoint: how codes become int32 words, and how tensors and files are named."""
 
-from .awq import from_awq as from_awq
-from .compressed import COMPRESSED_NAMES as COMPRESSED_NAMES
-from .compressed import from_compressed as from_compressed
-from .compressed import to_compressed as to_compressed
-from .ggml import GGML_SCHEMES as GGML_SCHEMES
-from .ggml import from_ggml as from_ggml
 from .layout import TENSOR_NAMES as TENSOR_NAMES
 from .layout import PackedWeight as PackedWeight
 from .layout import QuantizedTensors as QuantizedTensors
@@ -17,8 +11,6 @@ from .layout import read_headers as read_headers
 from .layout import relabel as relabel
 from .layout import unpack as unpack
 from .layout import with_trivial_groups as with_trivial_groups
-from .matmul_nbits import BlockedWeight as BlockedWeight
-from .matmul_nbits import to_blocks as to_blocks
 from .packing import pack_codes as pack_codes
 from .packing import unpack_codes as unpack_codes
 from .zeros import CHECKPOINT_FORMATS as CHECKPOINT_FORMATS

@@ -13,8 +13,8 @@ from .loading import add_loading, loading, positive
 from .printing import as_json, print_json, print_table
 
 if TYPE_CHECKING:
+    from optq.api.evaluate import Evaluation
     from optq.evaluation import HarnessComparison
-    from optq.hf.evaluate import Evaluation
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def _print_evaluations(arguments: argparse.Namespace, rows: "list[Evaluation]") 
 
 
 def _prompts() -> tuple[str, ...]:
-    from optq.hf.evaluate import PROMPTS
+    from optq.api.evaluate import PROMPTS
 
     return PROMPTS
 

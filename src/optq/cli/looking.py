@@ -34,7 +34,7 @@ def _reader(text: str) -> tuple[str, str]:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     import optq
-    from optq.serving import rules_of
+    from optq.readers import rules_of
 
     versions = dict(arguments.reader)
     found = optq.inspect(

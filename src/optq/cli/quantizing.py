@@ -110,7 +110,7 @@ def _export(arguments: argparse.Namespace) -> int:
             "--private says how --push-to-hub USER/NAME uploads, which was not given. Give both or none."
         )
     import optq
-    from optq.hf.push import claim
+    from optq.api.push import claim
 
     config, access = _config(arguments), {"private": arguments.private, "token": arguments.token}
     if arguments.push_to_hub:
@@ -147,18 +147,18 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     import optq
 
-    outlook = optq.plan(
+    estimate = optq.plan(
         arguments.model, _config(arguments), tensor_parallel=arguments.tensor_parallel, **loading(arguments)
     )
     if arguments.json:
         linears = [
             {"out_features": out, "in_features": columns, "count": count, **as_json(scheme)}
-            for (out, columns, scheme), count in outlook.linears.items()
+            for (out, columns, scheme), count in estimate.linears.items()
         ]
-        print_json({**as_json(outlook), "linears": linears, "fits": outlook.fits, "advice": outlook.advice})
+        print_json({**as_json(estimate), "linears": linears, "fits": estimate.fits, "advice": estimate.advice})
     else:
-        print(outlook)
-    return DONE if outlook.fits else RESOURCES
+        print(estimate)
+    return DONE if estimate.fits else RESOURCES
 
 
 PLAN = Command(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from optq.memory import all_finite
-from optq.ranks import Ranks
+from optq.device.memory import all_finite
+from optq.distributed import Ranks
 
 TOKENS_AT_ONCE = 128  # of the log-probabilities, which are as wide as the vocabulary
 
@@ -104,12 +104,12 @@ class Comparer:
             self._original_loss -= float(original[known, next_ids[known]].double().sum())
             self._loss -= float(quantized[known, next_ids[known]].double().sum())
 
-    def add_up(self, ranks: Ranks) -> None:
+    def all_reduce(self, ranks: Ranks) -> None:
         """Add what the other processes have summed."""
-        counts = ranks.sums(self._tokens, self._predicted, self._agreed, not self._finite)
+        counts = ranks.all_reduce_numbers(self._tokens, self._predicted, self._agreed, not self._finite)
         self._tokens, self._predicted, self._agreed = map(int, counts[:3])
         self._finite = counts[3] == 0
-        self._divergence, self._original_loss, self._loss = ranks.sums(
+        self._divergence, self._original_loss, self._loss = ranks.all_reduce_numbers(
             self._divergence, self._original_loss, self._loss
         )
 

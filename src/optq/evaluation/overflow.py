@@ -2,8 +2,8 @@
 """Whether a model in float16 would overflow, seen while it runs in float32.
 
 On CPUs blocks run in float32, so what the gate compares is finite where the model itself, in float16, is not. Running
-it a second time in its own dtype would double the work of the probes; to look at what its modules hand over costs next
-to nothing. bfloat16 has the range of float32 and cannot overflow more.
+it a second time in its own dtype would double the work on held-out batches; to look at what its modules hand over
+costs next to nothing. bfloat16 has the range of float32 and cannot overflow more.
 """
 
 from collections.abc import Iterator

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from optq.memory import peak_gib
+from optq.device.memory import peak_gib
 
 
 @dataclass(frozen=True, kw_only=True)

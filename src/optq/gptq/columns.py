@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.triton_devices import DEVICES as FUSED_ON
-from optq.triton_devices import current, in_words, why_no_triton
+from optq.device.triton import DEVICES as FUSED_ON
+from optq.device.triton import current, in_words, why_no_triton
 
 logger = logging.getLogger(__name__)
 
 ROUND_BLOCK, SWEEP_BLOCK = 32, 64  # columns, as single operations of torch
 FUSED_BLOCK, FUSED_ROWS, FUSED_WARPS = 128, 8, 1  # not tuned on any GPU yet: registers by ahead-of-time compilation
-MOST_DIFFERENT = 0.01  # of the codes, in the trial on a GPU: products that are rounded once there, or twice
+MOST_DIFFERENT = 0.01  # of the codes, in the self-test on a GPU: products that are rounded once there, or twice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from optq.device.memory import all_finite
+from optq.distributed import Ranks
 from optq.errors import CalibrationError
-from optq.memory import all_finite
-from optq.ranks import Ranks
 
 EXACT_IN_TF32 = (torch.float16, torch.bfloat16)  # its 10 bits of fraction hold theirs
 UPPER_STRIPS = 8  # computing the upper triangle in 8 strips costs 56 % of the full product
@@ -62,10 +62,10 @@ class _TokenMean:
         self.tokens = 0
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
 
-    def add_up(self, ranks: Ranks) -> None:
+    def all_reduce(self, ranks: Ranks) -> None:
         """Add what the other processes have summed."""
-        ranks.add_up(self._sum)
-        self.tokens = int(ranks.sums(self.tokens)[0])
+        ranks.all_reduce(self._sum)
+        self.tokens = int(ranks.all_reduce_numbers(self.tokens)[0])
 
 
 class Hessian(_TokenMean):

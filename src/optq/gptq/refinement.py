@@ -31,22 +31,22 @@ class Attempt:
 
     Args:
         pull: δH, (out, in) float32: half the negative gradient of the loss, from which every step starts.
-        lost: δᵀHδ per row, (out,) float32.
+        loss: δᵀHδ per row, (out,) float32.
     """
 
     quantized: QuantizedWeight
     pull: Tensor
-    lost: Tensor
+    loss: Tensor
 
     @classmethod
     def of(cls, target: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> "Attempt":
         error = target - quantized.decode()
         pull = error @ hessian
-        return cls(quantized=quantized, pull=pull, lost=(pull * error).sum(1))
+        return cls(quantized=quantized, pull=pull, loss=(pull * error).sum(1))
 
     def or_better(self, other: "Attempt") -> "Attempt":
         """Row by row, the one that loses less."""
-        better = other.lost < self.lost
+        better = other.loss < self.loss
         rows = better[:, None]
         chosen = replace(
             self.quantized,
@@ -57,7 +57,7 @@ class Attempt:
         return Attempt(
             quantized=chosen,
             pull=torch.where(rows, other.pull, self.pull),
-            lost=torch.where(better, other.lost, self.lost),
+            loss=torch.where(better, other.loss, self.loss),
         )
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from optq.device.memory import all_finite
 from optq.errors import SolveError
-from optq.memory import all_finite
 from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
 
 from .columns import Columns, in_order, round_columns
@@ -35,17 +35,17 @@ class Solution:
 
     Args:
         quantized: the codes and grids.
-        lost: per row, δᵀHδ with δ = target - rounded and H undamped: the energy of the output error, (out,) float32.
+        loss: per row, δᵀHδ with δ = target - rounded and H undamped: the energy of the output error, (out,) float32.
             The target is the weight, or the compensated weight where earlier errors are propagated.
-        nearest_lost: the same of rounding to nearest, which a row never exceeds under the damped Hessian.
+        rtn_loss: the same of rounding to nearest, which a row never exceeds under the damped Hessian.
         energy: per row, wᵀHw: the energy of the outputs, (out,) float32.
         damping: the fraction that was really used.
         dead_columns: inputs that were always zero during calibration; their weights are rounded to nearest.
     """
 
     quantized: QuantizedWeight
-    lost: Tensor
-    nearest_lost: Tensor
+    loss: Tensor
+    rtn_loss: Tensor
     energy: Tensor
     damping: float
     dead_columns: int
@@ -55,8 +55,8 @@ class Solution:
         return replace(
             self,
             quantized=self.quantized.to(device),
-            lost=self.lost.to(device),
-            nearest_lost=self.nearest_lost.to(device),
+            loss=self.loss.to(device),
+            rtn_loss=self.rtn_loss.to(device),
             energy=self.energy.to(device),
         )
 
@@ -122,8 +122,8 @@ def solve(
         parts.append(
             Solution(
                 quantized=quantized,
-                lost=output_energy(target - quantized.decode(), hessian),
-                nearest_lost=output_energy(target - nearest.decode(), hessian),
+                loss=output_energy(target - quantized.decode(), hessian),
+                rtn_loss=output_energy(target - nearest.decode(), hessian),
                 energy=output_energy(original, hessian),
                 damping=inverted.damping,
                 dead_columns=int(dead.sum()),
@@ -144,8 +144,8 @@ def stacked(parts: list[Solution]) -> Solution:
             scales=torch.cat([part.quantized.scales for part in parts]),
             zeros=torch.cat([part.quantized.zeros for part in parts]),
         ),
-        lost=torch.cat([part.lost for part in parts]),
-        nearest_lost=torch.cat([part.nearest_lost for part in parts]),
+        loss=torch.cat([part.loss for part in parts]),
+        rtn_loss=torch.cat([part.rtn_loss for part in parts]),
         energy=torch.cat([part.energy for part in parts]),
     )
 

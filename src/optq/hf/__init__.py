@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The integration with transformers: configuration, quantizer, and everything that differs between its versions."""
+"""What transformers calls: the quantizer, and what reads, splits and prepares a model for it."""

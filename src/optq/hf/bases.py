@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from optq.checkpoint import open_whole
+from optq.compat import transformers as compat
 from optq.errors import ModelError
-
-from . import compat
-from .legacy import entry_of
-from .source import nested_quantization, quantization_entry
+from optq.files.legacy import entry_of
+from optq.files.source import nested_quantization, quantization_entry
 
 _CONVERTED = (
     "optq.convert({source!r}, output_dir=..., to='dense') makes an ordinary model of it, which can be quantized"

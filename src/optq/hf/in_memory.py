@@ -8,10 +8,10 @@ import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from optq.compat import transformers as compat
 from optq.errors import ModelError
 from optq.torch_state import default_torch_state
 
-from . import compat
 from .quantizer import OptqHfQuantizer
 
 

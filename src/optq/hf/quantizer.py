@@ -22,37 +22,39 @@ import transformers
 from accelerate.utils import align_module_device
 from transformers.quantizers.base import HfQuantizer
 
-from optq.allocation import allocate
 from optq.calibration import Calibration, accepted
 from optq.checkpoint import find_quantized_linears, read_headers
-from optq.driver import quantize_model
+from optq.compat import transformers as compat
+from optq.compat.call import DTYPE, name_told, told, where_told
+from optq.config.gptq import GPTQConfig
+from optq.config.metadata import ambiguity, check_label, zeros_are_ambiguous, zeros_contradict
+from optq.device.memory import release_free_memory
+from optq.device.placement import execution_device, working_dtype
+from optq.distributed import ALONE, join
 from optq.errors import CalibrationError, CheckpointError, QualityError, counted
 from optq.evaluation import Comparison, is_good, judge
+from optq.events import RunLog
+from optq.files.legacy import UNPICKLE
+from optq.files.source import forget_nested_quantization
+from optq.integrations import tensor_parallel as parallel
+from optq.integrations.tensor_parallel import ParallelLinear
 from optq.kernels import tune
-from optq.layers import QuantLinear, join_experts, join_siblings
-from optq.memory import release_free_memory
-from optq.model import LINEAR_TYPES, ROLES, ActivationStore, Experts, find_fused_experts, put_fused, put_split
-from optq.placement import execution_device, working_dtype
-from optq.planning import Plan
-from optq.progress import RunLog
-from optq.ranks import ALONE, join
+from optq.layers import QuantLinear, fuse_experts, fuse_projections
+from optq.model import LINEAR_TYPES, ROLES, Experts, find_fused_experts, put_fused, put_split
+from optq.quantization.activations import ActivationStore
+from optq.quantization.bit_allocation import allocate
+from optq.quantization.driver import quantize_model
+from optq.quantization.plan import Plan
+from optq.readers import kind_of
+from optq.runs.journal import Journal, check_same, described
+from optq.runs.own_text import why_not_loaded_again, write_own_text
+from optq.runs.preparation import budget_of, prepare, prepare_data
+from optq.runs.validation import check_dtype, check_kernels, check_placement, check_request
 from optq.scheme import LayerScheme
-from optq.serving import kind_of
 from optq.torch_state import default_torch_state, leave_inference_mode
 
-from . import compat, parallel
 from .bases import check_dense, check_parts, method_of
-from .config import GPTQConfig
-from .journal import Journal, check_same, described
-from .labels import ambiguity, check_label, zeros_are_ambiguous, zeros_contradict
-from .legacy import UNPICKLE
-from .origin import DTYPE, name_told, told, where_told
-from .parallel import ParallelLinear
-from .preparation import budget_of, prepare, prepare_data
-from .source import forget_nested_quantization
 from .streaming import StreamedBlocks, why_not_streamed
-from .upfront import check_dtype, check_kernels, check_placement, check_request
-from .writing import why_not_loaded_again, write_own_text
 
 logger = logging.getLogger(__name__)
 
@@ -176,10 +178,10 @@ class OptqHfQuantizer(HfQuantizer):
             self._take(prepare_data(model, config, where_told(), write))
         assert self._calibration is not None
         description = described(self._files, config.settings(), self._calibration, model.dtype)
-        check_same(ranks.gathered(description))
+        check_same(ranks.all_gather(description))
         if config.journal_folder is not None:
             self.journal = Journal(Path(config.journal_folder), model, self._plan.blocks, config.format)
-            ranks.from_first(partial(self.journal.open, description))
+            ranks.broadcast(partial(self.journal.open, description))
         log_file = Path(config.log_file) if config.log_file and ranks.is_first else None
         self.log = RunLog(log_file, bar=ranks.is_first, run=json.loads(json.dumps(description, default=str)))
         if self._streamed is not None:
@@ -223,7 +225,7 @@ class OptqHfQuantizer(HfQuantizer):
                 self._plan,
                 self._calibration,
                 sequential=config.true_sequential,
-                polish_passes=config.polish_passes,
+                reconstruction_passes=config.reconstruction_passes,
                 checkpoint_format=config.format,
                 backend=config.backend,
                 device=config.device,
@@ -238,7 +240,7 @@ class OptqHfQuantizer(HfQuantizer):
             if self.quality is not None:
                 limit = config.max_perplexity_ratio
                 self.log.emit("gate", green=is_good(self.quality, limit), max_perplexity_ratio=limit)
-            held_out = self._calibration.probes_held_out
+            held_out = self._calibration.truly_held_out
             self._record(model)
             self._quantizes, self.pre_quantized = False, True  # from here on it is like a loaded checkpoint
             if self.journal is None:  # else its blocks are on the disk, and not in memory
@@ -317,7 +319,9 @@ class OptqHfQuantizer(HfQuantizer):
 
         With experts only if they are multiplied at once: else which of them run depends on the data.
         """
-        return all(experts.grouped is not None and experts.grouped.are_joined for experts in self._experts.values())
+        return all(
+            experts.grouped_gemm is not None and experts.grouped_gemm.are_fused for experts in self._experts.values()
+        )
 
     def _record(self, model: Any) -> None:
         """Make the model's config say what the checkpoint will be."""
@@ -329,7 +333,7 @@ class OptqHfQuantizer(HfQuantizer):
         asked_for = [name for name in self._plan.skipped if config.scheme_for(name) is not None]
         left_out = [*asked_for, *(name for name in planned if name not in done)]
         self.quantization_config = config.for_checkpoint(
-            self._calibration.recipe,
+            self._calibration.info,
             left_out,
             {name: scheme for name, scheme in planned.items() if name in done},
             self._plan.head,
@@ -440,9 +444,9 @@ class OptqHfQuantizer(HfQuantizer):
 
     def _prepare_layers(self, model: Any) -> None:
         """Let every layer choose its kernel."""
-        join_siblings(model)
+        fuse_projections(model)
         for experts in self._experts.values():
-            experts.grouped = join_experts(*experts.linears()) if experts.layout.routed else None
+            experts.grouped_gemm = fuse_experts(*experts.linears()) if experts.layout.routed else None
         kernels: dict[str, int] = {}
         for number, layer in enumerate(_quantized_layers(model).values()):
             if number % PREPARED_AT_ONCE == 0:

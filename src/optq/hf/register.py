@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from transformers.quantizers import auto
 
+from optq.config.gptq import GPTQConfig
 from optq.errors import ModelError
-
-from .config import GPTQConfig
 
 if TYPE_CHECKING:
     from .quantizer import OptqHfQuantizer
@@ -39,8 +38,9 @@ def merged(stated: Any, asked: transformers.GPTQConfig) -> GPTQConfig | None:
     Raises:
         ModelError: it cannot be quantized again.
     """
+    from optq.compat.call import name_told
+
     from .bases import method_of, why_no_base
-    from .origin import name_told
 
     if method_of(stated) == "gptq" and getattr(asked, "dataset", None) is None:
         return None

@@ -17,10 +17,9 @@ from typing import Any
 from torch import nn
 
 from optq.checkpoint import open_whole
+from optq.compat import transformers as compat
 from optq.errors import ModelError, counted
 from optq.model import Experts, put_fused, put_split
-
-from . import compat
 
 logger = logging.getLogger(__name__)
 

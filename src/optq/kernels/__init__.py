@@ -9,7 +9,7 @@ from .held import CHANGING as CHANGING
 from .held import Held as Held
 from .modes import as_in_no_mode as as_in_no_mode
 from .modes import autocast_dtype as autocast_dtype
-from .op import grouped as grouped
+from .op import grouped_gemm as grouped_gemm
 from .op import matmul as matmul
 from .prepared import Prepared as Prepared
 from .prepared import has_bfloat16_instructions as has_bfloat16_instructions

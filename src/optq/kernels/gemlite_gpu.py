@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from optq.checkpoint import PackedWeight, pack_codes, unpack_codes
-from optq.triton_devices import why_no_triton
+from optq.device.triton import why_no_triton
 
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
-from .trial import why_wrong
+from .selftest import why_wrong
 
 MULTIPLE = 32  # of columns per group, and of outputs
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One operator of torch behind every kernel: `torch.ops.optq.matmul`, so that graphs hold a call, not Python.
 
-Beside it, `torch.ops.optq.grouped` is that of all experts of a mixture.
+Beside it, `torch.ops.optq.grouped_gemm` is that of all experts of a mixture.
 
 torch.compile and torch.export see the operator and its fake implementation. Outside of graphs the kernel is called
 directly: the dispatcher takes some 15 microseconds per call, which is half of what a small layer takes on a CPU.
@@ -23,7 +23,7 @@ _ARGUMENTS = (
 )
 _LIBRARY = torch.library.Library("optq", "DEF")
 _LIBRARY.define(f"matmul(Tensor x, {_ARGUMENTS}) -> Tensor")
-_LIBRARY.define(f"grouped(Tensor x, Tensor starts, {_ARGUMENTS}) -> Tensor")
+_LIBRARY.define(f"grouped_gemm(Tensor x, Tensor starts, {_ARGUMENTS}) -> Tensor")
 _LIBRARY.define(f"matmul_transposed(Tensor gradient, {_ARGUMENTS}) -> Tensor")
 
 
@@ -36,7 +36,7 @@ def matmul(x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
     return kernel.matmul(x, prepared)
 
 
-def grouped(x: Tensor, starts: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
+def grouped_gemm(x: Tensor, starts: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
     """Rows of several experts, each times the weight of its own; not differentiable.
 
     Args:
@@ -47,10 +47,10 @@ def grouped(x: Tensor, starts: Tensor, kernel: Kernel, prepared: Prepared) -> Te
     Returns:
         (rows, out of one expert) in x's dtype.
     """
-    assert kernel.grouped is not None
+    assert kernel.grouped_gemm is not None
     if torch.compiler.is_compiling():
-        return cast(Tensor, torch.ops.optq.grouped(x, starts, *_flat(prepared), kernel.name))
-    return kernel.grouped.matmul(x, starts, prepared)
+        return cast(Tensor, torch.ops.optq.grouped_gemm(x, starts, *_flat(prepared), kernel.name))
+    return kernel.grouped_gemm.matmul(x, starts, prepared)
 
 
 class _Matmul(torch.autograd.Function):
@@ -106,8 +106,8 @@ def _run(x: Tensor, *arguments: Any) -> Tensor:
 
 def _run_grouped(x: Tensor, starts: Tensor, *arguments: Any) -> Tensor:
     prepared, kernel = _prepared(arguments)
-    assert kernel.grouped is not None
-    return kernel.grouped.matmul(x, starts, prepared)
+    assert kernel.grouped_gemm is not None
+    return kernel.grouped_gemm.matmul(x, starts, prepared)
 
 
 def _run_transposed(gradient: Tensor, *arguments: Any) -> Tensor:
@@ -141,9 +141,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 _LIBRARY.impl("matmul", _run, "CompositeExplicitAutograd")
-_LIBRARY.impl("grouped", _run_grouped, "CompositeExplicitAutograd")
+_LIBRARY.impl("grouped_gemm", _run_grouped, "CompositeExplicitAutograd")
 _LIBRARY.impl("matmul_transposed", _run_transposed, "CompositeExplicitAutograd")
 torch.library.register_fake("optq::matmul", _fake, lib=_LIBRARY)
-torch.library.register_fake("optq::grouped", _fake_grouped, lib=_LIBRARY)
+torch.library.register_fake("optq::grouped_gemm", _fake_grouped, lib=_LIBRARY)
 torch.library.register_fake("optq::matmul_transposed", _fake_transposed, lib=_LIBRARY)
 torch.library.register_autograd("optq::matmul", _backward, setup_context=_keep, lib=_LIBRARY)

@@ -16,12 +16,12 @@ from .prepared import Joint, Prepared, Unpack, matmul_dense, matmul_transposed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grouped:
+class GroupedGemm:
     """How a kernel multiplies rows by the weights of several experts at once.
 
     Args:
         why_not: (rows, experts, dtype of the activations) -> the reason to multiply expert by expert, or None.
-        matmul: (x, starts, prepared) -> (rows, out of one expert), as of `op.grouped`.
+        matmul: (x, starts, prepared) -> (rows, out of one expert), as of `op.grouped_gemm`.
     """
 
     why_not: Callable[[int, int, torch.dtype], str | None]
@@ -41,7 +41,7 @@ class Kernel:
         matmul: (x (..., in), prepared) -> (..., out), without bias, in x's dtype. Need not be differentiable.
         transposed: (gradient (..., out), prepared) -> (..., in), the gradient towards x.
         joint: how weights of one input become one; None where one product is no faster than several.
-        grouped: of a mixture of experts, all in one product; None where each multiplies alone.
+        grouped_gemm: of a mixture of experts, all in one product; None where each multiplies alone.
         only_by_name: never chosen unless it is asked for.
     """
 
@@ -52,7 +52,7 @@ class Kernel:
     matmul: Callable[[Tensor, Prepared], Tensor]
     transposed: Callable[[Tensor, Prepared], Tensor]
     joint: Joint | None = None
-    grouped: Grouped | None = None
+    grouped_gemm: GroupedGemm | None = None
     only_by_name: bool = False
 
 
@@ -94,7 +94,7 @@ KERNELS: dict[str, Kernel] = {
             matmul=triton_gpu.matmul,
             transposed=triton_gpu.matmul_transposed,
             joint=Joint(codes=0, extras=(1, 0), multiple=triton_gpu.TOGETHER),
-            grouped=Grouped(why_not=triton_gpu.why_not_grouped, matmul=triton_gpu.grouped),
+            grouped_gemm=GroupedGemm(why_not=triton_gpu.why_not_grouped, matmul=triton_gpu.grouped_gemm),
         ),
         Kernel(
             name="gemlite",
@@ -124,7 +124,7 @@ DENSELY: dict[str, Kernel] = {
         matmul=partial(matmul_dense, unpack=kernel.unpack),
         transposed=partial(matmul_transposed, unpack=kernel.unpack),
         joint=None,
-        grouped=None,
+        grouped_gemm=None,
     )
     for name, kernel in KERNELS.items()
 }

@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from optq.checkpoint import PackedWeight, unpack_codes
-from optq.triton_devices import current, why_no_triton
+from optq.device.triton import current, why_no_triton
 
 from .launches import Program
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
-from .trial import why_wrong
+from .selftest import why_wrong
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits -> the bits of each plane, lowest first
 LARGEST_FLOAT16_SCALE = 31.0  # the kernel's own numbers are 2**11 times as large
@@ -263,7 +263,7 @@ def why_not_grouped(rows: int, experts: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-def grouped(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
+def grouped_gemm(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
     """One launch for the rows of all experts; nothing here depends on the values of `starts`."""
     if prepared.order is not None:
         x = x.index_select(1, prepared.order)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import triton_gpu
 from .prepared import Prepared
-from .trial import MOST_DIFFERENT
+from .selftest import MOST_DIFFERENT
 from .triton_gpu import TILINGS, Problem, Tiling, problem_of
 
 logger = logging.getLogger(__name__)

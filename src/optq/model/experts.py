@@ -106,7 +106,7 @@ class GroupedProducts(Protocol):
     """
 
     @property
-    def are_joined(self) -> bool: ...
+    def are_fused(self) -> bool: ...
 
     def why_not(self, rows: int, *tensors: Tensor) -> str | None: ...
 
@@ -132,7 +132,7 @@ class Experts(nn.Module):
         self.names = dict(zip(ROLES, names, strict=True))
         self._fused = (fused,)  # in a tuple, so that its parameters are not counted as ours
         self.every_token = False  # show all tokens to all experts; what a token is not routed to has no effect
-        self.grouped: GroupedProducts | None = None  # instead of calling the linears, where that is the same
+        self.grouped_gemm: GroupedProducts | None = None  # instead of calling the linears, where that is the same
         self._modules |= fused._modules  # not by add_module, which `__getattr__` makes believe that they are there
         weights = layout.split(fused.get_parameter(self._up)[0], fused.get_parameter("down_proj")[0])
         for index in range(layout.count):
@@ -247,11 +247,11 @@ class Experts(nn.Module):
             return result
         chosen, weights = routing
         if (
-            self.grouped is not None
+            self.grouped_gemm is not None
             and not self.every_token
-            and self.grouped.why_not(chosen.numel(), hidden_states, weights) is None
+            and self.grouped_gemm.why_not(chosen.numel(), hidden_states, weights) is None
         ):
-            return self._at_once(self.grouped, hidden_states, chosen, weights)
+            return self._at_once(self.grouped_gemm, hidden_states, chosen, weights)
         choices = chosen.shape[-1]
         order = chosen.reshape(-1).argsort(stable=True)  # (token, choice) pairs, those of the first expert first
         counts = chosen.reshape(-1).bincount(minlength=self.layout.count)[: self.layout.count].tolist()
@@ -264,15 +264,17 @@ class Experts(nn.Module):
             outputs = self._outputs(hidden_states[token_of].split(counts))
         return self._summed(torch.cat(outputs), taken, hidden_states, chosen, weights)
 
-    def _at_once(self, grouped: GroupedProducts, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def _at_once(
+        self, grouped_gemm: GroupedProducts, hidden_states: Tensor, chosen: Tensor, weights: Tensor
+    ) -> Tensor:
         """The same without a look at the routing from the host, which would wait for the device."""
         count = self.layout.count
         experts, order = chosen.reshape(-1).sort(stable=True)
         starts = torch.searchsorted(
             experts, torch.arange(count + 1, dtype=experts.dtype, device=experts.device), out_int32=True
         )
-        firsts = grouped.first(hidden_states[order // chosen.shape[-1]], starts, experts)
-        routed = grouped.last(self._gated(*firsts), starts, experts)
+        firsts = grouped_gemm.first(hidden_states[order // chosen.shape[-1]], starts, experts)
+        routed = grouped_gemm.last(self._gated(*firsts), starts, experts)
         routed = routed.masked_fill((experts >= count)[:, None], 0)  # choices beyond the last expert stand for none
         return self._summed(routed, order, hidden_states, chosen, weights)
 

@@ -334,7 +334,7 @@ def draw_experts(run: Run, file: Path) -> Picture:
 def draw_time_and_memory(run: Run, file: Path) -> Picture:
     """Where the seconds of every block went, and the peak of memory so far."""
     done = {event["block"]: event for event in run.events_of("block")}
-    polished = {event["block"]: event["seconds"] for event in run.events_of("polished")}
+    reconstructed = {event["block"]: event["seconds"] for event in run.events_of("polished")}
     blocks = list(done)
     solving = dict.fromkeys(blocks, 0.0)
     for linear in run.linears:
@@ -343,7 +343,7 @@ def draw_time_and_memory(run: Run, file: Path) -> Picture:
     parts = {
         "running the data, summing Hessians": (BLUE, [done[block]["observing_seconds"] for block in blocks]),
         "solving": (ORANGE, list(solving.values())),
-        "polishing": (GREEN, [polished.get(block, 0.0) for block in blocks]),
+        "polishing": (GREEN, [reconstructed.get(block, 0.0) for block in blocks]),
     }
     parts = {name: part for name, part in parts.items() if any(part[1])}
     known = [sum(seconds) for seconds in zip(*(seconds for _, seconds in parts.values()), strict=True)]

@@ -132,7 +132,7 @@ def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
         "expert_columns": ["experts of", "inputs", "fewest tokens", "median", "most", "fewer than inputs", "none"],
         "experts": _expert_rows(run),
         "recipe": [
-            (key, value) for key, value in sorted(run.recipe.items()) if isinstance(value, (str, int, float, bool))
+            (key, value) for key, value in sorted(run.info.items()) if isinstance(value, (str, int, float, bool))
         ],
     }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run left in its folder: the events of its log, and the recipe in its config.json."""
+"""What a run left in its folder: the events of its log, and what its config.json says of it."""
 
 import json
 import math
@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from optq.device.memory import GIB
 from optq.errors import ReportError, counted
-from optq.memory import GIB
-from optq.progress import LOG_NAME
+from optq.events import LOG_NAME
 
 Event = dict[str, Any]
 NAMED = 4  # of those that a note is about
@@ -78,14 +78,14 @@ class Run:
     Args:
         events: of the last session, and of earlier ones those of the blocks that it did not have to do again.
         seconds: of all sessions.
-        recipe: `quantization_config` of the finished checkpoint; empty without one.
+        info: `quantization_config` of the finished checkpoint; empty without one.
         size_gib: of all weight files; None while there is no finished checkpoint.
     """
 
     folder: Path
     events: tuple[Event, ...]
     seconds: float
-    recipe: dict[str, Any]
+    info: dict[str, Any]
     size_gib: float | None
 
     @property
@@ -209,7 +209,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         events=tuple(merged),
         seconds=sum(session[-1]["at_seconds"] for session in sessions),
-        recipe=json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}) if finished else {},
+        info=json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}) if finished else {},
         size_gib=sum(file.stat().st_size for file in folder.glob("*.safetensors")) / GIB if finished else None,
     )
     try:

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optq.convert`: the same weights in another format, tensor by tensor, without loading the model."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, relabel
+from optq.config.metadata import ambiguity, groups_contradict, zeros_are_ambiguous, zeros_contradict
+from optq.errors import CheckpointError, ConfigError
+from optq.files.legacy import WHERE
+from optq.files.output import filled
+from optq.files.source import (
+    companions_folder,
+    copy_companions,
+    model_config_of,
+    place_of,
+    quantization_entry,
+    weight_files,
+)
+from optq.formats.compressed_tensors import to_compressed
+from optq.formats.gguf import opened_gguf
+from optq.formats.table import COMPRESSED, Opened, Source, Tensors, compressed_entry, describe
+from optq.scheme import LayerScheme
+from optq.torch_state import default_torch_state
+from optq.version import __version__
+
+logger = logging.getLogger(__name__)
+
+DENSE = "dense"
+TARGETS = (*CHECKPOINT_FORMATS, COMPRESSED, DENSE)
+
+
+@default_torch_state()
+def convert(
+    model_id_or_dir: str | os.PathLike[str],
+    *,
+    output_dir: str | os.PathLike[str],
+    to: str,
+    without_desc_act: bool = False,
+    gguf_file: str | None = None,
+    **kwargs: Any,
+) -> Path:
+    """Write a quantized checkpoint in another format.
+
+    Every conversion is exact: the dequantized weights are the same numbers, those of "dense" rounded to the model's
+    dtype. One file is in memory at a time. docs/checkpoint-format.md says what can be told in which format.
+
+    Args:
+        model_id_or_dir: a checkpoint of GPTQ, by any tool, of AWQ, or of compressed-tensors; or a GGUF file.
+        output_dir: is created; must be empty. It appears only when all of it is written.
+        to: "gptq" (v1), "gptq_v2", "compressed-tensors" (pack-quantized), or "dense": an ordinary model with the
+            dequantized weights.
+        without_desc_act: write desc_act=false, which more readers know, where every group is a run of neighbouring
+            columns.
+        gguf_file: the name of a GGUF file in the folder or repository, to be converted instead of its other weights.
+        kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
+    Returns:
+        The folder.
+    Raises:
+        ConfigError: `to` is unknown.
+        CheckpointError: the source is not quantized, or not on a grid of GPTQ's; its labels are not true; or it holds
+            what cannot be written as asked.
+        OutputError: the folder is not empty.
+        OSError: there is no such folder, repository or GGUF file, or it cannot be reached.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
+    origin = place_of(model_id_or_dir)
+    if gguf_file is not None:
+        origin = cached_file(origin, gguf_file, **{key: kwargs[key] for key in WHERE if key in kwargs})
+    with (
+        opened_gguf(Path(origin)) if origin.endswith(".gguf") else _opened_checkpoint(origin, kwargs) as opened,
+        filled(Path(output_dir)) as partial,
+    ):
+        described = opened.described
+        source = opened.source.without_desc_act() if without_desc_act else opened.source
+        opened.save_companions(partial)
+        sizes = {}
+        for file, names in tqdm(opened.tensors.by_file.items(), desc="Converting", unit="file", disable=None):
+            converted: dict[str, Tensor] = {}
+            for name in names:
+                linear, _, part = name.rpartition(".")
+                if linear not in source.schemes or part not in source.parts:
+                    converted[name] = opened.tensors[name]
+                elif part == source.parts[0]:
+                    for new, tensor in _converted(opened.tensors, source, linear, to, described.dtype).items():
+                        converted[f"{linear}.{new}"] = tensor
+            if converted:  # all of a linear goes where its first tensor was
+                save_file(converted, partial / file, metadata={"format": "pt"})
+                sizes[file] = {name: tensor.numel() * tensor.element_size() for name, tensor in converted.items()}
+        if len(opened.tensors.by_file) > 1:
+            _write_index(partial, sizes)
+        if to == DENSE:
+            vars(described).pop("quantization_config", None)  # that of a GGUF file has none
+        elif to == COMPRESSED:
+            described.quantization_config = compressed_entry(source)
+        else:
+            if to == "gptq" and source.config.format != "gptq":  # v1's zeros are read as their writer stored them
+                wrote = source.config.meta or {}
+                source.config.meta = {
+                    **wrote,
+                    "quantizer": [f"optq:{__version__}"],
+                    "converted_from": wrote.get("converted_from") or source.config.format,
+                }
+            source.config.format = to
+            described.quantization_config = source.config.to_dict()
+        described.save_pretrained(partial)
+    return Path(output_dir)
+
+
+def _converted(tensors: Tensors, source: Source, linear: str, to: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of one linear in the format asked for, by the last part of their names."""
+    scheme = source.schemes[linear]
+    parts = {part: tensors[f"{linear}.{part}"] for part in source.parts if f"{linear}.{part}" in tensors}
+    with _told_about(linear):
+        packed = source.read(parts, scheme)
+    _check(packed, linear, scheme)
+    with _told_about(linear):
+        if to == DENSE:
+            return {"weight": packed.columns(0, packed.out_features).T.to(dtype or torch.float16).contiguous()}
+        if to == COMPRESSED:
+            return to_compressed(packed, scheme.symmetric)
+        return relabel(packed, to).tensors()
+
+
+@contextmanager
+def _told_about(linear: str) -> Iterator[None]:
+    """Whatever is refused inside is refused by the name of the linear."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{linear}: {error}") from error
+
+
+def _check(packed: PackedWeight, name: str, scheme: LayerScheme) -> None:
+    """The bytes must be what the labels say: readers of the new ones would believe them, too."""
+    for contradiction in (
+        *zeros_contradict(name, scheme, packed.checkpoint_format, packed.qzeros),
+        *groups_contradict(name, scheme, packed.g_idx),
+    ):
+        raise CheckpointError(contradiction)
+    if zeros_are_ambiguous(packed.bits, packed.checkpoint_format, packed.qzeros):
+        logger.warning("%s", ambiguity([name]))
+
+
+@contextmanager
+def _opened_checkpoint(name: str, kwargs: dict[str, Any]) -> Iterator[Opened]:
+    """A folder or repository of transformers' own layout."""
+    described = model_config_of(name, kwargs)
+    stated = quantization_entry(described)
+    if not stated:
+        raise CheckpointError(f"{name}: its config.json says nothing of quantization, so there is nothing to convert.")
+    files = weight_files(name, described, kwargs)
+    source = describe(stated, read_headers([os.fspath(file) for file in files]))
+
+    def save_companions(folder: Path) -> None:
+        copy_companions(companions_folder(name, kwargs), folder)
+
+    with ExitStack() as stack:
+        # Older tools chose other names.
+        names = [file.name for file in files] if len(files) > 1 else [SAFE_WEIGHTS_NAME]
+        handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        tensors = _FileTensors(dict(zip(names, handles, strict=True)))
+        yield Opened(described=described, source=source, tensors=tensors, save_companions=save_companions)
+
+
+class _FileTensors:
+    """The tensors of several open files; those of a linear may lie in two of them."""
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        self.by_file = {file: list(opened.keys()) for file, opened in files.items()}
+        self._home = {name: files[file] for file, names in self.by_file.items() for name in names}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._home[name].get_tensor(name)
+        return tensor
+
+
+def _write_index(folder: Path, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    index = {
+        "metadata": {"total_size": sum(sum(names.values()) for names in sizes.values())},
+        "weight_map": {name: file for file, names in sizes.items() for name in names},
+    }
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optq.inspect`: what a checkpoint holds and who reads it, from its config and headers and a few small tensors."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from optq.checkpoint import find_quantized_linears, read_headers
+from optq.config.gptq import GPTQConfig
+from optq.config.metadata import ambiguity, groups_contradict, scope_contradicts, zeros_are_ambiguous, zeros_contradict
+from optq.device.memory import GIB
+from optq.device.placement import execution_device
+from optq.errors import CheckpointError
+from optq.files.source import (
+    head_width_of,
+    model_config_of,
+    parallel_plan_of,
+    place_of,
+    stated_quantization,
+    weight_files,
+)
+from optq.kernels import explain
+from optq.layers import QuantLinear
+from optq.readers import READERS, Linear, kind_of, refusals, split_of
+from optq.scheme import LayerScheme
+from optq.torch_state import default_torch_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a checkpoint holds.
+
+    Args:
+        config: what config.json says about the quantization; None of a dense model.
+        linears: how many quantized linears of each kind: (name with * for numbers, out_features, in_features, scheme).
+        dense: how many matrices of the blocks of each kind are not quantized, by name with * for numbers.
+        bits_per_weight: of the quantized linears, scales and zeros included, as `optq.plan` and the log count them;
+            of a dense model, those of its blocks' matrices.
+        size_gib: of all files with weights.
+        contradictions: where the bytes are not what config.json says.
+        refused: by reader, what it does not read and why; empty where it reads all.
+    """
+
+    model: str
+    config: GPTQConfig | None
+    linears: dict[tuple[str, int, int, LayerScheme], int]
+    dense: dict[str, int]
+    bits_per_weight: float
+    size_gib: float
+    contradictions: tuple[str, ...]
+    refused: dict[str, tuple[str, ...]]
+
+
+@default_torch_state()
+def inspect(
+    model_id_or_dir: str | os.PathLike[str],
+    *,
+    tensor_parallel: int = 1,
+    versions: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> Inspection:
+    """Say what a checkpoint holds, GPTQ or dense. Loads no model, and runs none of its code.
+
+    Args:
+        tensor_parallel: over how many GPUs a server will split it.
+        versions: of readers, such as {"vllm": "0.32"}; the newest that is known of those left out.
+        kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
+    Raises:
+        CheckpointError: no safetensors files, or tensors that fit no GPTQ layout.
+        ConfigError: there is no such reader, or nothing is known about that version of it.
+    """
+    readers: dict[str, str | None] = {**dict.fromkeys(READERS), **(versions or {})}
+    source = place_of(model_id_or_dir)
+    described = model_config_of(source, kwargs, as_data=True)
+    files = weight_files(source, described, kwargs)
+    headers = read_headers([os.fspath(file) for file in files])
+    quantized = find_quantized_linears(headers)
+    config = stated_quantization(described) if quantized else None
+    if quantized and config is None:
+        raise CheckpointError(
+            f"{source} has packed GPTQ tensors, but its config.json says nothing about quantization. "
+            "Add its quantization_config: bits, group_size, desc_act, sym and checkpoint_format at least."
+        )
+    plan = parallel_plan_of(described)
+    linears = {
+        name: Linear(
+            name=name,
+            out_features=tensors.out_features,
+            in_features=tensors.in_features,
+            scheme=config.scheme_for(name) or LayerScheme(bits=tensors.bits),
+            split=split_of(name, plan),
+            head_width=head_width_of(name, described),
+            checkpoint_format=config.format,
+            by_gptqmodel=config.by_gptqmodel,
+        )
+        for name, tensors in quantized.items()
+        if config is not None
+    }
+    dense = {
+        name: header
+        for name, header in headers.items()
+        if len(header.shape) >= 2 and kind_of(name) != name and name.rpartition(".")[0] not in quantized
+    }
+    counted = [x.headers[part] for x in quantized.values() for part in ("qweight", "qzeros", "scales")]
+    weights = sum(x.out_features * x.in_features for x in linears.values())
+    if not quantized:
+        counted, weights = list(dense.values()), sum(math.prod(header.shape) for header in dense.values())
+    stored = sum(math.prod(header.shape) * header.dtype.itemsize for header in counted)
+    return Inspection(
+        model=source,
+        config=config,
+        linears=dict(Counter((x.kind, x.out_features, x.in_features, x.scheme) for x in linears.values())),
+        dense=dict(Counter(map(kind_of, dense))),
+        bits_per_weight=8 * stored / weights if weights else math.nan,
+        size_gib=sum(file.stat().st_size for file in files) / GIB,
+        contradictions=(
+            *(scope_contradicts(config, quantized, _modules_of(dense)) if config is not None else ()),
+            *(_contradictions(files, linears.values(), config.zero_format) if config is not None else ()),
+        ),
+        refused={
+            reader: refusals(
+                reader,
+                linears.values(),
+                tensor_parallel,
+                _modules_of(dense),
+                version,
+            )
+            for reader, version in readers.items()
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelChoice:
+    """What multiplies the linears of one kind.
+
+    Args:
+        count: how many linears of this shape and kind there are.
+        kernel: the one chosen.
+        refused: by name, why other kernels of the table cannot run these.
+    """
+
+    kind: str
+    out_features: int
+    in_features: int
+    bits: int
+    count: int
+    kernel: str
+    refused: dict[str, str]
+
+
+def kernel_choices(
+    model_id_or_dir: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> list[KernelChoice]:
+    """Load a GPTQ checkpoint and say which kernel runs which of its linears.
+
+    Args:
+        device: where; by default the accelerator, if there is one.
+        backend: a kernel by name, as of `GPTQConfig`.
+        kwargs: for `from_pretrained`.
+    Raises:
+        KernelError: the kernel asked for cannot run a linear.
+        CheckpointError: nothing in it is quantized.
+    """
+    source = place_of(model_id_or_dir)
+    if not getattr(model_config_of(source, kwargs), "quantization_config", None):
+        raise CheckpointError(f"{source} is not quantized, so it has no linears that a kernel of optq multiplies.")
+    options = {"dtype": "auto", "device_map": execution_device(device), **kwargs}
+    if backend != "auto":
+        options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # the rest is as stored
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
+    kinds: dict[tuple[str, int, int, int], list[QuantLinear]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            kinds.setdefault((kind_of(name), layer.out_features, layer.in_features, layer.bits), []).append(layer)
+    found = []
+    for (kind, out_features, in_features, bits), layers in kinds.items():
+        kernel = layers[0].kernel_name
+        assert kernel is not None  # it is loaded
+        reasons = explain(layers[0].packed, model.dtype)
+        found.append(
+            KernelChoice(
+                kind=kind,
+                out_features=out_features,
+                in_features=in_features,
+                bits=bits,
+                count=len(layers),
+                kernel=kernel,
+                refused={name: reason for name, reason in reasons.items() if reason is not None},
+            )
+        )
+    return found
+
+
+def _modules_of(weights: Iterable[str]) -> list[str]:
+    return [name.removesuffix(".weight") for name in weights]
+
+
+def _contradictions(files: Sequence[Path], linears: Iterable[Linear], zero_format: str) -> Iterator[str]:
+    """Where bytes and labels disagree, of the first linear of each kind."""
+    firsts = {(linear.kind, linear.scheme): linear for linear in reversed(list(linears))}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            for linear in firsts.values():
+                if f"{linear.name}.qzeros" in names:
+                    zeros = tensors.get_tensor(f"{linear.name}.qzeros")
+                    yield from zeros_contradict(linear.name, linear.scheme, zero_format, zeros)
+                    if zeros_are_ambiguous(linear.scheme.bits, zero_format, zeros):
+                        yield ambiguity([linear.name])
+                if f"{linear.name}.g_idx" in names:
+                    groups = tensors.get_tensor(f"{linear.name}.g_idx")
+                    yield from groups_contradict(linear.name, linear.scheme, groups)

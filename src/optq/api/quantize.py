@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optq.quantize`: from a model's id or folder to a finished checkpoint folder, without keeping a model object."""
+
+import copy
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optq.compat.call import where_in
+from optq.config.gptq import GPTQConfig
+from optq.distributed import join
+from optq.errors import ConfigError, OutputError
+from optq.events import LOG_NAME
+from optq.files.source import (
+    check_files,
+    companions_folder,
+    copy_companions,
+    has_tokenizer,
+    model_class_of,
+    model_config_of,
+    weight_files,
+)
+from optq.hf.bases import check_base
+from optq.hf.in_memory import quantize_in_memory, refuse_unless_whole
+from optq.runs.journal import (
+    RUN_FILES,
+    differences_to,
+    differences_to_finished,
+    hash_of,
+    identities_of,
+    is_worth_keeping,
+    write_whole,
+)
+from optq.runs.preparation import prepare
+from optq.runs.validation import check_dtype, check_request
+from optq.torch_state import default_torch_state
+
+from .card import card
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".optq-partial"
+"""Where files grow inside the output folder before they get their names."""
+
+READY = "ready.json"
+"""In there, once all files are: their final names."""
+
+OURS = (PARTIAL, LOG_NAME)
+
+
+@overload
+def quantize(
+    model: str | os.PathLike[str],
+    config: transformers.GPTQConfig | dict[str, Any],
+    *,
+    output_dir: str | os.PathLike[str],
+    **kwargs: Any,
+) -> Path: ...
+
+
+@overload
+def quantize(
+    model: PreTrainedModel,
+    config: transformers.GPTQConfig | dict[str, Any],
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> PreTrainedModel: ...
+
+
+@default_torch_state()
+def quantize(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    config: transformers.GPTQConfig | dict[str, Any],
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> Path | PreTrainedModel:
+    """Quantize a model and write a checkpoint folder; the same path as `from_pretrained` and `save_pretrained`.
+
+    A model object is quantized in place, and written if `output_dir` is given. What follows is about ids and folders.
+
+    Every decoder block is read from disk when its turn comes, and written as a file of its own as soon as it is done.
+    So the memory needed does not grow with the number of blocks; and a run that was interrupted, even by a power cut,
+    goes on from its last finished block when the same call is made again, and ends with the same bytes. The folder
+    gets its config.json last, so an unfinished one is never taken for a model. The run's events are in
+    quantization_log.jsonl beside the weights, and what they come to in a model card, README.md.
+
+    Called in every process that torchrun or accelerate launch started, the processes share the work, and the first one
+    writes.
+
+    Args:
+        model: what `from_pretrained` takes; or a model of transformers with its weights in memory, on the CPU or on
+            accelerators.
+        config: how to quantize, with calibration data.
+        output_dir: is created; must be empty or hold only what a run of the same model, settings and data has left. A
+            finished one is returned as it is. Required for an id or folder.
+        kwargs: passed to `from_pretrained`: dtype, revision, token, trust_remote_code, …
+    Returns:
+        The folder; or the model object, if it was given one.
+    Raises:
+        OutputError: the folder holds something else or another run, or cannot be written.
+        ConfigError, CalibrationError, ModelError, SolveError: see `GPTQConfig` and docs/configuration.md.
+        CheckpointError: a file of the model is missing or not whole.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return _quantize_object(model, config, output_dir, kwargs)
+    if output_dir is None:
+        raise ConfigError(
+            f"optq.quantize({os.fspath(model)!r}, ...) writes a checkpoint: pass output_dir=, a folder that does not "
+            "exist or is empty. For a model in memory call from_pretrained(..., quantization_config=config)."
+        )
+    source, output = os.fspath(model), Path(output_dir)
+    config = copy.copy(GPTQConfig.from_stock(config))
+    check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"), output)
+    check_dtype(kwargs.get("dtype"))
+    described = model_config_of(source, kwargs)
+    check_base(described, source)
+    check_files(source, kwargs)
+    ranks, partial = join(), output / PARTIAL
+    if ranks.broadcast(lambda: _is_finished(output, source, described, config, kwargs)):
+        return output
+    if ranks.broadcast(lambda: _begin(output, config)):
+        config.log_file = config.log_file or str(output / LOG_NAME)
+        config.journal_folder = str(partial)
+        try:
+            loaded = model_class_of(described).from_pretrained(source, quantization_config=config, **kwargs)
+            if ranks.is_first:
+                _write_rest(loaded, companions_folder(source, kwargs), partial)
+        finally:
+            if ranks.is_first and not is_worth_keeping(partial):
+                shutil.rmtree(partial)
+    ranks.broadcast(lambda: _end(output))
+    return output
+
+
+def _quantize_object(
+    model: Any,
+    config: transformers.GPTQConfig | dict[str, Any],
+    output_dir: str | os.PathLike[str] | None,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """Quantize a model in memory; its checkpoint appears in the folder as a whole, or not at all."""
+    if kwargs:
+        raise ConfigError(
+            f"optq.quantize was given a model object and {', '.join(kwargs)}: these are arguments of from_pretrained, "
+            "for a model's id or folder. Load the model with them."
+        )
+    refuse_unless_whole(model)
+    if output_dir is None:
+        return quantize_in_memory(model, config)
+    output, ranks = Path(output_dir), join()
+    partial, named = output / PARTIAL, model.config.name_or_path
+    config = copy.copy(GPTQConfig.from_stock(config))
+    config.log_file = config.log_file or str(output / LOG_NAME)
+    companions = companions_folder(named, {}) if named else None  # before the work: it may need the network
+    if not hasattr(config.tokenizer, "save_pretrained") and (companions is None or not has_tokenizer(companions)):
+        found_in = f"{str(named)!r} has none" if named else "the model does not say where it came from"
+        logger.warning(
+            "The checkpoint will be written without a tokenizer: %s%s. Pass it as GPTQConfig(tokenizer=...), or save "
+            "it to the folder: tokenizer.save_pretrained(%r).",
+            found_in,
+            ", and an object does not say in which subfolder its files were" * bool(named),
+            str(output),
+        )
+    if not ranks.broadcast(lambda: _begin(output, config)) or any(partial.iterdir()):
+        raise OutputError(
+            f"output_dir={str(output)!r} holds an unfinished run of a model given by its id or folder. Repeat "
+            "that call, or name another folder; nothing was changed."
+        )
+    try:
+        quantize_in_memory(model, config)
+        if ranks.is_first:
+            model.save_pretrained(partial)
+            if companions is not None:
+                copy_companions(companions, partial)
+            if hasattr(config.tokenizer, "save_pretrained"):
+                config.tokenizer.save_pretrained(partial)
+            _make_ready(partial, {})
+    finally:
+        if ranks.is_first and not (partial / READY).exists():
+            shutil.rmtree(partial)
+    ranks.broadcast(lambda: _end(output))
+    return model
+
+
+def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, kwargs: dict[str, Any]) -> bool:
+    """Whether the folder holds the finished checkpoint of this very run.
+
+    Raises:
+        OutputError: it holds that of another one.
+    """
+    log = output / LOG_NAME
+    if not (output / "config.json").exists() or not log.exists() or (output / PARTIAL).exists():
+        return False
+    model = model_without_weights(source, kwargs)
+    calibration = prepare(model, config, where_in(kwargs)).calibration
+    asked: dict[str, Any] = {"settings": config.settings()}
+    if described.dtype is not None or kwargs.get("dtype", "auto") != "auto":
+        asked["dtype"] = str(model.dtype)
+    if calibration is not None:  # what the model writes follows from the settings
+        asked["calibration"] = hash_of(calibration)
+    if Path(source).is_dir():  # of the Hub, they may not be here any more
+        asked["model files"] = identities_of(map(str, weight_files(source, described, kwargs)))
+    differences = differences_to_finished(log, asked)
+    if differences:
+        raise OutputError(
+            f"output_dir={str(output)!r} holds the finished checkpoint of another run: {'; '.join(differences[:6])}. "
+            "`gptq push` uploads that. Name another folder, or delete this one; nothing was changed."
+        )
+    return differences is not None
+
+
+def _begin(output: Path, config: GPTQConfig) -> bool:
+    """Make the folder ours; whether there is still anything to quantize."""
+    _claim(output)
+    partial = output / PARTIAL
+    if not (partial / READY).exists():
+        return True
+    if differences := differences_to(partial, config):
+        raise OutputError(
+            f"{output} holds the results of another run, which only lack their names: {'; '.join(differences[:6])}. "
+            "Repeat that call, or name another folder, or delete this one."
+        )
+    return False
+
+
+def _end(output: Path) -> None:
+    """Give the files their names, and describe them."""
+    _reveal(output / PARTIAL, output)
+    if (output / LOG_NAME).exists():  # not if it was wanted elsewhere
+        (output / "README.md").write_text(card(output), encoding="utf-8")
+
+
+def _claim(output: Path) -> None:
+    """Create the folder, or make sure that it is ours to write to."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"output_dir={str(output)!r} is a file; name a folder that does not exist or is empty.")
+    ready = output / PARTIAL / READY
+    ours = {*OURS, *(json.loads(ready.read_text(encoding="utf-8")).values() if ready.exists() else ())}
+    strangers = sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
+    if strangers:
+        shown = ", ".join(strangers[:5]) + (" …" if len(strangers) > 5 else "")
+        finished = "config.json" in strangers and (output / LOG_NAME).exists()
+        push = "This export is finished: `gptq push` uploads it. " if finished else ""
+        raise OutputError(
+            f"output_dir={str(output)!r} is not empty: it holds {shown}. "
+            f"{push}Name a folder that does not exist or is empty; nothing was changed."
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / PARTIAL).mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"output_dir={str(output)!r} cannot be made or written to: {error}. Name another folder; nothing was done."
+        ) from error
+
+
+def _write_rest(model: Any, companions: Path, partial: Path) -> None:
+    """Add to the blocks' files all that is no block, and what every model's folder has."""
+    try:
+        model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
+        copy_companions(companions, partial)
+        _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:  # of the disk, or transformers
+        raise OutputError(
+            f"All blocks are quantized and kept in {partial.parent}, but what else the checkpoint needs could not be "
+            f"written: {error}. Once it can be, the same call goes on from there."
+        ) from error
+
+
+def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
+    """The model on the meta device, in the dtype that it would be loaded in."""
+    check_dtype(kwargs.get("dtype"))
+    model_config = model_config_of(source, kwargs)
+    check_base(model_config, source)
+    model_class = model_class_of(model_config)
+    dtype = kwargs.get("dtype", "auto")
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype) if dtype != "auto" else model_config.dtype or torch.float32
+    trusted = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    with torch.device("meta"):
+        auto = model_class is AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_config(model_config, **trusted) if auto else model_class(model_config)
+    model.config.name_or_path = source
+    return model.to(dtype)
+
+
+def _make_ready(partial: Path, shards: dict[str, str]) -> None:
+    """All files are there: write down what each of them will be called."""
+    others = sorted(path.name for path in partial.iterdir() if path.name not in (*shards, *RUN_FILES))
+    names = {**shards, **{name: name for name in others}}
+    for name in names:
+        with (partial / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+    names["config.json"] = names.pop("config.json")  # last: a folder without it is no model
+    write_whole(partial / READY, lambda target: target.write_text(json.dumps(names, indent=2), encoding="utf-8"))
+
+
+def _reveal(partial: Path, output: Path) -> None:
+    """Give every file its final name; it may have been begun before."""
+    for name, final in json.loads((partial / READY).read_text(encoding="utf-8")).items():
+        if (partial / name).exists():
+            os.replace(partial / name, output / final)
+    for name in (*RUN_FILES, READY):
+        (partial / name).unlink(missing_ok=True)
+    partial.rmdir()

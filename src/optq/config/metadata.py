@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model or the bytes of a checkpoint are not what a config says: readers that believe it compute nonsense."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from optq.checkpoint import CHECKPOINT_FORMATS, QuantizedTensors, decode_zeros, label_of, rules_differ, unpack_codes
+from optq.errors import CheckpointError, counted
+from optq.readers import kind_of
+from optq.scheme import LayerScheme, trivial_groups
+
+from .gptq import OVERRIDES, GPTQConfig, pattern_in
+
+HEAD_NAMES = ("lm_head", "embed_out", "output")
+"""What output heads are called, as the last part of their names."""
+
+
+def zeros_contradict(name: str, scheme: LayerScheme, zero_format: str, qzeros: Tensor) -> Iterator[str]:
+    """Of the linear of this name; qzeros: (groups, out · bits / 32) int32."""
+    checkpoint_format, middle = label_of(zero_format), 2 ** (scheme.bits - 1)
+    if not scheme.symmetric or bool((decode_zeros(qzeros, scheme.bits, zero_format) == middle).all()):
+        return
+    stored = set(unpack_codes(qzeros.T.contiguous(), scheme.bits).unique().tolist())
+    offset = CHECKPOINT_FORMATS[checkpoint_format]
+    for other, its_offset in CHECKPOINT_FORMATS.items():
+        if stored == {middle - its_offset}:
+            yield (
+                f"{name}: config.json says checkpoint_format {checkpoint_format!r}, but every stored "
+                f"zero is {middle - its_offset}: so {other!r} writes the middle of a {scheme.bits}-bit grid. Read as "
+                f"labelled, every weight is off by one step. Correct checkpoint_format to {other!r}."
+            )
+            return
+    shown = ", ".join(map(str, sorted(stored)[:6]))
+    yield (
+        f"{name}: config.json says sym=true, but the stored zeros are {shown}{' …' * (len(stored) > 6)}, not "
+        f"{middle - offset} everywhere. Readers that believe the label compute nonsense. Correct sym to false."
+    )
+
+
+def zeros_are_ambiguous(bits: int, zero_format: str, qzeros: Tensor) -> bool:
+    """Whether these zeros of v1 mean one thing if GPTQModel wrote them, and another if AutoGPTQ did."""
+    return zero_format == "gptq" and rules_differ(qzeros, bits)
+
+
+def ambiguity(names: list[str]) -> str:
+    """What to know about such zeros; `names` are the linears'."""
+    more = f" and {len(names) - 1} more linears" if len(names) > 1 else ""
+    return (
+        f"{names[0]}.qzeros{more}: zeros of 0 in checkpoint_format 'gptq' mean what their writer made of them, and "
+        "config.json does not say that it was GPTQModel or AutoRound. They are read as AutoGPTQ reads its own files, "
+        "where such zeros, and others in the same words, are lost. If one of these wrote the file, add its name to "
+        'quantization_config: "meta": {"quantizer": ["gptqmodel:7.0"]}.'
+    )
+
+
+def groups_contradict(name: str, scheme: LayerScheme, g_idx: Tensor) -> Iterator[str]:
+    """Of the linear of this name; g_idx: (in,) int32."""
+    trivial = trivial_groups(g_idx.numel(), scheme.group_width(g_idx.numel()), g_idx.device)
+    if scheme.act_order != "desc_act" and not torch.equal(g_idx, trivial):
+        yield (
+            f"{name}: config.json says desc_act=false, but its groups are not runs of neighbouring columns. "
+            "Readers that believe the label, among them vLLM, compute nonsense. Correct desc_act to true."
+        )
+
+
+def check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
+    """Refuse bits and a group size that the shapes of the tensors contradict."""
+    if scheme is None:
+        return
+    if scheme.bits != tensors.bits:
+        raise CheckpointError(
+            f"{tensors.name}: config.json says {scheme.bits} bits, but the tensors hold {tensors.bits}. "
+            "Correct quantization_config.bits, or its dynamic entry for this layer."
+        )
+    groups = tensors.headers["scales"].shape[0]
+    # Writers disagree whether a narrower last group exists; both counts are read.
+    width = scheme.group_width(tensors.in_features)
+    if groups not in (scheme.group_count(tensors.in_features), tensors.in_features // width):
+        raise CheckpointError(
+            f"{tensors.name}: config.json says group_size {scheme.group_size}, which makes "
+            f"{counted(scheme.group_count(tensors.in_features), 'group')} of {tensors.in_features} columns, but the "
+            f"tensors hold {groups}. Correct quantization_config.group_size, or its dynamic entry for this layer."
+        )
+
+
+def scope_contradicts(
+    config: GPTQConfig, quantized: Mapping[str, QuantizedTensors], dense: Iterable[str]
+) -> Iterator[str]:
+    """Where config.json and the tensors disagree about which linears are packed, and how; one of each kind.
+
+    Args:
+        quantized: the packed linears by name.
+        dense: the names of other matrices' modules.
+    """
+    found: dict[tuple[str, str], str] = {}  # by kind and by what is the matter
+    for name, tensors in quantized.items():
+        if (scheme := config.scheme_for(name)) is None:
+            found.setdefault(
+                (kind_of(name), "excluded"),
+                f"{name} is packed, but config.json excludes it. Readers that believe the label look for a dense "
+                "weight. Correct dynamic or modules_in_block_to_quantize.",
+            )
+        try:
+            check_label(tensors, scheme)
+        except CheckpointError as error:
+            found.setdefault((kind_of(name), "shapes"), str(error))
+    packed_kinds = set(map(kind_of, quantized))
+    for name in dense:
+        if kind_of(name) in packed_kinds and config.scheme_for(name) is not None:
+            found.setdefault(
+                (kind_of(name), "dense"),
+                f"{name} is not packed, but config.json does not exclude it, and others of its kind are packed. "
+                f"Readers that believe the label look for packed words. Add '-:^{re.escape(name)}$' to dynamic.",
+            )
+    yield from found.values()
+    heads = [name for name in quantized if name.rpartition(".")[2] in HEAD_NAMES and kind_of(name) == name]
+    if config.lm_head and not any(kind_of(name) == name for name in quantized):
+        yield (
+            "config.json says lm_head=true, but the output head is not packed. Readers that believe the label look "
+            "for packed words. Correct lm_head to false."
+        )
+    if heads and not config.lm_head:
+        yield (
+            f"{heads[0]} is packed, but config.json says lm_head=false. Readers that believe the label look for a "
+            "dense weight. Correct lm_head to true."
+        )
+
+
+def without_effect(config: GPTQConfig, linears: list[str]) -> list[str]:
+    """What the config says of layers that the model does not have, a sentence each; `linears` are the model's."""
+    found = [
+        f"modules_in_block_to_quantize: {entry!r} is the name of no linear layer of a block."
+        + (" The output head is asked for with lm_head=True." if entry in linears else _nearest(entry, linears))
+        for entry in config.listed_modules
+        if not any(name.endswith(f".{entry}") and kind_of(name) != name for name in linears)
+    ]
+    for pattern, override in (config.dynamic or {}).items():
+        matched = [name for name in linears if re.match(pattern_in(pattern), name)]
+        if matched and not config.lm_head and not pattern.startswith("-:") and all(kind_of(n) == n for n in matched):
+            found.append(
+                f"dynamic: {pattern!r} matches only the output head, which stays as it is, so it has no effect. The "
+                "output head is asked for with lm_head=True."
+            )
+        if not matched:
+            found.append(
+                f"dynamic: {pattern!r} matches no linear layer, so it has no effect."
+                + _nearest(re.sub(r"\\[dw.]|[^\w.]", "", pattern_in(pattern)).strip("."), linears)
+            )
+        unknown = [key for key in override or () if key not in OVERRIDES]
+        if unknown and not pattern.startswith("-:"):
+            found.append(
+                f"dynamic: {pattern!r} sets {', '.join(map(repr, unknown))}, which has no effect; what can be set is "
+                f"{', '.join(OVERRIDES)}."
+            )
+    return found
+
+
+def _nearest(text: str, linears: Iterable[str]) -> str:
+    """The names most like `text`, as a sentence."""
+    kinds = dict.fromkeys(map(kind_of, linears))
+    known = {ending: None for kind in kinds for ending in (kind, *_endings(kind))}
+    near = (
+        get_close_matches(text, known, n=3, cutoff=0.6)
+        or list(dict.fromkeys(kind.split("*.")[-1] for kind in kinds))[:8]
+    )
+    return f" Near it: {', '.join(near)}." if near else ""
+
+
+def _endings(kind: str) -> list[str]:
+    """The last part of a name, and the last two."""
+    parts = kind.split(".")
+    return [".".join(parts[-count:]) for count in (1, 2)]

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model comes from: its config, class and files, of a folder or of a repository on the Hub."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from optq.checkpoint import read_headers
+from optq.config.gptq import GPTQConfig
+from optq.errors import CheckpointError, ModelError
+from optq.readers import FUSED_NAMES
+
+from .legacy import WHERE, entry_of
+
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+"""Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
+
+ENTRY = "quantization_config"
+
+TOKENIZERS = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "spiece*", "tekken*", "sentencepiece*")
+"""What a tokenizer's files are called; a slow one's may be its vocabulary alone."""
+
+NOT_COMPANIONS = ("config.json", "quantize_config.json", "*.index.json")
+
+
+def place_of(model: Any) -> str:
+    """A model's id on the Hub or its folder, as text.
+
+    Raises:
+        ModelError: it is something else, such as a model object.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return os.fspath(model)
+    raise ModelError(
+        f"A model's id on the Hub or its folder is needed here, not a {type(model).__name__}. Save an object with "
+        "save_pretrained() and pass that folder; only optq.quantize and optq.perplexity take the object itself."
+    )
+
+
+def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = False) -> Any:
+    """The model's config, from a folder or the Hub; of `kwargs` what tells where that is.
+
+    Args:
+        as_data: never run code of the model: if transformers does not know it, a plain config holds what is written.
+    Raises:
+        ModelError: there is none, or none that transformers knows.
+        OSError: there is no such folder or repository, or it cannot be reached.
+    """
+    keys = (*WHERE, "trust_remote_code")
+    folder = Path(source, kwargs.get("subfolder") or "")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"{folder} has no config.json, so it is no model. Name a model's folder, or its id on the Hub."
+        )
+    if as_data:
+        written, _ = PreTrainedConfig.get_config_dict(source, **_only(keys, kwargs))
+        if "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
+            return PreTrainedConfig.from_dict(written)
+    try:
+        return AutoConfig.from_pretrained(source, **_only(keys, kwargs))
+    except ValueError as error:
+        raise ModelError(
+            f"{source}: transformers {transformers.__version__} cannot read its config: {error}"
+        ) from error
+
+
+def stated_quantization(model_config: Any) -> GPTQConfig | None:
+    """What a GPTQ checkpoint's config says about its quantization, if it says anything."""
+    stated = quantization_entry(model_config)
+    return GPTQConfig.from_dict(stated) if stated else None
+
+
+def quantization_entry(model_config: Any) -> dict[str, Any] | None:
+    """The quantization_config of a checkpoint in any format; that of its text model, if only that has one."""
+    stated: Any = getattr(model_config, ENTRY, None) or getattr(
+        model_config.get_text_config(decoder=True), ENTRY, None
+    )
+    return None if stated is None else entry_of(stated)
+
+
+def nested_quantization(model_config: Any, inside: str = "") -> dict[str, Any]:
+    """The quantization_config of each part of the model that has one, by the part's name, such as vision_config.
+
+    Args:
+        inside: the name of the part that `model_config` is.
+    """
+    found: dict[str, Any] = {}
+    for name, part in parts_of(model_config).items():
+        stated = part.get(ENTRY) if isinstance(part, dict) else getattr(part, ENTRY, None)
+        if stated is not None:
+            found[inside + name] = entry_of(stated)
+        found |= nested_quantization(part, f"{inside}{name}.")
+    return found
+
+
+def forget_nested_quantization(model_config: Any) -> None:
+    """Take the quantization_config out of every part of the model."""
+    for part in parts_of(model_config).values():
+        (part if isinstance(part, dict) else vars(part)).pop(ENTRY, None)
+        forget_nested_quantization(part)
+
+
+def parts_of(model_config: Any) -> dict[str, Any]:
+    """The configs inside of a config; dicts where transformers knows no class for it."""
+    held = model_config if isinstance(model_config, dict) else vars(model_config)
+    return {
+        name: part
+        for name, part in held.items()
+        if isinstance(part, PreTrainedConfig)
+        or (isinstance(part, dict) and name.endswith("_config") and name != ENTRY)
+    }
+
+
+def parallel_plan_of(model_config: Any) -> Mapping[str, str]:
+    """How tensor parallelism splits the model's linears, by patterns of their names."""
+    return getattr(model_config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+
+
+def head_width_of(name: str, model_config: Any) -> int:
+    """Outputs per attention head of the linear of this name, 0 if it makes no queries, keys or values."""
+    if name.rpartition(".")[2] not in FUSED_NAMES["qkv_proj"]:
+        return 0
+    config = model_config.get_text_config(decoder=True)
+    width, heads = (getattr(config, key, None) for key in ("hidden_size", "num_attention_heads"))
+    return getattr(config, "head_dim", None) or (width // heads if width and heads else 0)
+
+
+def model_class_of(model_config: Any) -> Any:
+    """The class that the model's own config names, else the causal language model."""
+    if getattr(model_config, "auto_map", None):
+        return AutoModelForCausalLM
+    name = (model_config.architectures or [""])[0]
+    return getattr(transformers, name, AutoModelForCausalLM)
+
+
+def companions_folder(source: str, kwargs: dict[str, Any]) -> Path:
+    """The folder with the model's files; for a model of the Hub, the companions are fetched into its cache."""
+    if Path(source).is_dir():
+        return Path(source, kwargs.get("subfolder") or "")
+    from huggingface_hub import snapshot_download
+
+    keys = ("revision", "token", "cache_dir", "local_files_only")
+    snapshot = snapshot_download(source, allow_patterns=list(COMPANIONS), **_only(keys, kwargs))
+    return Path(snapshot, kwargs.get("subfolder") or "")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files, of whatever kind."""
+    return bool(files_of(folder, TOKENIZERS))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Carry along `COMPANIONS`, byte for byte, over what save_pretrained may have written."""
+    for path in files_of(source, COMPANIONS):
+        if not any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS):
+            shutil.copyfile(path, target / path.name)
+
+
+def files_of(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The folder's own files, none of them hidden, that match one of the patterns."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name[0] != "." and any(fnmatch(path.name, pattern) for pattern in patterns)
+    ]
+
+
+def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list[Path]:
+    """The safetensors files of a model, those of the Hub in its cache.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+
+    def file(name: str) -> Path | None:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_only(WHERE, kwargs))
+        return None if found is None else Path(found)
+
+    name = getattr(model_config, "transformers_weights", None)
+    names = [name or SAFE_WEIGHTS_NAME]
+    if (index := file(name or SAFE_WEIGHTS_INDEX_NAME)) is not None and index.suffix == ".json":
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    files = {name: file(name) for name in names}
+    if missing := [name for name, path in files.items() if path is None]:
+        raise CheckpointError(
+            f"{source!r} has no {', '.join(missing[:3])}. Weights are read from safetensors files only: unpickling a "
+            "file from elsewhere can run its code. Convert the model once, where you trust it: from_pretrained(..., "
+            "use_safetensors=False), then save_pretrained()."
+        )
+    return [path for path in files.values() if path is not None]
+
+
+def check_files(source: str, kwargs: dict[str, Any]) -> None:
+    """Refuse a folder with weights that are not all there; one without any, and the Hub, are asked nothing.
+
+    Raises:
+        CheckpointError: a file is missing or not whole.
+    """
+    folder = Path(source, kwargs.get("subfolder") or "")
+    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if kwargs.get("use_safetensors") is False or kwargs.get("variant"):  # others are read
+        return
+    names: set[str] = set()
+    if whole.exists():  # transformers looks for it first
+        names = {SAFE_WEIGHTS_NAME}
+    elif index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    read_headers([os.fspath(folder / name) for name in sorted(names)])
+
+
+def _only(keys: tuple[str, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in keys if key in kwargs}

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forwards of one block that wait at the inputs of its stages while their linears are solved.
+
+So one forward per micro-batch serves all stages of a block, and its output as well. The price is that what a forward
+holds at that point stays in memory; those that find no room are run anew for every stage instead, with the same
+result.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from optq.model.stages import Stage, first_input
+
+from .coroutines import Finished, TurnThread
+
+
+@dataclass(frozen=True)
+class _AtGroup:
+    """What a forward posts when it reaches a group of stages."""
+
+    index: int
+    x: Tensor | Sequence[Tensor]
+
+
+class PausedForwards:
+    """Run a block in threads that take turns. A context manager: leaving it ends them.
+
+    Args:
+        groups: as of `independent_groups`, in the order in which the block reaches them, each once per forward.
+    """
+
+    def __init__(self, groups: list[list[Stage]]) -> None:
+        self._groups = groups
+        self._threads: dict[int, TurnThread[_AtGroup]] = {}
+        self._reached: dict[int, _AtGroup | Finished] = {}
+        self._current = threading.local()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "PausedForwards":
+        for index, group in enumerate(self._groups):
+            module, _ = group[0].stop
+            self._handles.append(module.register_forward_pre_hook(self._hook(index), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abandon()
+        for handle in self._handles:
+            handle.remove()
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._threads
+
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def start(self, number: int, run: Callable[[], Any]) -> None:
+        """Begin a forward, up to its first group."""
+
+        def main() -> Any:
+            self._current.thread = thread
+            return run()
+
+        thread: TurnThread[_AtGroup] = TurnThread(main, number)
+        self._threads[number] = thread
+        thread.start()
+        self._reached[number] = thread.wait()
+
+    def abandon(self) -> None:
+        """End all forwards and free what they hold."""
+        for thread in self._threads.values():
+            thread.abandon()
+        self._threads.clear()
+        self._reached.clear()
+
+    def inputs_of(self, number: int, group: list[Stage]) -> dict[Stage, Tensor]:
+        """Let a forward run on to a group: the inputs there, as far as there are any."""
+        wanted = self._groups.index(group)
+        while isinstance(reached := self._reached[number], _AtGroup) and reached.index < wanted:
+            self._run_on(number)
+        if not isinstance(reached, _AtGroup) or reached.index > wanted:
+            return {}
+        places = {stage: stage.stop[1] for stage in group}
+        inputs = {stage: reached.x if place is None else reached.x[place] for stage, place in places.items()}
+        return {stage: x for stage, x in inputs.items() if isinstance(x, Tensor) and x.numel()}
+
+    def output_of(self, number: int) -> Any:
+        """Let a forward run to its end."""
+        while not isinstance(reached := self._reached[number], Finished):
+            self._run_on(number)
+        del self._reached[number]
+        self._threads.pop(number)
+        return reached.output
+
+    def _run_on(self, number: int) -> None:
+        thread = self._threads[number]
+        del self._reached[number]  # and with it the input that has been seen
+        thread.answer(None)
+        self._reached[number] = thread.wait()
+
+    def _hook(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            thread: TurnThread[_AtGroup] | None = getattr(self._current, "thread", None)
+            if thread is not None:  # else somebody else runs the block
+                thread.pause(_AtGroup(index, first_input(args, kwargs)))
+
+        return hook

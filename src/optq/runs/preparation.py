@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration means for a model: which linears are quantized and how, and on what data. No weight is read."""
+
+import inspect
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from optq.calibration import TOKENS_PER_MICRO_BATCH, TOKENS_PER_STEP, Calibration, accepted, prepare_calibration
+from optq.compat import transformers as compat
+from optq.config.gptq import GPTQConfig
+from optq.config.metadata import without_effect
+from optq.device.memory import GIB
+from optq.errors import CalibrationError, ConfigError, ModelError
+from optq.model import Experts, find_blocks, find_fused_experts, find_linears, put_fused, put_split
+from optq.positions import fitting, positions_of, stated_positions
+from optq.quantization.plan import Plan, plan_quantization
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 2048  # tokens of a calibration sequence, by default
+MIXTURE = re.compile(r"expert|moe", re.IGNORECASE)  # in the name of a class
+LONGEST_WRITTEN = 512  # of one that the model writes itself: each takes a forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What was decided before any work.
+
+    Args:
+        calibration: None if the model has to write some of it first.
+        experts: by name, those that will be split into linears; the plan's targets are among these. The model still
+            holds them in fused form.
+    """
+
+    plan: Plan
+    calibration: Calibration | None
+    experts: dict[str, Experts]
+
+
+def prepare(model: Any, config: GPTQConfig, where: Mapping[str, Any]) -> Preparation:
+    """The plan and the calibration data for a model, which may be on the meta device and is left as it is.
+
+    Args:
+        where: arguments of `from_pretrained` with which the model is found, and its tokenizer.
+    Raises:
+        ConfigError, CalibrationError, ModelError: whatever can be refused before any work.
+    """
+    if config.own_text and (reason := why_not_written(model)):
+        raise CalibrationError(
+            f"{'No dataset= was given, and this model' if config.dataset is None else type(model).__name__} cannot "
+            f"write its own calibration data: {reason}. Pass dataset= with {accepted()}."
+        )
+    plan, experts = plan_for(model, config)
+    with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
+        calibration = None if config.own_text else prepare_data(model, config, where)
+    return Preparation(plan=plan, calibration=calibration, experts=experts)
+
+
+def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
+    """Which linears are quantized and how; and by name the experts that some of them are split from."""
+    blocks = find_blocks(model, config.block_name_to_quantize)
+    head = _find_head(model) if config.lm_head else {}
+    experts = {
+        f"{block_name}.{name}": Experts(fused, compat.expert_names(model, f"{block_name}.{name}"))
+        for block_name, block in blocks.items()
+        for name, fused in find_fused_experts(block).items()
+    }
+    put_split(model, experts)
+    try:
+        names = [name for block_name, block in blocks.items() for name in find_linears(block, block_name)]
+        idle = without_effect(config, [*names, *_head_names(model)])
+        try:
+            plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
+        except ConfigError as error:
+            raise ConfigError(" ".join((str(error), *idle))) from error
+    finally:
+        put_fused(model, experts)
+    for sentence in idle:
+        logger.warning("%s", sentence)
+    if plan.head is not None and not plan.targets[plan.head]:
+        logger.warning(
+            "lm_head=True was asked for, but %s stays as it is, and config.json will say lm_head=false: %s.",
+            plan.head,
+            plan.skipped[plan.head],
+        )
+        plan = plan.without_head()
+    planned = {target.view.name for target in plan.all_targets}
+    experts = {
+        name: module for name, module in experts.items() if any(linear.startswith(f"{name}.") for linear in planned)
+    }
+    if config.has_budget:
+        put_split(model, experts)
+        try:
+            budget_of(model, config, plan)
+        finally:
+            put_fused(model, experts)
+    _refuse_shared(model, plan)
+    for module in experts.values():
+        module.every_token = config.calibrate_all_experts
+    return plan, experts
+
+
+def _refuse_shared(model: Any, plan: Plan) -> None:
+    """Refuse linears that have several names: each can be replaced once, and calibrated in one place."""
+    planned = {id(target.view.module) for target in plan.all_targets}
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in planned:
+            names.setdefault(id(module), []).append(name)
+    for found in names.values():
+        if len(found) > 1:
+            raise ModelError(
+                f"{type(model).__name__} has one linear under several names: {', '.join(found[:3])}"
+                f"{' …' * (len(found) > 3)}. It or a module around it is shared, and cannot be quantized in several "
+                "places. Put a copy.deepcopy() of that module into all places but one, or exclude these linears with "
+                "dynamic."
+            )
+
+
+def budget_of(model: Any, config: GPTQConfig, plan: Plan) -> float:
+    """How many bits the planned linears may take: what `target_bits_per_weight` or `target_size_gib` leaves for them.
+
+    Args:
+        model: may be on the meta device; its experts are split.
+    Raises:
+        ConfigError: even with the smallest schemes, each linear by itself, they take more.
+    """
+    views = [target.view for target in plan.all_targets]
+    weights = sum(math.prod(view.shape) for view in views)
+    least = sum(
+        min((scheme.stored_bits(*view.shape) for scheme in config.candidates_for(view.name, *view.shape)), default=0)
+        for view in views
+    )
+    if config.target_bits_per_weight is not None:
+        budget, dense = config.target_bits_per_weight * weights, 0
+        asked = f"target_bits_per_weight={config.target_bits_per_weight}"
+    else:
+        assert config.target_size_gib is not None
+        dense = dense_bytes(model, plan)
+        budget = 8 * (config.target_size_gib * GIB - dense)
+        asked = f"target_size_gib={config.target_size_gib}"
+    if budget < least:
+        size = f", and the model {dense / GIB + least / 8 / GIB:.3g} GiB" if dense else ""
+        raise ConfigError(
+            f"{asked}, so a budget of {max(budget, 0) / weights:.3f} bits per weight was asked for, but the smallest "
+            f"allowed schemes need {least / weights:.3f}{size}. Ask for more, or allow fewer bits or larger groups."
+        )
+    return budget
+
+
+def dense_bytes(model: Any, plan: Plan) -> int:
+    """What is not quantized takes; `model` may be on the meta device, and its experts are split."""
+    quantized = {id(target.view.parameter) for target in plan.all_targets}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # on the meta device they may not be tied yet
+    sizes = {
+        id(parameter): parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in tied
+    }
+    embedding = getattr(_embedding(model), "weight", None)
+    if id(embedding) in quantized:  # a tied head, which will be untied
+        quantized.remove(id(embedding))
+    return sum(size for identity, size in sizes.items() if identity not in quantized)
+
+
+def _embedding(model: Any) -> Any:
+    """The input embedding, or None of a model that does not say which it is."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def why_not_written(model: Any) -> str | None:
+    """Why a model cannot write texts, or None."""
+    if _has_decoder_inputs(model):
+        return "it reads a text with its encoder before it writes another"
+    if model.main_input_name != "input_ids":
+        return f"it reads {model.main_input_name}"
+    if not model.can_generate():
+        return f"{type(model).__name__} does not predict the next token"
+    return None
+
+
+def _has_decoder_inputs(model: Any) -> bool:
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many token ids there are."""
+    embedding = _embedding(model)
+    if isinstance(getattr(embedding, "weight", None), torch.Tensor):
+        return int(embedding.weight.shape[0])
+    return int(model.config.get_text_config(decoder=True).vocab_size)  # some have an embedding per codebook
+
+
+def _head_names(model: Any) -> list[str]:
+    """The name of the output head, if there is one."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head][:1]
+
+
+def _find_head(model: Any) -> dict[str, nn.Module]:
+    """The output head by name."""
+    head, name = model.get_output_embeddings(), next(iter(_head_names(model)), None)
+    if head is None or name is None or not find_linears(head):
+        raise ConfigError(
+            f"lm_head=True was asked for, but {type(model).__name__} has no linear output head; leave it False."
+        )
+    return {name: head}
+
+
+def prepare_data(
+    model: Any,
+    config: GPTQConfig,
+    where: Mapping[str, Any],
+    write: Callable[[int, int], list[list[int]]] | None = None,
+) -> Calibration:
+    """The calibration data.
+
+    Args:
+        where: arguments of `from_pretrained` with which the model is found, and its tokenizer.
+        write: has the model write: so many samples of so many tokens.
+    """
+    compat.check_tokenizer(config.tokenizer)
+    text_config = model.config.get_text_config(decoder=True)
+    if config.model_seqlen is not None:
+        longest = fitting(model, config.model_seqlen, f"model_seqlen={config.model_seqlen}")
+    else:
+        longest = min(LONGEST, stated_positions(model.config) or LONGEST, positions_of(model) or LONGEST)
+    length = longest if config.model_seqlen is not None else min(longest, LONGEST_WRITTEN)
+    padding = config.pad_token_id
+    return prepare_calibration(
+        config.calibration_data,
+        lambda: compat.load_tokenizer(config.tokenizer, model.config.name_or_path, where),
+        vocabulary=vocabulary_of(model),
+        window=longest,
+        samples=config.num_samples,
+        batch_size=config.batch_size,
+        pad_token_id=padding if padding is not None else getattr(text_config, "pad_token_id", None),
+        seed=config.seed,
+        hold_out=config.quality_gate != "off",
+        decoded=_has_decoder_inputs(model),
+        dtype=model.dtype,
+        micro_batch_tokens=TOKENS_PER_STEP if config.reconstruction_passes else TOKENS_PER_MICRO_BATCH,
+        separator=_end_of_text(text_config) if config.packing else None,
+        write=None if write is None else lambda count: write(count, length),
+        padded=_may_be_padded(model),
+    )
+
+
+def _may_be_padded(model: Any) -> bool:
+    """Whether padding on the right of a sample, masked, changes nothing of what the model's linears see of its tokens.
+
+    What stands after a token is nothing to a model that writes; others may look there, whatever the mask says. To an
+    expert, padding that is routed to it is a token like any other.
+    """
+    if why_not_written(model) is not None and not _has_decoder_inputs(model):
+        return False
+    if model.config.model_type == "xlnet":  # its blocks read (length, samples, width), where no mask fits
+        return False
+    return not any(MIXTURE.search(type(module).__name__) for module in model.modules())
+
+
+def _end_of_text(text_config: Any) -> int:
+    """The token that ends a text."""
+    found = getattr(text_config, "eos_token_id", None)
+    if isinstance(found, (list, tuple)):  # chat models: the first ends a text, the others a turn
+        found = found[0]
+    if found is None:
+        raise ConfigError(
+            "packing=True joins texts by the model's eos_token_id, but its config has none; set it there."
+        )
+    return int(found)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import tiny_llama_config
+from optq.model import feed_stages, find_blocks, find_linears, observe_stages
+from optq.quantization.coroutines import BlockCall, SuspendedForwards
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_llama_config()).eval()
+
+
+@pytest.fixture
+def batches():
+    ids = torch.randint(4, 90, (2, 2, 10), generator=torch.Generator().manual_seed(0))
+    return [
+        {"input_ids": ids[0]},
+        {"input_ids": ids[1], "attention_mask": torch.tensor([[1] * 10, [1] * 6 + [0] * 4])},
+    ]
+
+
+def optq_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("optq-")]
+
+
+def run_to_the_end(model, blocks, batches):
+    """Drive every forward through all blocks, running each block twice; returns the logits."""
+    logits = {}
+    model.lm_head.register_forward_hook(lambda module, args, output: logits.setdefault(len(logits), output))
+    with torch.no_grad(), SuspendedForwards(model, blocks, batches) as forwards:
+        calls = forwards.start()
+        while calls:
+            assert {call.block for call in calls} == {calls[0].block}
+            block = forwards.original_forwards[calls[0].block]
+            for call in calls:
+                block(*call.args, **call.kwargs)
+            calls = [
+                following
+                for call in calls
+                if isinstance(following := forwards.resume(call, block(*call.args, **call.kwargs)), BlockCall)
+            ]
+    return list(logits.values())
+
+
+def test_suspended_logits_are_bit_identical(model, batches):
+    with torch.no_grad():
+        expected = [model(**batch, use_cache=False).logits for batch in batches]
+    found = run_to_the_end(model, list(find_blocks(model).values()), batches)
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+    assert not optq_threads()
+
+
+def test_leaving_early_ends_the_threads_and_restores_the_blocks(model, batches):
+    blocks = list(find_blocks(model).values())
+    kept = blocks[1].forward
+    blocks[1].forward = kept  # as accelerate's hooks do: an attribute of the instance
+    with pytest.raises(KeyboardInterrupt), SuspendedForwards(model, blocks, batches) as forwards:
+        forwards.start()
+        assert len(optq_threads()) == 2
+        raise KeyboardInterrupt
+    assert not optq_threads()
+    assert "forward" not in blocks[0].__dict__
+    assert blocks[1].__dict__["forward"] is kept
+
+
+def test_an_error_inside_the_model_surfaces_in_the_driver(model, batches):
+    batches[1]["input_ids"] = torch.full((1, 4), 10_000)
+    with pytest.raises(IndexError), SuspendedForwards(model, list(find_blocks(model).values()), batches) as forwards:
+        forwards.start()
+    assert not optq_threads()
+
+
+def test_hooks_of_others_see_each_block_once(model, batches):
+    blocks = list(find_blocks(model).values())
+    seen = []
+    blocks[0].register_forward_hook(lambda *_: seen.append(0))
+    run_to_the_end(model, blocks, batches[:1])
+    assert seen == [0]
+
+
+def test_stages_are_the_linears_that_share_an_input(model, batches):
+    block = find_blocks(model)["model.layers.0"]
+    views = list(find_linears(block, "model.layers.0").values())
+    with torch.no_grad(), SuspendedForwards(model, [block], batches) as forwards:
+        call = forwards.start()[0]
+
+        def run():
+            return forwards.original_forwards[0](*call.args, **call.kwargs)
+
+        stages = observe_stages(views, run)
+        assert [stage.name for stage in stages] == ["q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj"]
+        assert [stage.in_features for stage in stages] == [64, 64, 64, 96]
+
+        fed = []
+        later = []
+        stages[3].views[0].module.register_forward_pre_hook(lambda *_: later.append(1))
+        feed_stages([stages[0], stages[2]], run, lambda stage, x: fed.append((stage.name, x.shape)))
+        assert fed == [("q_proj+k_proj+v_proj", (2, 10, 64)), ("gate_proj+up_proj", (2, 10, 64))]
+        assert not later  # the forward was cut off once all was seen
+
+
+def test_equal_values_in_different_tensors_are_different_inputs():
+    left, right = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    views = list(find_linears(torch.nn.ModuleList([left, right])).values())
+    x = torch.randn(2, 4)
+
+    def in_place():
+        left(x)
+        x.add_(0)  # the same memory, but written to in between
+        right(x)
+
+    assert len(observe_stages(views, lambda: (left(x), right(x)))) == 1
+    assert len(observe_stages(views, lambda: (left(x), right(x.view(2, 4))))) == 1
+    assert len(observe_stages(views, lambda: (left(x), right(x.clone())))) == 2
+    assert len(observe_stages(views, in_place)) == 2
+    assert len(observe_stages(views, lambda: left(x))) == 1

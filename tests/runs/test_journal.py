@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that dies goes on where it was, and ends with the same bytes."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import optq
+from conftest import interrupted_after, tiny_llama_config
+from optq import GPTQConfig
+from optq.api import quantize as api
+from optq.errors import OutputError
+from optq.runs import journal
+
+BLOCKS = 4
+
+
+@pytest.fixture
+def source(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_llama_config(num_hidden_layers=BLOCKS))
+    model.save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def config(rows, **settings):
+    return GPTQConfig(**{"bits": 4, "group_size": 32, "dataset": rows, **settings})
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / api.LOG_NAME).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("settings", [{}, {"effort": "max", "bits": 2, "sym": False}, {"target_bits_per_weight": 4.5}])
+@pytest.mark.parametrize("blocks", [1, 3, BLOCKS])
+def test_a_run_goes_on_and_ends_with_the_same_bytes(source, token_rows, tmp_path, monkeypatch, settings, blocks):
+    expected = weights(optq.quantize(source, config(token_rows, **settings), output_dir=tmp_path / "whole"))
+    assert len(expected) == BLOCKS + 1
+    output = tmp_path / "out"
+
+    def call():
+        return optq.quantize(source, config(token_rows, **settings), output_dir=output)
+
+    interrupted_after(blocks, monkeypatch, call)
+    assert not (output / "config.json").exists()
+    assert weights(call()) == expected
+    found = [event["event"] for event in events(output)]
+    assert found.count("restored") == blocks
+    assert found.count("block") == BLOCKS - 1  # the last before the end was written, but not reported
+    quality = [
+        [event for event in events(folder) if event["event"] == "quality"] for folder in (tmp_path / "whole", output)
+    ]
+    assert quality[0][-1]["divergence"] == quality[1][-1]["divergence"]
+
+
+def test_the_inputs_of_the_block_that_goes_on_are_those_of_the_first_run(source, token_rows, tmp_path, monkeypatch):
+    """Negative control: had the finished blocks been run with their original weights, the bytes would differ."""
+    expected = weights(optq.quantize(source, config(token_rows), output_dir=tmp_path / "whole"))
+    output = tmp_path / "out"
+    interrupted_after(2, monkeypatch, lambda: optq.quantize(source, config(token_rows), output_dir=output))
+    monkeypatch.setattr("optq.quantization.block.LinearView.write", lambda self, values: None)
+    assert weights(optq.quantize(source, config(token_rows), output_dir=output)) != expected
+
+
+def test_another_run_does_not_go_on_here(source, token_rows, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    interrupted_after(2, monkeypatch, lambda: optq.quantize(source, config(token_rows), output_dir=output))
+    before = sorted(path.name for path in (output / api.PARTIAL).iterdir())
+    with pytest.raises(OutputError, match=r"2 finished blocks of another run: settings\.bits was 4 and is 8"):
+        optq.quantize(source, config(token_rows, bits=8), output_dir=output)
+    with pytest.raises(OutputError, match=r"calibration was"):
+        optq.quantize(source, config(token_rows[1:]), output_dir=output)
+    with pytest.raises(OutputError, match=r"dtype was 'torch.float32' and is 'torch.bfloat16'"):
+        optq.quantize(source, config(token_rows), output_dir=output, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path / "other", max_shard_size="100KB")
+    with pytest.raises(OutputError, match=r"model files\.model\.safetensors was"):
+        optq.quantize(tmp_path / "other", config(token_rows), output_dir=output)
+    assert sorted(path.name for path in (output / api.PARTIAL).iterdir()) == before
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_space(source, token_rows, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    save, files = journal.save_file, []
+
+    def full(tensors, path, metadata):
+        files.append(path)
+        if len(files) == 3:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, metadata=metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "save_file", full)
+        with pytest.raises(OutputError, match=r"No space left.*same command goes on"):
+            optq.quantize(source, config(token_rows), output_dir=output)
+    assert len(list((output / api.PARTIAL).glob("block-*"))) == 2
+    expected = weights(optq.quantize(source, config(token_rows), output_dir=tmp_path / "whole"))
+    assert weights(optq.quantize(source, config(token_rows), output_dir=output)) == expected
+
+
+def test_a_damaged_file_is_named(source, token_rows, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    interrupted_after(2, monkeypatch, lambda: optq.quantize(source, config(token_rows), output_dir=output))
+    file = output / api.PARTIAL / "block-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(OutputError, match=r"block-00001\.safetensors is damaged"):
+        optq.quantize(source, config(token_rows), output_dir=output)
+
+
+SCRIPT = """
+import json, sys
+import optq
+rows = json.load(open(sys.argv[3]))
+optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, group_size=32, dataset=rows), output_dir=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_killed_at_any_time_it_goes_on(source, token_rows, tmp_path):
+    expected = weights(optq.quantize(source, config(token_rows), output_dir=tmp_path / "whole"))
+    (tmp_path / "rows.json").write_text(json.dumps(token_rows))
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", SCRIPT, str(source), str(output), str(tmp_path / "rows.json")]
+    for finished in (1, 3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        file = output / api.PARTIAL / f"block-{finished - 1:05}.safetensors"
+        while not file.exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (output / "config.json").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert weights(output) == expected

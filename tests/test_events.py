@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import statistics
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from conftest import VOCABULARY
+from optq import GPTQConfig
+from optq.events import Load, RunLog
+from optq.quantization.driver import COMPARISON
+
+
+def log_of(loads, seconds, restored=0):
+    """A log of blocks, as many of them restored and then as many done as said: (solving, running) seconds of each."""
+    log = RunLog(bar=False)
+    log.expect({f"b.{number}": load for number, load in enumerate(loads)})
+    for number in range(restored):
+        log.emit("restored", block=f"b.{number}", seconds=0.1)
+    for number, (solving, running) in enumerate(seconds, restored):
+        for linear in ("q", "k"):
+            log.emit("linear", block=f"b.{number}", linear=linear, seconds=solving / 2)
+        log.emit("block", block=f"b.{number}", seconds=solving + running)
+    return log
+
+
+ALIKE = [Load(solving=7, running=3)] * 30
+
+
+def test_a_slow_first_block_does_not_spoil_the_estimate():
+    log = log_of(ALIKE, [(4.0, 5.0), (2.0, 2.0), (2.0, 2.1)])
+    assert log.blocks_left == 27
+    assert log.seconds_left == pytest.approx(27 * 4.1)
+
+
+def test_blocks_of_an_earlier_session_count_as_done_but_not_as_fast():
+    log = log_of(ALIKE, [(3.0, 1.0)], restored=20)
+    assert log.blocks_left == 9
+    assert log.seconds_left == pytest.approx(36.0)
+
+
+def test_a_block_with_more_to_solve_takes_longer_by_what_solving_takes():
+    """A head has as many weights as many blocks, but no forward goes through it."""
+    head = Load(solving=70, running=0.3)
+    log = log_of([*ALIKE[:5], head], [(3.0, 6.0)] * 3)
+    assert log.seconds_left == pytest.approx(2 * 9 + 10 * 3.0 + 0.1 * 6.0)
+
+
+def test_blocks_without_linears_are_done_when_a_later_one_is():
+    loads = [ALIKE[0], Load(solving=0, running=3), ALIKE[0], ALIKE[0]]
+    log = log_of(loads, [(3.0, 1.0)])
+    assert log.blocks_left == 3
+    assert log.seconds_left == pytest.approx(4.0 + 4.0 + 1.0)
+    log.emit("linear", block="b.2", linear="q", seconds=3.0)
+    log.emit("block", block="b.2", seconds=4.0)
+    assert log.blocks_left == 1
+
+
+def test_stages_that_processes_solve_at_once_take_no_longer_than_their_block():
+    log = log_of(ALIKE, [])
+    for linear in range(8):
+        log.emit("linear", block="b.0", linear=linear, seconds=1.0)
+    log.emit("block", block="b.0", seconds=5.0)
+    assert log.seconds_left == pytest.approx(29 * 5.0)
+
+
+def test_nothing_is_estimated_before_the_first_block():
+    with pytest.raises(statistics.StatisticsError):
+        _ = log_of(ALIKE, [], restored=20).seconds_left
+
+
+def test_a_run_says_what_its_blocks_have_to_do(tiny_llama, token_rows, monkeypatch):
+    def loads(**settings):
+        expected, expect = [], RunLog.expect
+        monkeypatch.setattr(RunLog, "expect", lambda log, loads: (expected.append(loads), expect(log, loads)))
+        config = GPTQConfig(bits=4, group_size=32, dataset=token_rows, **settings)
+        AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+        return expected[0]
+
+    fitted, probed, head = 15 * 48, 2 * 48, VOCABULARY * 64
+    weights, inputs = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96, 64**2 + 96**2
+    norms, compared = 2 * 64, VOCABULARY * COMPARISON
+    solving = (2 * 64 + 2 * 32 + 2 * 96) * 64**2 + 64 * 96**2
+    one, last = loads(effort="fast").values()
+    assert one == Load(solving=solving, running=fitted * (weights + norms + inputs) + probed * (weights + norms))
+    assert last == Load(solving=solving, running=one.running + probed * (head + compared))
+    *blocks, of_head = loads(lm_head=True).values()
+    running = 2 * fitted * (weights + norms + inputs) + probed * (weights + norms)
+    assert blocks == [Load(solving=solving, running=running)] * 2
+    assert of_head == Load(solving=head * 64, running=2 * fitted * 64**2 + probed * (head + compared))
+
+
+def test_events_are_in_the_file_as_they_happen(tmp_path):
+    with RunLog(tmp_path / "log.jsonl", bar=False) as log:
+        log.emit("block", block="b", seconds=1.0)
+        assert json.loads((tmp_path / "log.jsonl").read_text())["seconds"] == 1.0
