@@ -43,7 +43,7 @@ def plan(model, scheme_for=lambda name: SCHEME):
 def weights(model):
     """Dense values of every quantized linear, by name."""
     return {
-        name: module.packed.columns(0, module.out_features).T
+        name: module.packed().columns(0, module.out_features).T
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear)
     }

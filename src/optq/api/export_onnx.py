@@ -133,7 +133,7 @@ class _MatMulNBits(nn.Module):
 
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__()
-        weight = to_blocks(layer.packed)
+        weight = to_blocks(layer.packed())
         self.out_features = layer.out_features
         self.attributes: dict[str, Any] = {
             "K": layer.in_features,
