@@ -125,7 +125,7 @@ def test_without_it_a_checkpoint_is_transformers_own_affair_and_a_loaded_model_g
     assert (model(probe_ids).logits == before).all()
     with pytest.raises(
         (ImportError, NameError, ValueError, RuntimeError)
-    ) as refused:  # it wants the package gptqmodel
+    ) as refused:
         AutoModelForCausalLM.from_pretrained(saved)
     assert not isinstance(refused.value, OptqError)
 
