@@ -123,9 +123,7 @@ def test_without_it_a_checkpoint_is_transformers_own_affair_and_a_loaded_model_g
     before = model(probe_ids).logits
     optq.unregister()
     assert (model(probe_ids).logits == before).all()
-    with pytest.raises(
-        (ImportError, NameError, ValueError, RuntimeError)
-    ) as refused:
+    with pytest.raises((ImportError, NameError, ValueError, RuntimeError)) as refused:
         AutoModelForCausalLM.from_pretrained(saved)
     assert not isinstance(refused.value, OptqError)
 
