@@ -49,7 +49,7 @@ def devices(model):
 def test_the_gpu_quantizes_and_the_device_map_places_the_result(tiny_llama, token_rows, device_map, home):
     torch.cuda.reset_peak_memory_stats()
     model = quantize(tiny_llama, token_rows, device_map=device_map)
-    assert model.hf_quantizer.log.events[0]["device"].startswith("cuda")
+    assert model.hf_quantizer.log.events[0].device.startswith("cuda")
     assert torch.cuda.max_memory_allocated() > 0
     assert devices(model) == {home}
 

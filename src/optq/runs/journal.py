@@ -25,6 +25,7 @@ from optq.checkpoint import PackedWeight, find_quantized_linears, read_headers
 from optq.compat import transformers as compat
 from optq.config.gptq import GPTQConfig
 from optq.errors import CheckpointError, OutputError, RankError, counted
+from optq.events import Started, read_events
 from optq.files.output import write_index, write_whole
 from optq.version import __version__
 
@@ -223,12 +224,10 @@ def differences_to_finished(log: Path, asked: dict[str, Any]) -> list[str] | Non
     Args:
         asked: a part of what `described` returns.
     """
-    found = None
-    for line in log.read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        found = event.get("run", found) if event["event"] == "started" else found
-    if found is None:
+    runs = [event.run for event in read_events(log) if isinstance(event, Started) and event.run is not None]
+    if not runs:
         return None
+    found = runs[-1]
     asked = json.loads(json.dumps(asked, default=str))
     return _differences({key: value for key, value in found.items() if key in asked}, asked)
 
