@@ -12,7 +12,8 @@ from torch import Tensor
 
 from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears, with_trivial_groups
 from optq.checkpoint.layout import TensorHeader
-from optq.config.gptq import GPTQConfig, dynamic_rules, pattern_of
+from optq.config.dynamic import dynamic_rules, pattern_of
+from optq.config.gptq import GPTQConfig
 from optq.config.metadata import check_label
 from optq.errors import CheckpointError
 from optq.readers import kind_of

@@ -67,6 +67,15 @@ def register() -> None:
 
     merge_quantization_configs.optq_wraps = True  # type: ignore[attr-defined]  # others may wrap it as well
     auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
+    make = auto.AutoHfQuantizer.from_config
+
+    @wraps(make)
+    def from_config(config: Any, **kwargs: Any) -> Any:
+        # What a file says is an object by now: a dict is what a caller has written, where a slip is an error.
+        is_ours = isinstance(config, dict) and config.get("quant_method") == "gptq"
+        return make(GPTQConfig.from_stock(config) if is_ours else config, **kwargs)
+
+    auto.AutoHfQuantizer.from_config = staticmethod(from_config)
     supports = auto.AutoHfQuantizer.supports_quant_method
 
     @wraps(supports)
