@@ -3,11 +3,13 @@ import json
 import logging
 import shutil
 import signal
+import sys
 
 import pytest
 
 from optq.cli import COMMANDS, EXPORT, main
 from optq.cli.command import DONE, EXIT_CODES, INTERNAL, MODEL, QUALITY, RESOURCES, USAGE, exit_code_of
+from optq.config.fields import FIELDS
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,61 @@ def test_wrong_settings_are_told_before_any_work(run, tiny_llama, text, tmp_path
     assert code == USAGE
     assert has_one_line(words, err)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("command", [("quantize", "out"), ("plan",)])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--group-szie", "there is no such option. Did you mean --group-size?"),
+        ("--seqlen=64", "another tool's name. Here it is --model-seqlen"),
+        ("--nsamples", "another tool's name. Here it is --num-samples"),
+        ("--cache-examples-on-gpu", "Here it is --activation-memory"),
+        ("--use_exllama", "has no counterpart here"),
+    ],
+)
+def test_an_option_that_there_is_not_gets_the_nearest(run, command, option, words):
+    name, *output = command
+    code, _, err = run(name, *output, "--model", "x", option, 64)
+    assert code == USAGE
+    assert f"{option.partition('=')[0]} was given; " in err and words in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--dynamic", '{"+:.*": {"bit": 8}}'],
+            "dynamic: '+:.*': bit=8 was asked for; there is no such setting. Did you",
+        ),
+        (["--dynamic", "[]"], "dynamic=[] was asked for"),
+        (["--damp-percent", 0], "damp_percent=0.0 was asked for; it is a fraction above 0"),
+        (["--damp-percent", "nan"], "damp_percent=nan was asked for"),
+        (["--num-samples", 0], "num_samples=0 was asked for"),
+        (["--device", ""], "device='' was asked for"),
+        (["--activation-memory", '{"cpu": true}'], "activation_memory={'cpu': True} was asked for"),
+        (["--modules-in-block-to-quantize", '"mlp"'], "it is a list of names inside a block"),
+    ],
+)
+def test_values_of_options_are_checked_like_those_of_fields(run, options, words):
+    code, _, err = run("plan", "--model", "x", *options)
+    assert code == USAGE
+    assert has_one_line(words, err)
+
+
+def test_every_field_with_an_option_reaches_the_config(run, monkeypatch):
+    found = []
+    monkeypatch.setattr("optq.plan", lambda model, config, **kwargs: found.append(config) or sys.exit(0))
+    texts = {"effort": "fast", "grid": "minmax", "quality_gate": "off", "serving": "vllm", "format": "gptq_v2"}
+    values = {dict: '{"cpu": 5}', list: '["a"]', int: "8", float: "0.5", str: "text", object: "cpu"}
+    for field in FIELDS.values():
+        for flag in field.flags:
+            value = texts.get(field.name, '{"-:a": {}}' if field.name == "dynamic" else values.get(field.kind, ""))
+            run("plan", "--model", "x", *([flag] if field.kind is bool else [flag, value]))
+            assert getattr(found.pop(), field.name) not in (None, field.default) or field.default is True
+            if field.kind is bool:
+                run("plan", "--model", "x", flag.replace("--", "--no-"))
+                assert getattr(found.pop(), field.name) is False
 
 
 def test_a_model_that_is_not_there_is_told(run, text, tmp_path):

@@ -70,7 +70,6 @@ def test_a_vocabulary_that_does_not_pack_leaves_the_head_as_it_is(tmp_path, toke
         ({"dynamic": {"+:.*dwn_proj": {"bits": 8}}}, "no linear layer, so it has no effect. Near it: down_proj"),
         ({"dynamic": {r"-:model\.layers\.[789]\..*": {}}}, "matches no linear layer"),
         ({"dynamic": {"+:lm_head": {"bits": 8}}}, "'+:lm_head' matches only the output head, which stays as it is"),
-        ({"dynamic": {"+:.*o_proj": {"bit": 8}}}, "sets 'bit', which has no effect; what can be set is bits"),
         ({"modules_in_block_to_quantize": ["mlp.up_proj", "mlp.gat_proj"]}, "'mlp.gat_proj' is the name of no linear"),
         ({"modules_in_block_to_quantize": [["mlp.up_proj"], ["lm_head"]]}, "asked for with lm_head=True"),
     ],
@@ -94,10 +93,9 @@ def test_if_nothing_at_all_is_left_the_names_are_in_the_error(tiny_llama, token_
         AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
 
 
-def test_a_name_in_the_place_of_a_list_of_names_is_refused(tiny_llama, token_rows):
-    config = GPTQConfig(bits=4, group_size=32, dataset=token_rows, modules_in_block_to_quantize="mlp.down_proj")
+def test_a_name_in_the_place_of_a_list_of_names_is_refused():
     with pytest.raises(ConfigError, match="it is a list of names inside a block"):
-        AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+        GPTQConfig(bits=4, modules_in_block_to_quantize="mlp.down_proj")
 
 
 def test_groups_in_activation_order_stay_labelled_under_a_budget(quantize):
@@ -114,7 +112,7 @@ def test_groups_in_activation_order_stay_labelled_under_a_budget(quantize):
         ({"desc_act": True, "act_group_aware": True}, {"act_group_aware": False, "static_groups": False}),
         ({"static_groups": False, "act_group_aware": True}, {"act_group_aware": False, "static_groups": False}),
         ({"act_group_aware": True}, {"act_group_aware": True, "static_groups": True}),
-        ({"damp_percent": 0}, {"damp_percent": 0.1}),  # the default was used: without any, nothing can be inverted
+        ({"damp_percent": None}, {"damp_percent": 0.1}),  # the default was used
     ],
 )
 def test_labels_say_what_was_done_not_what_was_asked(quantize, settings, label):

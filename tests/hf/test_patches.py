@@ -18,6 +18,7 @@ from optq.errors import OptqError
 METHODS = [
     (PreTrainedConfig, "get_config_dict"),
     (PreTrainedModel, "from_pretrained"),
+    (auto.AutoHfQuantizer, "from_config"),
     (auto.AutoHfQuantizer, "merge_quantization_configs"),
     (auto.AutoHfQuantizer, "supports_quant_method"),
 ]

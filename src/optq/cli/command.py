@@ -4,6 +4,7 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -11,8 +12,10 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
 from optq import errors
+from optq.config.counterparts import why_unknown
 
 DONE, INTERNAL, USAGE, MODEL, QUALITY, RESOURCES, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -59,12 +62,30 @@ class Command:
         """Its arguments, and those of every command."""
         parser.description = textwrap.fill(self.summary, 80)
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.epilog = "exit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
         self.add_arguments(parser)
         shared = parser.add_argument_group("output")
         shared.add_argument("--json", action="store_true", help="print JSON, for programs")
         shared.add_argument("--quiet", action="store_true", help="say nothing but results, warnings and errors")
         shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        _refuse_unknown_options(parser)
+        parser.epilog = "exit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
+
+
+def _refuse_unknown_options(parser: argparse.ArgumentParser) -> None:
+    """Have the parser say what is near an option that there is not, or what another tool's is called here.
+
+    On the parser itself, which optimum-cli makes; no command has commands below it that could take what it leaves.
+    """
+    parse = parser.parse_known_args
+    known = {flag[2:].replace("-", "_"): flag for flag in re.findall(r"--[a-z-]+", parser.format_help())}
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        found, rest = parse(args, namespace)
+        for option in (part.partition("=")[0] for part in rest if part.startswith("--")):
+            parser.error(f"{option} was given; {why_unknown(option, known, 'option', known.__getitem__)}")
+        return found, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 def execute(command: Command, arguments: argparse.Namespace) -> int:

@@ -6,71 +6,38 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from optq.config.field import Field
+from optq.config.fields import FIELDS, SECTIONS
 from optq.errors import ConfigError
 
 from .command import DONE, RESOURCES, Command
 from .loading import add_loading, add_source, loading, positive
 from .printing import as_json, print_either, print_json
 
+DEFAULT_BITS = 4
+METAVARS: dict[Any, str] = {int: "N", float: "X", dict: "JSON", list: "JSON"}
+
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """The fields of `GPTQConfig`. Defaults are its own: an option that is not given is not passed on."""
     parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the model to quantize")
-    data = parser.add_argument_group("calibration data")
-    data.add_argument(
-        "--dataset",
-        "--data-path",
-        metavar="DATA",
-        help="a name (wikitext2, code, …), a file or folder, a mix (wikitext2:0.5,./my.jsonl:0.5), or self: text that "
-        "the model writes (self)",
-    )
-    data.add_argument("--num-samples", type=int, metavar="N", help="sequences to use at most (128, or all of a list)")
-    data.add_argument("--seq-len", "--max-len", type=int, metavar="N", help="tokens of one at most (2048, or fewer)")
-    data.add_argument("--tokenizer", metavar="ID_OR_DIR", help="if it is not in the model's folder")
-    data.add_argument("--seed", type=int, metavar="N", help="chooses the sequences where there are more (0)")
-
-    grid = parser.add_argument_group("what is stored")
-    grid.add_argument("--bits", type=int, default=4, metavar="N", help="2, 3, 4 or 8 (4)")
-    grid.add_argument(
-        "--group-size", type=int, metavar="N", help="columns that share a scale; -1 for whole rows (128)"
-    )
-    grid.add_argument("--sym", action=argparse.BooleanOptionalAction, help="zeros in the middle of the grid (yes)")
-    grid.add_argument("--desc-act", action=argparse.BooleanOptionalAction, help="groups in activation order (no)")
-    grid.add_argument(
-        "--target-bits-per-weight", type=float, metavar="BITS", help="choose bits for each linear instead"
-    )
-    grid.add_argument("--target-size-gib", type=float, metavar="GIB", help="the same, as the size of all weights")
-    grid.add_argument("--serving", metavar="SERVER", help="vllm: refuse, and do not choose, what it does not read")
-    grid.add_argument("--format", metavar="FORMAT", help="gptq (v1), which all read, or gptq_v2")
-    grid.add_argument("--lm-head", action="store_true", default=None, help="quantize the output head too")
-    grid.add_argument("--dynamic", type=_json, metavar="JSON", help="""by layer: '{"+:.*down_proj": {"bits": 8}}'""")
-
-    work = parser.add_argument_group("how it is made")
-    work.add_argument("--effort", metavar="EFFORT", help="fast, default or max: how much time may be spent")
-    work.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward (as many as are 2048 tokens)")
-    work.add_argument("--damp-percent", type=float, metavar="FRACTION", help="damping of the Hessian (0.1)")
-    work.add_argument(
-        "--calibrate-all-experts", action="store_true", default=None, help="show every expert all tokens"
-    )
-    work.add_argument(
-        "--quality-gate", metavar="GATE", help="warn, raise or off: if the result is far from the original"
-    )
-    work.add_argument("--max-perplexity-ratio", type=float, metavar="RATIO", help="how far that is (1.5)")
-    work.add_argument("--device", metavar="DEVICE", help="where blocks are solved (the accelerator, if there is one)")
-    work.add_argument(
-        "--activation-memory",
-        type=_json,
-        metavar="JSON",
-        help="""for what waits between blocks: '{"0": "8GiB", "cpu": "32GiB"}' (40 %% of what is free)""",
-    )
+    for section in SECTIONS:
+        group = parser.add_argument_group(section.lower())
+        for field in FIELDS.values():
+            if field.section == section and field.flags:
+                _add_field(group, field)
     add_loading(parser)
 
 
-_FIELDS = (
-    *("bits", "group_size", "sym", "desc_act", "target_bits_per_weight", "target_size_gib", "serving", "format"),
-    *("lm_head", "dynamic", "effort", "batch_size", "damp_percent", "calibrate_all_experts", "quality_gate"),
-    *("max_perplexity_ratio", "device", "activation_memory", "dataset", "num_samples", "tokenizer", "seed"),
-)
+def _add_field(group: Any, field: Field) -> None:
+    default = DEFAULT_BITS if field.name == "bits" else field.shown_default
+    shown = f"{field.help} ({default})".replace("`", "").replace("%", "%%")
+    kind: dict[str, Any] = {"metavar": METAVARS.get(field.kind, field.name.rpartition("_")[2].upper())}
+    if field.kind is bool:
+        kind = {"action": argparse.BooleanOptionalAction}
+    elif field.kind in METAVARS:
+        kind["type"] = _json if METAVARS[field.kind] == "JSON" else field.kind
+    group.add_argument(*field.flags, dest=field.name, default=argparse.SUPPRESS, help=shown, **kind)
 
 
 def _json(text: str) -> Any:
@@ -83,10 +50,8 @@ def _json(text: str) -> Any:
 def _config(arguments: argparse.Namespace) -> Any:
     from optq import GPTQConfig
 
-    given = {field: getattr(arguments, field) for field in _FIELDS if getattr(arguments, field) is not None}
-    if arguments.seq_len is not None:
-        given["model_seqlen"] = arguments.seq_len
-    return GPTQConfig(**given)
+    given = {name: value for name, value in vars(arguments).items() if name in FIELDS}
+    return GPTQConfig(**{"bits": DEFAULT_BITS, **given})
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

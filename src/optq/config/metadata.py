@@ -13,7 +13,8 @@ from optq.errors import CheckpointError, counted
 from optq.readers import kind_of
 from optq.scheme import LayerScheme, trivial_groups
 
-from .gptq import OVERRIDES, GPTQConfig, pattern_in
+from .dynamic import pattern_in
+from .gptq import GPTQConfig
 
 HEAD_NAMES = ("lm_head", "embed_out", "output")
 """What output heads are called, as the last part of their names."""
@@ -138,7 +139,7 @@ def without_effect(config: GPTQConfig, linears: list[str]) -> list[str]:
         for entry in config.listed_modules
         if not any(name.endswith(f".{entry}") and kind_of(name) != name for name in linears)
     ]
-    for pattern, override in (config.dynamic or {}).items():
+    for pattern in config.dynamic or {}:
         matched = [name for name in linears if re.match(pattern_in(pattern), name)]
         if matched and not config.lm_head and not pattern.startswith("-:") and all(kind_of(n) == n for n in matched):
             found.append(
@@ -149,12 +150,6 @@ def without_effect(config: GPTQConfig, linears: list[str]) -> list[str]:
             found.append(
                 f"dynamic: {pattern!r} matches no linear layer, so it has no effect."
                 + _nearest(re.sub(r"\\[dw.]|[^\w.]", "", pattern_in(pattern)).strip("."), linears)
-            )
-        unknown = [key for key in override or () if key not in OVERRIDES]
-        if unknown and not pattern.startswith("-:"):
-            found.append(
-                f"dynamic: {pattern!r} sets {', '.join(map(repr, unknown))}, which has no effect; what can be set is "
-                f"{', '.join(OVERRIDES)}."
             )
     return found
 

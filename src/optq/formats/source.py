@@ -11,7 +11,8 @@ from torch import Tensor
 
 from optq.checkpoint import PackedWeight, with_trivial_groups
 from optq.checkpoint.layout import TensorHeader
-from optq.config.gptq import GPTQConfig, dynamic_rules, pattern_of
+from optq.config.dynamic import dynamic_rules, pattern_of
+from optq.config.gptq import GPTQConfig
 from optq.errors import CheckpointError
 from optq.readers import kind_of
 from optq.scheme import LayerScheme

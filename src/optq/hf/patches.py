@@ -66,6 +66,15 @@ def quantize_with_optq() -> None:
 
         return merge_quantization_configs
 
+    def make_from_config(make: Callable[..., Any]) -> Callable[..., Any]:
+        def from_config(cls: type[Any], /, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+            # What a file says is an object by now: a dict is what a caller has written, where a slip is an error.
+            if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "gptq":
+                quantization_config = GPTQConfig.from_stock(quantization_config)
+            return make(cls, quantization_config, *args, **kwargs)
+
+        return from_config
+
     def make_supports(supports: Callable[..., Any]) -> Callable[..., Any]:
         def supports_quant_method(stated: Any) -> Any:
             from .bases import check_says_something
@@ -75,6 +84,7 @@ def quantize_with_optq() -> None:
 
         return supports_quant_method
 
+    wrap(auto.AutoHfQuantizer, "from_config", classmethod, make_from_config)
     wrap(auto.AutoHfQuantizer, "merge_quantization_configs", classmethod, make_merge)
     wrap(auto.AutoHfQuantizer, "supports_quant_method", staticmethod, make_supports)
 

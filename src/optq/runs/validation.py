@@ -14,6 +14,7 @@ import torch
 
 from optq.calibration import check_sources
 from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, pack_codes
+from optq.config.field import short
 from optq.config.gptq import GPTQConfig
 from optq.device.placement import devices_here, execution_device
 from optq.errors import ConfigError, KernelError
@@ -61,7 +62,6 @@ def check_request(
     config.post_init()  # fields may have been assigned since
     check_sources(config.calibration_data)
     execution_device(config.device)
-    _check_modules(config.modules_in_block_to_quantize)
     _check_written(config)
     _check_log_file(config.log_file, output)
     _check_devices(device_map)
@@ -126,21 +126,6 @@ def check_kernels(model: Any, plan: Plan, config: GPTQConfig, device_map: Any, *
             raise KernelError(f"{name}: {refused[0]}") from refused[0]
 
 
-def _check_modules(groups: Any) -> None:
-    if groups is None:
-        return
-    entries = [
-        entry
-        for group in (groups if isinstance(groups, (list, tuple)) else [None])
-        for entry in (group if isinstance(group, (list, tuple)) else [group])
-    ]
-    if not all(isinstance(entry, str) for entry in entries):
-        raise ConfigError(
-            f"modules_in_block_to_quantize={_shown(groups)} was asked for; it is a list of names inside a block, such "
-            "as ['self_attn.q_proj', 'mlp.down_proj'], or a list of such lists."
-        )
-
-
 def _check_written(config: GPTQConfig) -> None:
     """Refuse what config.json cannot hold: it is written last."""
     for key, value in config.written().items():
@@ -149,7 +134,7 @@ def _check_written(config: GPTQConfig) -> None:
             _check_keys(value)
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"{key}={_shown(value)} was asked for, which config.json cannot hold: {error}. Allowed are what JSON "
+                f"{key}={short(value)} was asked for, which config.json cannot hold: {error}. Allowed are what JSON "
                 "has: text, finite numbers, true, false, null, and lists and dicts of these with text as keys."
             ) from error
 
@@ -167,16 +152,9 @@ def _check_keys(value: Any) -> None:
         _check_keys(part)
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
 def _check_log_file(log_file: str | os.PathLike[str] | None, output: Path | None) -> None:
     if log_file is None:
         return
-    if not isinstance(log_file, (str, os.PathLike)):
-        raise ConfigError(f"log_file={log_file!r} was asked for; it is a path, or None.")
     path = Path(log_file)
     if path.is_dir():
         raise ConfigError(f"log_file={str(path)!r} is a folder; name a file in it.")

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be known of a field of the config, and whether a value fits it.
+
+Imports neither torch nor transformers, so that the command line's `--help` appears at once.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass
+from enum import Enum
+from functools import cached_property
+from itertools import islice
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from optq.errors import ConfigError
+
+SHORT = 80  # characters of a value in a message
+WRONG = object()
+"""No value of a kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """What is to be known of one field.
+
+    Args:
+        help: for the docs page, the docstring and `--help`; Markdown.
+        unset: what None, or an option that is not given, stands for.
+        stored: config.json has it. All others say how to run, not what the checkpoint is.
+        decisive: the checkpoint's bytes depend on it, so a run that goes on needs the same.
+        least, above, below: bounds of a number.
+        why_not: of a type that does not say it all: what a value has to be, if the one that is given is not.
+        lenient: of a file, a value that does not fit is left aside: to read the checkpoint it is not needed.
+        option: it has a command-line option, named like it; `options` are other names, the first is shown first.
+    """
+
+    name: str
+    annotation: Any
+    section: str
+    help: str
+    default: Any = MISSING
+    unset: str = ""
+    stored: bool = False
+    decisive: bool = True
+    least: int | None = None
+    above: int | None = None
+    below: int | None = None
+    why_not: Callable[[Any], str | None] | None = None
+    lenient: bool = False
+    option: bool = True
+    options: tuple[str, ...] = ()
+
+    @cached_property
+    def optional(self) -> bool:
+        return self.default is None if self.annotation is Any else type(None) in get_args(self.annotation)
+
+    @cached_property
+    def choices(self) -> tuple[str, ...]:
+        return get_args(self._member) if get_origin(self._member) is Literal else ()
+
+    @cached_property
+    def kind(self) -> Any:
+        """int, float, bool, str, dict, list or, of anything else, object."""
+        if self.choices:
+            return str
+        kind = get_origin(self._member) or self._member
+        return kind if isinstance(kind, type) and kind in (int, float, bool, str, dict, list) else object
+
+    @property
+    def _member(self) -> Any:
+        """The annotation without None."""
+        is_union = get_origin(self.annotation) in (Union, UnionType)
+        return get_args(self.annotation)[0] if is_union else self.annotation
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What it is called on the command line."""
+        flags = (*self.options, f"--{self.name.replace('_', '-')}")
+        return tuple(dict.fromkeys(flags)) if self.option else ()
+
+    @property
+    def shown_default(self) -> str:
+        if self.unset or self.default is None:
+            return self.unset or "none"
+        return "required" if self.default is MISSING else str(self.default)
+
+    def checked(self, value: Any, label: str | None = None) -> Any:
+        """The value, as Python's own type if it is a number of another library.
+
+        Args:
+            label: how an error calls it, if not by its name.
+        Raises:
+            ConfigError: it does not fit.
+        """
+        if value is None and self.optional:
+            return None
+        if self.why_not is not None:
+            found, reason = value, self.why_not(value)
+        else:
+            found = PARSERS[self.kind](value)
+            reason = None if found is not WRONG and self._admits(found) else self._wanted
+        if reason is None:
+            return found
+        raise ConfigError(f"{label or self.name}={short(value)} was asked for; {reason}.")
+
+    def why_refused(self, value: Any) -> str | None:
+        try:
+            self.checked(value)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def from_json(self, value: Any) -> Any:
+        """As Python would say it: in files a switch may be 0 or 1."""
+        return bool(value) if self.kind is bool and type(value) is int and value in (0, 1) else value
+
+    def _admits(self, value: Any) -> bool:
+        return (
+            (not self.choices or value in self.choices)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def _wanted(self) -> str:
+        """What a value has to be."""
+        none = ", or None for the default" if self.optional else ""
+        if self.choices:
+            return f"allowed are {', '.join(map(repr, self.choices))}{none}"
+        if self.kind is bool:
+            return f"allowed are True and False (in a file also 1 and 0){none}"
+        if self.kind is int and self.least is not None:
+            return f"it is {'a positive integer' if self.least == 1 else f'an integer, {self.least} or more'}{none}"
+        if self.below is not None:
+            return f"it is a fraction above {self.above} and below {self.below}{none}"
+        if self.kind is float and self.above is not None:
+            return f"it is a positive finite number{none}"
+        kinds = {int: "an integer", float: "a finite number", str: "text that is not empty"}
+        return f"it is {kinds[self.kind]}{none}"
+
+
+def _integer(value: Any) -> Any:
+    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else WRONG
+
+
+def _number(value: Any) -> Any:
+    """A finite one; an int stays an int."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return WRONG
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:
+        return WRONG
+    return (int(value) if isinstance(value, Integral) else float(value)) if is_finite else WRONG
+
+
+def _switch(value: Any) -> Any:
+    kind = type(value)
+    is_numpys = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
+    return bool(value) if kind is bool or is_numpys else WRONG
+
+
+def text_of(value: Any) -> Any:
+    """Text; other tools have enumerations of it."""
+    value = value.value if isinstance(value, Enum) else value
+    return value if isinstance(value, str) and value.strip() else WRONG
+
+
+PARSERS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _number, bool: _switch, str: text_of}
+"""By the kind of a field: what a value is in Python, or `WRONG`. The other kinds have a `why_not`."""
+
+
+def short(value: Any, depth: int = 3) -> str:
+    """A setting in one line; of what is no setting, or too deep inside of one, what it is."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        text = repr(value)
+    elif isinstance(value, Mapping) and depth:
+        parts = (f"{short(key)}: {short(part, depth - 1)}" for key, part in islice(value.items(), SHORT))
+        text = "{" + ", ".join(parts) + "}"
+    elif isinstance(value, (list, tuple)) and all(isinstance(part, (str, list)) for part in value) and len(value) < 9:
+        text = "[" + ", ".join(short(part, depth - 1) if depth else "…" for part in value) + "]"
+    else:
+        return kind_of_value(value)
+    return text if len(text) <= SHORT else f"{text[: SHORT - 1]}…"
+
+
+def kind_of_value(value: Any) -> str:
+    """A name as it is; of anything else its type and how many there are."""
+    if isinstance(value, str):
+        return short(value)
+    try:
+        count = f" of {len(value)}"
+    except TypeError:  # also of tensors without dimensions
+        count = ""
+    return f"<{type(value).__name__}{count}>"

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every field of `GPTQConfig`, once: its type, default and meaning, and whether config.json has it.
+
+The signature, the checks, what is written, the command line's options, the docstring and the tables of
+docs/configuration.md are all made from `Fields`. Imports neither torch nor transformers, so that `--help` appears at
+once.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from optq.errors import ConfigError
+
+from .counterparts import why_unknown
+from .field import WRONG, Field, short, text_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT, SEARCH, CALIBRATION, RUNNING = SECTIONS = (
+    "What the checkpoint will be",
+    "How it is found",
+    "Calibration",
+    "Running",
+)
+"""Of docs/configuration.md and of `--help`."""
+
+WITHOUT_EFFECT = "without effect; the stock class has it"
+
+DEFAULT_DAMPING = 0.1
+
+Effort = Literal["fast", "default", "max"]
+
+
+def _no_data(value: Any) -> str | None:
+    if not isinstance(value, (bool, int, float, complex, bytes)) and not _is_blank(value):
+        return None
+    return "it is a name, a path, a list, a dataset, or None for text that the model writes"
+
+
+def _no_tokenizer(value: Any) -> str | None:
+    if not isinstance(value, (bool, int, float, complex, bytes, list, tuple, dict, set)) and not _is_blank(value):
+        return None
+    return "it is a tokenizer, the id of a model or a folder, or None for the model's own"
+
+
+def _no_device(value: Any) -> str | None:
+    if type(value).__name__ == "device" or text_of(value) is not WRONG:
+        return None
+    return "it is a device such as 'cuda:1' or 'cpu', or None for the accelerator, if there is one"
+
+
+def _no_path(value: Any) -> str | None:
+    return None if isinstance(value, os.PathLike) or text_of(value) is not WRONG else "it is a path, or None"
+
+
+def _no_facts(value: Any) -> str | None:
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return None
+    return "it is a dict with text as keys, or None, and goes to config.json"
+
+
+def _no_names(value: Any) -> str | None:
+    groups = value if isinstance(value, (list, tuple)) else [None]
+    entries = [entry for group in groups for entry in (group if isinstance(group, (list, tuple)) else [group])]
+    if all(text_of(entry) is not WRONG for entry in entries):
+        return None
+    return (
+        "it is a list of names inside a block, such as ['self_attn.q_proj', 'mlp.down_proj'], or a list of such lists"
+    )
+
+
+def _no_rules(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return None
+    return "it is a dict of patterns with dicts of settings, such as {'+:.*down_proj': {'bits': 8}}"
+
+
+def _no_memory(value: Any) -> str | None:
+    try:
+        activation_bytes(value)
+    except (AttributeError, OverflowError, TypeError, ValueError):
+        return (
+            'it is a dict with an accelerator\'s number or "cpu" as keys, one accelerator at most, and bytes or sizes '
+            'such as "8GiB" as values'
+        )
+    return None
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def activation_bytes(asked: Mapping[str | int, str | int] | None) -> dict[str | int, int]:
+    """`activation_memory` in bytes.
+
+    Raises:
+        AttributeError, OverflowError, TypeError, ValueError: it makes no sense.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    asked = {} if asked is None else asked
+    for place, size in asked.items():
+        if isinstance(place, bool) or isinstance(size, bool) or not re.fullmatch(r"\d+|[a-z]+(:\d+)?", str(place)):
+            raise ValueError(f"{place!r}: {size!r}")
+    found = {place: convert_file_size_to_int(size) for place, size in asked.items()}
+    if len(found) > 2 or (len(found) == 2 and "cpu" not in found):
+        raise ValueError("one accelerator at most")
+    return found
+
+
+def _no_words(value: Any) -> str | None:
+    is_int32 = str(value).removeprefix("torch.") == "int32"  # torch.int32 as well
+    return None if is_int32 else "codes are packed into 'int32' words only"
+
+
+def _no_gptq(value: Any) -> str | None:
+    return None if value == "gptq" else "allowed is 'gptq'"
+
+
+def declared(section: str, help: str, default: Any = MISSING, unset: str = "", **facts: Any) -> Any:
+    """A field of `Fields`; see `Field` for the facts."""
+    facts |= {"section": section, "help": help, "default": default, "unset": unset}
+    return field(default=default, metadata=facts)
+
+
+@dataclass(eq=False, repr=False)
+class Fields:
+    """The fields; positional arguments are in the order of transformers' own class."""
+
+    bits: int = declared(CHECKPOINT, "bits per weight: 2, 3, 4 or 8", unset="required", stored=True)
+    tokenizer: Any = declared(
+        CALIBRATION,
+        "an object, a model id or a folder",
+        None,
+        "the model's",
+        decisive=False,
+        lenient=True,
+        why_not=_no_tokenizer,
+    )
+    dataset: Any = declared(
+        CALIBRATION,
+        "a name (wikitext2, code, …), a file or folder, a mix (`wikitext2:0.5,./my.jsonl:0.5`), a list of samples, or "
+        "self: text that the model writes",
+        None,
+        "self",
+        decisive=False,
+        lenient=True,
+        why_not=_no_data,
+        options=("--dataset", "--data-path"),
+    )
+    group_size: int = declared(
+        CHECKPOINT, "columns that share a scale and a zero; -1 for whole rows", 128, stored=True
+    )
+    damp_percent: float | None = declared(
+        SEARCH,
+        "a fraction: of the Hessian's mean diagonal, added to its diagonal",
+        DEFAULT_DAMPING,
+        stored=True,
+        lenient=True,
+        above=0,
+        below=1,
+    )
+    desc_act: bool = declared(CHECKPOINT, "store groups in activation order (non-trivial g_idx)", False, stored=True)
+    act_group_aware: bool | None = declared(
+        CHECKPOINT, "solve whole groups in activation order, and columns inside of them", None, "False", stored=True
+    )
+    sym: bool = declared(CHECKPOINT, "zeros in the middle of the grid", True, stored=True)
+    true_sequential: bool = declared(
+        SEARCH, "calibrate later linears of a block on the already quantized earlier ones", True, stored=True
+    )
+    format: str = declared(CHECKPOINT, "gptq (v1), which all read, or gptq_v2", "gptq", stored=True)
+    meta: dict[str, Any] | None = declared(
+        CHECKPOINT,
+        "facts for config.json; `quantizer` and `calibration` are added",
+        None,
+        stored=True,
+        lenient=True,
+        why_not=_no_facts,
+        option=False,
+    )
+    backend: str | None = declared(
+        RUNNING, "which kernels may run: auto, cpu, or a kernel's name", "auto", decisive=False, option=False
+    )
+    model_seqlen: int | None = declared(
+        CALIBRATION,
+        "longest sequence in tokens",
+        None,
+        "the model's limit, at most 2048",
+        least=1,
+        options=("--seq-len", "--max-len"),
+    )
+    block_name_to_quantize: str | None = declared(
+        SEARCH, "the list of blocks, such as `model.layers`", None, "found", stored=True, lenient=True
+    )
+    module_name_preceding_first_block: list[str] | None = declared(
+        RUNNING, WITHOUT_EFFECT, None, stored=True, lenient=True, why_not=_no_names, option=False
+    )
+    batch_size: int | None = declared(
+        CALIBRATION, "sequences per forward", None, "as many as are 2048 tokens; 512 with `polish`", least=1
+    )
+    pad_token_id: int | None = declared(CALIBRATION, "fills up shorter samples", None, "the model's, else 0")
+    max_input_length: int | None = declared(RUNNING, WITHOUT_EFFECT, None, least=1, lenient=True, option=False)
+    cache_block_outputs: bool = declared(RUNNING, WITHOUT_EFFECT, True, lenient=True, option=False)
+    modules_in_block_to_quantize: list[list[str]] | list[str] | None = declared(
+        CHECKPOINT, "names inside a block; all other linears stay dense", None, "all", stored=True, why_not=_no_names
+    )
+
+    _: KW_ONLY
+    checkpoint_format: str | None = declared(
+        CHECKPOINT, "`format`, as other tools call it", None, "`format`", stored=True, decisive=False, option=False
+    )
+    static_groups: bool | None = declared(  # None until we quantize: a checkpoint of others must not claim ours
+        CHECKPOINT,
+        "solve columns in activation order while groups keep their layout; else left to right",
+        None,
+        "True",
+        stored=True,
+    )
+    effort: Effort | None = declared(
+        SEARCH, "fast, default or max: how much time may be spent", None, "default", stored=True
+    )
+    grid: Literal["minmax", "weighted"] | None = declared(
+        SEARCH, "weighted: clip a group's span where outputs lose less; minmax: never", None, "weighted", stored=True
+    )
+    propagation: float | None = declared(
+        SEARCH, "0 … 1: how much of earlier layers' errors is compensated", None, "by effort", stored=True
+    )
+    refinement: int | None = declared(
+        SEARCH, "rounds of re-fitting scales and codes once a layer is solved", None, "by effort", stored=True
+    )
+    polish: int | None = declared(
+        SEARCH,
+        "passes over the data, at most, in which finished blocks are tuned by gradient",
+        None,
+        "by effort",
+        stored=True,
+        least=0,
+    )
+    num_samples: int | None = declared(
+        CALIBRATION, "sequences to use at most", None, "all of a list, 128 of anything else", least=1
+    )
+    packing: bool = declared(CALIBRATION, "join short samples, so that all sequences are full", False)
+    calibrate_all_experts: bool = declared(CALIBRATION, "show every expert of a mixture all tokens", False)
+    seed: int = declared(CALIBRATION, "chooses the sequences where there are more", 0)
+    quality_gate: Literal["warn", "raise", "off"] = declared(
+        RUNNING, "warn, raise or off: if the result is far from the original", "warn", decisive=False
+    )
+    max_perplexity_ratio: float = declared(
+        RUNNING, "how many times the original's perplexity counts as far", 1.5, decisive=False, above=0
+    )
+    device: Any = declared(
+        RUNNING,
+        "where blocks are run and solved, one at a time",
+        None,
+        "the accelerator, if there is one",
+        decisive=False,
+        lenient=True,
+        why_not=_no_device,
+    )
+    activation_memory: dict[str | int, str | int] | None = declared(
+        RUNNING,
+        'for what waits between blocks: `{"0": "8GiB", "cpu": "32GiB"}`',
+        None,
+        "40 % of what is free",
+        decisive=False,
+        why_not=_no_memory,
+    )
+    log_file: os.PathLike[str] | str | None = declared(
+        RUNNING,
+        "to which the run's events are appended as JSON lines",
+        None,
+        "one in the output folder",
+        decisive=False,
+        lenient=True,
+        why_not=_no_path,
+    )
+    target_bits_per_weight: float | None = declared(
+        CHECKPOINT, "choose bits for each linear instead, so that they take so many together", None, above=0
+    )
+    target_size_gib: float | None = declared(CHECKPOINT, "the same, as the size of all weights", None, above=0)
+    serving: Literal["vllm"] | None = declared(
+        CHECKPOINT, "vllm: refuse, and do not choose, what it does not read", None
+    )
+    dynamic: dict[str, dict[str, Any]] | None = declared(
+        CHECKPOINT,
+        'by layer: `{"-:.*o_proj": {}, "+:.*down_proj": {"bits": 8}}`; the first match counts',
+        None,
+        stored=True,
+        why_not=_no_rules,
+    )
+    lm_head: bool = declared(CHECKPOINT, "quantize the output head too", False, stored=True)
+    pack_dtype: Any = declared(CHECKPOINT, "nothing but int32", "int32", stored=True, why_not=_no_words, option=False)
+    quant_method: str = declared(CHECKPOINT, "nothing but gptq", "gptq", stored=True, why_not=_no_gptq, option=False)
+
+    unknown: dict[str, Any] = field(init=False, default_factory=dict)  # what a file says besides: is written again
+    of_file: bool = field(init=False, default=False)
+    journal_folder: str | None = field(init=False, default=None)  # of optq.quantize: for blocks, as they are finished
+    base: dict[str, Any] | None = field(init=False, default=None)  # the quantization_config of the model to quantize
+
+    def __new__(cls, *args: Any, **given: Any) -> "Self":
+        """Refuses names that are no fields; the rest is the dataclass's own `__init__`."""
+        refuse_unknown(given)
+        formats = [given[name] for name in ("format", "checkpoint_format") if given.get(name) is not None]
+        if len({str(text_of(name)).lower() for name in formats}) > 1:
+            raise ConfigError(
+                f"format={formats[0]!r} and checkpoint_format={formats[1]!r} were asked for, two names of one field. "
+                "Pass one of them."
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Check every field by itself.
+
+        Raises:
+            ConfigError: one does not fit; it is named.
+        """
+        for name, known in FIELDS.items():
+            setattr(self, name, known.checked(getattr(self, name)))
+
+
+FIELDS: dict[str, Field] = {
+    name: Field(name=name, annotation=found.type, **found.metadata)
+    for name, found in Fields.__dataclass_fields__.items()
+    if found.metadata
+}
+"""In the order of the signature."""
+
+
+def refuse_unknown(given: Mapping[str, Any]) -> None:
+    """Refuse names that are no fields.
+
+    Raises:
+        ConfigError: one is not; says what is near, or what another tool's name is here.
+    """
+    for name, value in given.items():
+        if name not in FIELDS:
+            raise ConfigError(f"{name}={short(value)} was asked for; {why_unknown(name, FIELDS)}")
+
+
+def read_file(stated: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file says: of fields, as Python would say it, and what to keep as it is.
+
+    null is a default, and switches may be 0 and 1. What is not needed to read a checkpoint need not make sense.
+    """
+    values: dict[str, Any] = {}
+    unknown: dict[str, Any] = {}
+    for name, value in stated.items():
+        known = FIELDS.get(name)
+        if known is None:
+            unknown[name] = value
+        elif value is None or (value == "" and known.kind is str):
+            values |= {name: None} if known.optional else {}
+        elif known.lenient and (reason := known.why_refused(value)):
+            values |= {name: None} if known.optional else {}
+            unknown |= {name: value} if known.stored else {}
+            logger.warning("In the quantization_config, %s It is left aside.", reason)
+        else:
+            values[name] = known.from_json(value)
+    return values, unknown

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the fields mean for each linear: the only translation of a config into `LayerScheme`s."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from optq.readers import kind_of
+from optq.scheme import ActOrder, LayerScheme
+
+from .dynamic import OVERRIDES, choices_of, matching
+from .fields import DEFAULT_DAMPING, Fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pieces:
+    """What an effort switches on."""
+
+    propagation: float
+    refinement: int
+    polish: int
+
+
+EFFORTS: dict[str, _Pieces] = {
+    "fast": _Pieces(propagation=0.0, refinement=0, polish=0),
+    "default": _Pieces(propagation=0.5, refinement=2, polish=0),
+    "max": _Pieces(propagation=0.5, refinement=2, polish=3),
+}
+
+
+class Schemes(Fields):
+    """The fields, and how the linears of a model are quantized by them."""
+
+    def candidates_for(self, name: str, out_features: int, in_features: int) -> list[LayerScheme]:
+        """The schemes that a budget may choose from for one linear; only one if `dynamic` names it."""
+        base = self.scheme_for(name)
+        assert base is not None  # it is planned
+        if matching(self.dynamic, name) is not None:
+            return [base]
+        return list(choices_of(base, self.serving, out_features, in_features))
+
+    @property
+    def has_budget(self) -> bool:
+        return self.target_bits_per_weight is not None or self.target_size_gib is not None
+
+    def scheme_for(self, name: str) -> LayerScheme | None:
+        """How the linear called `name` in the model is quantized; None: not at all."""
+        is_restricted = self.modules_in_block_to_quantize is not None and kind_of(name) != name  # not the head
+        if is_restricted and not any(name.endswith(f".{entry}") for entry in self.listed_modules):
+            return None
+        pattern = matching(self.dynamic, name)
+        if pattern is None or self.dynamic is None:
+            return self._base_scheme()
+        return None if pattern.startswith("-:") else self._scheme_with(self.dynamic[pattern])
+
+    @property
+    def listed_modules(self) -> list[str]:
+        """What `modules_in_block_to_quantize` names, whatever groups it makes."""
+        groups = self.modules_in_block_to_quantize or []
+        return [entry for group in groups for entry in ([group] if isinstance(group, str) else group)]
+
+    @property
+    def act_order(self) -> ActOrder:
+        if self.desc_act:
+            return "desc_act"
+        if self.static_groups is False:
+            return "none"
+        return "group_aware" if self.act_group_aware else "static"
+
+    @property
+    def _pieces(self) -> _Pieces:
+        return EFFORTS[self.effort or "default"]
+
+    @property
+    def reconstruction_passes(self) -> int:
+        return self._pieces.polish if self.polish is None else self.polish
+
+    def _base_scheme(self) -> LayerScheme:
+        return LayerScheme(
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.sym,
+            act_order=self.act_order,
+            grid=self.grid or "weighted",
+            damping=DEFAULT_DAMPING if self.damp_percent is None else self.damp_percent,
+            propagation=self._pieces.propagation if self.propagation is None else self.propagation,
+            refinement=self._pieces.refinement if self.refinement is None else self.refinement,
+        )
+
+    def _scheme_with(self, override: dict[str, Any]) -> LayerScheme:
+        """The base scheme with one entry of `dynamic` applied."""
+        merged = copy.copy(self)
+        for key in OVERRIDES:
+            if key in override:
+                setattr(merged, key, override[key])
+        return merged._base_scheme()
