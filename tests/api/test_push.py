@@ -301,18 +301,8 @@ def test_a_dry_run_claims_nothing(export, hub):
     assert not hub.repositories
 
 
-LOAD_OLD = """
-import sys
-import torch
-from transformers import AutoModelForCausalLM
-ids, logits, revision = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained("user/tiny-GPTQ", revision=revision)
-torch.save(model(torch.load(ids)).logits, logits)
-"""
-
-
 def test_a_repository_as_autogptq_left_it_is_read_from_its_own_revision_and_from_the_cache(
-    hub, made, probe_ids, tmp_path
+    hub, made, probe_ids, tmp_path, monkeypatch
 ):
     files = bytes_in(made)
     config = json.loads(files["config.json"])
@@ -328,21 +318,13 @@ def test_a_repository_as_autogptq_left_it_is_read_from_its_own_revision_and_from
     }
     other = {**files, "quantize_config.json": b'{"bits": 8, "group_size": 64}', "some-model.order.safetensors": b""}
     hub.repositories["user/tiny-GPTQ"] = Repository(trees={"1" * 40: files, "2" * 40: other})
-    torch.save(probe_ids, tmp_path / "ids.pt")
     expected = AutoModelForCausalLM.from_pretrained(made)(probe_ids).logits
-    for offline in ("0", "1"):
-        arguments = ("-c", LOAD_OLD, tmp_path / "ids.pt", tmp_path / "logits.pt", "1" * 40)
-        ended = elsewhere(hub, tmp_path, *arguments, HF_HUB_OFFLINE=offline)
-        assert ended.returncode == 0, ended.stderr
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
-        (tmp_path / "logits.pt").unlink()
-
-
-CONVERT = """
-import sys
-import optq
-optq.convert("user/tiny-GGUF", gguf_file="tiny.Q4_0.gguf", revision=sys.argv[1], output_dir=sys.argv[2], to="gptq")
-"""
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        where = {"revision": "1" * 40, "cache_dir": tmp_path / "cache"}
+        model = AutoModelForCausalLM.from_pretrained("user/tiny-GPTQ", **where)
+        assert torch.equal(model(probe_ids).logits, expected)
+        hub.repositories.clear()  # whatever is read again is read from the cache
 
 
 def test_a_gguf_file_of_a_repository_is_converted_at_its_revision(hub, tiny_llama, tmp_path):
@@ -352,11 +334,11 @@ def test_a_gguf_file_of_a_repository_is_converted_at_its_revision(hub, tiny_llam
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     file = write_gguf(model, tmp_path / "tiny.Q4_0.gguf", "Q4_0")
     hub.repositories["user/tiny-GGUF"] = Repository(trees={"1" * 40: {file.name: file.read_bytes()}, "2" * 40: {}})
-    ended = elsewhere(hub, tmp_path, "-c", CONVERT, "1" * 40, tmp_path / "out")
-    assert ended.returncode == 0, ended.stderr
+    settings = {"gguf_file": file.name, "to": "gptq", "cache_dir": tmp_path / "cache"}
+    optq.convert("user/tiny-GGUF", **settings, revision="1" * 40, output_dir=tmp_path / "out")
     optq.convert(tmp_path, gguf_file=file.name, output_dir=tmp_path / "from-folder", to="gptq")
     assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "from-folder")
 
-    ended = elsewhere(hub, tmp_path, "-c", CONVERT, "2" * 40, tmp_path / "none")
-    assert "tiny.Q4_0.gguf" in ended.stderr.splitlines()[-1]
+    with pytest.raises(OSError, match=r"tiny\.Q4_0\.gguf"):
+        optq.convert("user/tiny-GGUF", **settings, revision="2" * 40, output_dir=tmp_path / "none")
     assert not (tmp_path / "none").exists()

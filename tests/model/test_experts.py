@@ -2,8 +2,7 @@
 """Experts as separate linears compute what transformers' fused ones do, for every kind that it has."""
 
 import importlib
-import inspect
-import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -47,26 +46,27 @@ class AnyConfig:
 
 
 def experts_classes():
-    """Every class of transformers that keeps experts in a `down_proj` of its own."""
+    """Where every class of transformers is that keeps experts in a `down_proj` of its own: class to module.
+
+    The files are read, not imported: half of transformers would be, and each worker of pytest asks.
+    """
     found = {}
-    for package in pkgutil.iter_modules(transformers.models.__path__):
-        folder = f"{transformers.models.__path__[0]}/{package.name}"
-        for module in pkgutil.iter_modules([folder]):
-            path = f"{folder}/{module.name}.py"
-            if (
-                not module.name.startswith("modeling_")
-                or "self.down_proj = nn.Parameter(" not in Path(path).read_text()
-            ):
-                continue
-            loaded = importlib.import_module(f"transformers.models.{package.name}.{module.name}")
-            for name, kind in vars(loaded).items():
-                own = inspect.isclass(kind) and kind.__module__ == loaded.__name__
-                if own and "self.down_proj = nn.Parameter(" in inspect.getsource(kind):
-                    found[name] = kind
+    for path in sorted(Path(transformers.models.__path__[0]).glob("*/modeling_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if OWN_EXPERTS not in text:
+            continue
+        for statement in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
+            if OWN_EXPERTS in statement and (name := re.match(r"class (\w+)", statement)):
+                found[name[1]] = f"transformers.models.{path.parent.name}.{path.stem}"
     return found
 
 
+OWN_EXPERTS = "self.down_proj = nn.Parameter("
 CLASSES = experts_classes()
+
+
+def class_named(name):
+    return getattr(importlib.import_module(CLASSES[name]), name)
 
 
 def fused(kind=Qwen3MoeExperts):
@@ -96,7 +96,7 @@ def test_there_are_many_kinds():
 
 @pytest.mark.parametrize("name", sorted(CLASSES.keys() - NOT_SPLIT.keys()))
 def test_every_kind_is_split_and_put_together_again(name):
-    module = fused(CLASSES[name])
+    module = fused(class_named(name))
     layout = find_layout(module)
     x = torch.randn(40, module.down_proj.shape[2 if layout.transposed else 1])
     chosen = routing(40) if layout.routed else ()
@@ -111,7 +111,7 @@ def test_every_kind_is_split_and_put_together_again(name):
 
 @pytest.mark.parametrize("name", sorted(NOT_SPLIT))
 def test_kinds_that_are_not_understood_are_left_alone(name):
-    assert find_layout(fused(CLASSES[name])) is None
+    assert find_layout(fused(class_named(name))) is None
 
 
 def test_linears_that_would_compute_something_else_are_refused():
