@@ -125,6 +125,7 @@ def watched(before_and_after: Callable[[], None] = lambda: None) -> dict[str, fl
     import optq.quantization.bit_allocation
     import optq.quantization.block
     import optq.quantization.driver
+    import optq.quantization.stage_solver
     from optq.gptq import Hessian, InputDrift
     from optq.hf.streaming import StreamedBlocks
     from optq.runs.journal import Journal
@@ -156,7 +157,7 @@ def watched(before_and_after: Callable[[], None] = lambda: None) -> dict[str, fl
     watch(Journal, "write", "reading and writing")
     watch(Hessian, "add", "Hessians")
     watch(InputDrift, "add", "Hessians")
-    watch(optq.quantization.block, "solve", "solving")
+    watch(optq.quantization.stage_solver, "solve", "solving")
     watch(optq.quantization.block, "reconstruct", "block reconstruction")
     return spent
 

@@ -245,9 +245,9 @@ def test_a_forward_that_waits_at_every_block_computes_what_a_plain_one_does(cove
     model = coverage["instantiated"](model_type, class_name)
     batch = coverage["sample"](model, model_type, 2, torch.Generator().manual_seed(0))
     expected = coverage["outputs_of"](model, batch)
-    blocks = list(find_blocks(model).values())
-    with torch.no_grad(), SuspendedForwards(model, blocks, [batch]) as forwards:
-        (waiting,) = forwards.start()
+    blocks = find_blocks(model)
+    with torch.no_grad(), SuspendedForwards(model, blocks, torch.device("cpu")) as forwards:
+        (waiting,) = forwards.start([batch])
         seen = []
         while isinstance(waiting, BlockCall):
             seen.append(waiting.block)

@@ -13,7 +13,7 @@ import optq
 from optq import GPTQConfig
 from optq.errors import ConfigError
 from optq.quantization.activations import ActivationStore
-from optq.quantization.block import BlockWork
+from optq.quantization.runner import BlockRunner
 
 
 def weights(folder):
@@ -69,25 +69,25 @@ class Memory:
     """
 
     def __init__(self, monkeypatch, samples=99, waiting=99, stored=10**9):
-        run = BlockWork.run
+        run = BlockRunner.run
 
-        def limited(work, call):
-            forward = work.forward
+        def limited(runner, call):
+            forward = runner.forward
 
             def small(*args, **kwargs):
                 states = next(iter((*args, *kwargs.values())))
-                held = work.store.here
-                if states.shape[0] > samples or len(work._paused or ()) > waiting or held > stored:
+                held = runner.store.here
+                if states.shape[0] > samples or len(runner.paused or ()) > waiting or held > stored:
                     raise torch.OutOfMemoryError("Tried to allocate 1.00 GiB.")
                 return forward(*args, **kwargs)
 
-            work.forward = small
+            runner.forward = small
             try:
-                return run(work, call)
+                return run(runner, call)
             finally:
-                work.forward = forward
+                runner.forward = forward
 
-        monkeypatch.setattr(BlockWork, "run", limited)
+        monkeypatch.setattr(BlockRunner, "run", limited)
 
 
 def test_micro_batches_are_halved(tiny_llama, token_rows, tmp_path, monkeypatch):

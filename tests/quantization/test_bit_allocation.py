@@ -19,6 +19,7 @@ from optq.layers import QuantLinear
 from optq.model import find_blocks
 from optq.quantization.bit_allocation import Option, choose, measure
 from optq.quantization.plan import plan_quantization
+from optq.quantization.run import Run
 from optq.scheme import LayerScheme
 
 
@@ -180,7 +181,7 @@ def test_a_loss_is_what_the_predictions_lose(tiny_llama, token_rows):
     plan = plan_quantization(find_blocks(model), lambda name: schemes[1])
     ids = torch.tensor([row["input_ids"] for row in token_rows[:8]])
     calibration = Calibration(batches=(MicroBatch(input_ids=ids, attention_mask=None),), info={"tokens": ids.numel()})
-    units = measure(model, plan, calibration, lambda view: schemes, torch.device("cpu"))
+    units = measure(model, plan, calibration, lambda view: schemes, Run(device=torch.device("cpu")))
     assert len(units) == 8
     with torch.no_grad():
         original = model(ids[:1]).logits.log_softmax(-1)

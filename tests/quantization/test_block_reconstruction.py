@@ -6,10 +6,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from optq.events import RunLog
 from optq.gptq import solve
 from optq.model import find_linears
+from optq.quantization.activations import ActivationStore
 from optq.quantization.block_reconstruction import Example, _gradients, _loss_of, reconstruct
 from optq.quantization.coroutines import BlockCall
+from optq.quantization.plan import Target
+from optq.quantization.report import BlockReport, Solved
+from optq.quantization.runner import BlockRunner
 from optq.scheme import LayerScheme
 
 WIDTH = 64
@@ -40,26 +45,32 @@ def setting():
             Example(call=BlockCall(batch=index, block=0, args=(x,), kwargs={}), target=block(x)[0], mask=mask)
             for index, x in enumerate(inputs)
         ]
-        views = list(find_linears(block).values())
-        originals = [view.weight.clone() for view in views]
-        start = [solve(view.weight, torch.eye(WIDTH), SCHEME).quantized for view in views]
-        for view, quantized in zip(views, start, strict=True):
-            view.write(quantized.decode())
-    return block, views, (originals, start), examples
-
-
-def run_of(block):
-    return lambda call: block(*call.args, **call.kwargs)
+        targets = tuple(Target(view=view, scheme=SCHEME) for view in find_linears(block).values())
+        report = BlockReport(block="block", targets=targets, log=RunLog(bar=False), device=torch.device("cpu"))
+        runner = BlockRunner(block, ActivationStore(), report)
+        solved = [
+            Solved(
+                view=target.view,
+                quantized=solve(target.view.weight, torch.eye(WIDTH), SCHEME).quantized,
+                relative_loss=0.0,
+            )
+            for target in targets
+        ]
+        for done in solved:
+            done.view.write(done.quantized.decode())
+    return runner, solved, examples
 
 
 def test_held_out_loss_falls_and_the_weights_are_on_the_grid(setting):
-    block, views, (originals, start), examples = setting
+    runner, start, examples = setting
+    block = runner.forward
     block.up.weight.requires_grad_(False)
     with torch.no_grad():
-        reconstructed = reconstruct(views, originals, start, run_of(block), examples[:10], examples[10:], passes=8)
+        reconstructed = reconstruct(runner, start, examples[:10], examples[10:], passes=8)
     assert reconstructed.loss < 0.95 * reconstructed.loss_before
-    for view, before, after in zip(views, start, reconstructed.quantized, strict=True):
-        assert torch.equal(view.weight, after.decode())
+    for one, other in zip(start, reconstructed.solved, strict=True):
+        before, after = one.quantized, other.quantized
+        assert torch.equal(one.view.weight, after.decode())
         assert not torch.equal(after.codes, before.codes)
         assert not torch.equal(after.scales, before.scales)
         assert torch.equal(after.zeros, before.zeros)
@@ -70,55 +81,47 @@ def test_held_out_loss_falls_and_the_weights_are_on_the_grid(setting):
 
 
 def test_what_does_not_help_is_not_kept(setting):
-    block, views, (originals, start), examples = setting
+    runner, start, examples = setting
+    block = runner.forward
     unreachable = [
         Example(call=example.call, target=block(*example.call.args)[0].detach(), mask=None) for example in examples
     ]
     with torch.no_grad():
-        reconstructed = reconstruct(views, originals, start, run_of(block), examples[:10], unreachable[10:], passes=8)
+        reconstructed = reconstruct(runner, start, examples[:10], unreachable[10:], passes=8)
     assert reconstructed.loss == reconstructed.loss_before == 0  # what it already returns cannot be improved on
     assert reconstructed.passes == 2  # gives up after two passes without improvement
     assert all(
-        torch.equal(before.codes, after.codes) for before, after in zip(start, reconstructed.quantized, strict=True)
+        torch.equal(one.quantized.codes, other.quantized.codes)
+        for one, other in zip(start, reconstructed.solved, strict=True)
     )
-    assert all(torch.equal(view.weight, after.decode()) for view, after in zip(views, start, strict=True))
+    assert all(torch.equal(one.view.weight, one.quantized.decode()) for one in start)
 
 
 def test_padding_does_not_count(setting):
-    block, views, (originals, start), examples = setting
+    runner, start, examples = setting
     results = []
     for garbage in (0.0, 1e3):
-        for view, quantized in zip(views, start, strict=True):
-            view.write(quantized.decode())
+        for done in start:
+            done.view.write(done.quantized.decode())
         changed = []
         for example in examples:
             target = example.target.clone()
             target[1, 30:] = garbage
             changed.append(Example(call=example.call, target=target, mask=example.mask))
         with torch.no_grad():
-            results.append(reconstruct(views, originals, start, run_of(block), changed[:10], changed[10:], passes=2))
+            results.append(reconstruct(runner, start, changed[:10], changed[10:], passes=2))
     assert results[0].loss == results[1].loss
 
 
 def test_pieces_of_examples_give_the_gradients_and_losses_of_whole_ones(setting):
-    block, views, _, examples = setting
-
-    def pieces(example):
-        return [
-            Example(
-                call=BlockCall(batch=0, block=0, args=(example.call.args[0][at : at + 1],), kwargs={}),
-                target=example.target[at : at + 1],
-                mask=example.mask[at : at + 1],
-            )
-            for at in range(2)
-        ]
-
-    weights = [view.parameter for view in views]
-    whole, parts = (
-        _gradients(run_of(block), examples[0], how, weights) for how in (lambda example: [example], pieces)
-    )
-    for one, other in zip(whole, parts, strict=True):
+    runner, solved, examples = setting
+    weights = [done.view.parameter for done in solved]
+    gradients, losses = [], []
+    for parts in (1, 2):
+        runner.store.parts = parts
+        gradients.append(_gradients(runner, examples[0], weights))
+        with torch.no_grad():
+            losses.append(_loss_of(runner, examples[0]))
+    for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-2, atol=1e-2 * float(one.abs().max()))
-    with torch.no_grad():
-        losses = [_loss_of(run_of(block), examples[0], how) for how in (lambda example: [example], pieces)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

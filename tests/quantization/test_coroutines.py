@@ -9,6 +9,8 @@ from conftest import tiny_llama_config
 from optq.model import feed_stages, find_blocks, find_linears, observe_stages
 from optq.quantization.coroutines import BlockCall, SuspendedForwards
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def model():
@@ -33,8 +35,8 @@ def run_to_the_end(model, blocks, batches):
     """Drive every forward through all blocks, running each block twice; returns the logits."""
     logits = {}
     model.lm_head.register_forward_hook(lambda module, args, output: logits.setdefault(len(logits), output))
-    with torch.no_grad(), SuspendedForwards(model, blocks, batches) as forwards:
-        calls = forwards.start()
+    with torch.no_grad(), SuspendedForwards(model, blocks, CPU) as forwards:
+        calls = forwards.start(batches)
         while calls:
             assert {call.block for call in calls} == {calls[0].block}
             block = forwards.original_forwards[calls[0].block]
@@ -51,17 +53,18 @@ def run_to_the_end(model, blocks, batches):
 def test_suspended_logits_are_bit_identical(model, batches):
     with torch.no_grad():
         expected = [model(**batch, use_cache=False).logits for batch in batches]
-    found = run_to_the_end(model, list(find_blocks(model).values()), batches)
+    found = run_to_the_end(model, find_blocks(model), batches)
     assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     assert not optq_threads()
 
 
 def test_leaving_early_ends_the_threads_and_restores_the_blocks(model, batches):
-    blocks = list(find_blocks(model).values())
+    found = find_blocks(model)
+    blocks = list(found.values())
     kept = blocks[1].forward
     blocks[1].forward = kept  # as accelerate's hooks do: an attribute of the instance
-    with pytest.raises(KeyboardInterrupt), SuspendedForwards(model, blocks, batches) as forwards:
-        forwards.start()
+    with pytest.raises(KeyboardInterrupt), SuspendedForwards(model, found, CPU) as forwards:
+        forwards.start(batches)
         assert len(optq_threads()) == 2
         raise KeyboardInterrupt
     assert not optq_threads()
@@ -71,15 +74,15 @@ def test_leaving_early_ends_the_threads_and_restores_the_blocks(model, batches):
 
 def test_an_error_inside_the_model_surfaces_in_the_driver(model, batches):
     batches[1]["input_ids"] = torch.full((1, 4), 10_000)
-    with pytest.raises(IndexError), SuspendedForwards(model, list(find_blocks(model).values()), batches) as forwards:
-        forwards.start()
+    with pytest.raises(IndexError), SuspendedForwards(model, find_blocks(model), CPU) as forwards:
+        forwards.start(batches)
     assert not optq_threads()
 
 
 def test_hooks_of_others_see_each_block_once(model, batches):
-    blocks = list(find_blocks(model).values())
+    blocks = find_blocks(model)
     seen = []
-    blocks[0].register_forward_hook(lambda *_: seen.append(0))
+    blocks["model.layers.0"].register_forward_hook(lambda *_: seen.append(0))
     run_to_the_end(model, blocks, batches[:1])
     assert seen == [0]
 
@@ -87,8 +90,8 @@ def test_hooks_of_others_see_each_block_once(model, batches):
 def test_stages_are_the_linears_that_share_an_input(model, batches):
     block = find_blocks(model)["model.layers.0"]
     views = list(find_linears(block, "model.layers.0").values())
-    with torch.no_grad(), SuspendedForwards(model, [block], batches) as forwards:
-        call = forwards.start()[0]
+    with torch.no_grad(), SuspendedForwards(model, {"model.layers.0": block}, CPU) as forwards:
+        call = forwards.start(batches)[0]
 
         def run():
             return forwards.original_forwards[0](*call.args, **call.kwargs)

@@ -13,7 +13,7 @@ from conftest import VOCABULARY
 from optq import GPTQConfig
 from optq.gptq import Hessian, InputDrift, SolvingWork, work_of
 from optq.quantization import bit_allocation as allocation
-from optq.quantization import block
+from optq.quantization import block, stage_solver
 from optq.quantization import cost_estimate as duration
 
 WEIGHTS = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96  # of a block of the tiny llama
@@ -24,7 +24,7 @@ NOTHING = SolvingWork(products=1e-15, updates=0, elements=0, cubes=0, fits=0, st
 def counted(monkeypatch):
     """What is done from now on: multiplications in linears and for Hessians, and what is solved."""
     found = {"forwards": 0, "hessians": 0, "solved": [], "searched": []}
-    forward, solve, solve_quickly = nn.Linear.forward, block.solve, allocation.solve
+    forward, solve, solve_quickly = nn.Linear.forward, stage_solver.solve, allocation.solve
 
     def counting_forward(linear, x):
         if linear.out_features != VOCABULARY:  # the head is compared with, and no block
@@ -52,15 +52,15 @@ def counted(monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", counting_forward)
     monkeypatch.setattr(Hessian, "add", adding(Hessian))
     monkeypatch.setattr(InputDrift, "add", adding(InputDrift))
-    monkeypatch.setattr(block, "solve", counting_solve)
+    monkeypatch.setattr(stage_solver, "solve", counting_solve)
     monkeypatch.setattr(allocation, "solve", counting_search)
     monkeypatch.setattr(block, "reconstruct", unreconstructed)
     return found
 
 
-def unreconstructed(views, originals, start, run, examples, held_out, passes, ranks, **room):
+def unreconstructed(runner, solved, examples, held_out, passes, ranks):
     """Polishing is counted apart."""
-    return optq.quantization.block_reconstruction.Reconstruction(quantized=start, loss_before=1.0, loss=1.0, passes=0)
+    return optq.quantization.block_reconstruction.Reconstruction(solved=solved, loss_before=1.0, loss=1.0, passes=0)
 
 
 def estimated(monkeypatch, model, config, longest=1e12, **units):
@@ -102,7 +102,7 @@ def test_what_is_counted_is_what_is_done(tiny_llama, token_rows, tmp_path, monke
         for rows, columns, scheme, drift in counted["solved"]
     ]
     assert solving == pytest.approx(sum(solved), rel=1e-9)
-    # Of 15 micro-batches, each block takes one more to find its stages, and the first block another one before.
+    # Of 15 micro-batches, each block takes one more to find its stages.
     assert forwards * 48 * WEIGHTS == pytest.approx(counted["forwards"], rel=0.1)
 
 

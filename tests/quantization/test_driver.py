@@ -7,19 +7,20 @@ import threading
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM
 
 from conftest import VOCABULARY
 from optq.calibration import prepare_calibration
 from optq.errors import CalibrationError, ConfigError, ModelError
 from optq.evaluation import Comparer
-from optq.events import BlockQuantized, BlockReconstructed, Quality, RunLog, Unreached, to_dict
+from optq.events import BlockQuantized, BlockReconstructed, LinearQuantized, Quality, RunLog, Unreached, to_dict
 from optq.gptq import round_to_nearest
 from optq.layers import QuantLinear
 from optq.model import find_blocks, find_linears
-from optq.quantization import block as block_module
+from optq.quantization import stage_solver
 from optq.quantization.driver import quantize_model
 from optq.quantization.plan import plan_quantization
+from optq.quantization.run import Run
 from optq.scheme import LayerScheme
 
 SCHEME = LayerScheme(bits=4, group_size=32)
@@ -74,7 +75,7 @@ def test_quantized_outputs_are_closer_than_rounding_to_nearest(tiny_llama, model
     for block in find_blocks(nearest).values():
         for view in find_linears(block).values():
             view.write(round_to_nearest(view.weight, scheme).decode())
-    quantize_model(model, plan(model, lambda name: scheme), calibrate(token_rows), device=CPU)
+    quantize_model(model, plan(model, lambda name: scheme), calibrate(token_rows), Run(device=CPU))
     assert len(weights(model)) == 14
     assert mean_error(model, original, probe_ids) < 0.8 * mean_error(nearest, original, probe_ids)
 
@@ -83,7 +84,7 @@ def test_sequential_and_joint_calibration_differ_after_the_first_stage(tiny_llam
     results = {}
     for sequential in (True, False):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-        quantize_model(model, plan(model), calibrate(token_rows), sequential=sequential, device=CPU)
+        quantize_model(model, plan(model), calibrate(token_rows), Run(sequential=sequential, device=CPU))
         results[sequential] = weights(model)
     same = {name: torch.equal(results[True][name], results[False][name]) for name in results[True]}
     assert same["model.layers.0.self_attn.q_proj"]
@@ -103,8 +104,7 @@ def test_what_finds_no_room_to_wait_inside_a_block_is_run_anew_with_the_same_byt
                 model,
                 plan(model),
                 calibrate(token_rows, batch_size=4),
-                reconstruction_passes=reconstruction_passes,
-                device=CPU,
+                Run(reconstruction_passes=reconstruction_passes, device=CPU),
             )
         results.append(model.state_dict())
     for other in results[1:]:
@@ -122,7 +122,7 @@ def test_padding_changes_nothing(tiny_llama, token_rows):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         calibration = calibrate(rows, batch_size=batch_size)
         assert any(batch.attention_mask is not None for batch in calibration.batches) is (batch_size > 1)
-        quantize_model(model, plan(model), calibration, device=CPU)
+        quantize_model(model, plan(model), calibration, Run(device=CPU))
         results[batch_size] = weights(model)
     for name, alone in results[1].items():
         # float32 sums in another order may flip a code that sits on an edge; counting padding would change them all.
@@ -135,7 +135,7 @@ def test_runs_are_reproducible_bit_for_bit(tiny_llama, token_rows, reconstructio
     for _ in range(2):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         calibration = calibrate(token_rows, batch_size=4)
-        quantize_model(model, plan(model), calibration, reconstruction_passes=reconstruction_passes, device=CPU)
+        quantize_model(model, plan(model), calibration, Run(reconstruction_passes=reconstruction_passes, device=CPU))
         results.append(model.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -145,7 +145,7 @@ def test_flags_hooks_and_devices_are_as_before(model, token_rows):
     model.model.layers[0].mlp.eval()
     model.config.use_cache = True
     before = footprint(model)
-    quantize_model(model, plan(model), calibrate(token_rows), device=CPU)
+    quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU))
     after = footprint(model)
     assert {name: after[0][name] for name in before[0]} == before[0]
     assert after[1] == before[1]
@@ -166,10 +166,10 @@ def test_flags_hooks_and_devices_are_as_before_after_a_failure(model, token_rows
             raise error("in the middle of a block")
         return original_solve(weight, *arguments, **keywords)
 
-    original_solve = block_module.solve
-    monkeypatch.setattr(block_module, "solve", failing_solve)
+    original_solve = stage_solver.solve
+    monkeypatch.setattr(stage_solver, "solve", failing_solve)
     with pytest.raises(error):
-        quantize_model(model, plan(model), calibrate(token_rows), device=CPU)
+        quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU))
     assert footprint(model) == before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("optq-")]
 
@@ -178,7 +178,7 @@ def test_half_precision_models_are_calibrated_in_float32_and_stay_half(tiny_llam
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
     seen = []
     model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
-    quantize_model(model, plan(model), calibrate(token_rows), device=CPU)
+    quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU))
     assert set(seen) == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
@@ -186,7 +186,7 @@ def test_half_precision_models_are_calibrated_in_float32_and_stay_half(tiny_llam
 def test_the_log_tells_every_linear(model, token_rows, tmp_path):
     log = RunLog(tmp_path / "log.jsonl", bar=False)
     with log:
-        quantize_model(model, plan(model), calibrate(token_rows), device=CPU, log=log)
+        quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU, log=log))
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert events == [json.loads(json.dumps(to_dict(event))) for event in log.events]
     assert [events[0]["event"], events[-1]["event"]] == ["started", "finished"]
@@ -201,8 +201,8 @@ def test_the_log_tells_every_linear(model, token_rows, tmp_path):
 
 def test_one_line_tells_a_blocks_loss_and_size(model, token_rows, caplog):
     log = RunLog(bar=False)
-    with caplog.at_level("INFO", logger="optq.quantization.block"):
-        quantize_model(model, plan(model), calibrate(token_rows), device=CPU, log=log)
+    with caplog.at_level("INFO", logger="optq.quantization.report"):
+        quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU, log=log))
     blocks = [event for event in log.events if isinstance(event, BlockQuantized)]
     assert [event.block for event in blocks] == ["model.layers.0", "model.layers.1"]
     # 4-bit codes, and per group of 32 a float16 scale and a 4-bit zero
@@ -214,20 +214,20 @@ def test_a_failure_is_the_last_event(model, token_rows, tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     log = RunLog(tmp_path / "log.jsonl", bar=False)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj has weights that are not finite"), log:
-        quantize_model(model, plan(model), calibrate(token_rows), device=CPU, log=log)
+        quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU, log=log))
     assert [event.event for event in log.events] == ["failed"]
 
 
 def test_activations_that_are_not_finite_name_the_block(model, token_rows):
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * torch.inf)
     with pytest.raises(CalibrationError, match=r"model\.layers\.1 are not finite"):
-        quantize_model(model, plan(model), calibrate(token_rows), device=CPU)
+        quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU))
 
 
 def test_linears_that_are_never_reached_stay_dense_and_are_said(model, token_rows, caplog):
     model.model.layers[0].mlp.spare = nn.Linear(64, 64)
     log = RunLog(bar=False)
-    quantize_model(model, plan(model), calibrate(token_rows), device=CPU, log=log)
+    quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU, log=log))
     assert isinstance(model.model.layers[0].mlp.spare, nn.Linear)
     assert [event.linear for event in log.events if isinstance(event, Unreached)] == ["model.layers.0.mlp.spare"]
     assert "never reaches" in caplog.text
@@ -239,7 +239,7 @@ def test_layers_can_have_different_schemes_or_none(model, token_rows):
             return LayerScheme(bits=8, group_size=64)
         return None if name.endswith("down_proj") else SCHEME
 
-    quantize_model(model, plan(model, scheme_for), calibrate(token_rows), device=CPU)
+    quantize_model(model, plan(model, scheme_for), calibrate(token_rows), Run(device=CPU))
     layers = dict(model.named_modules())
     assert layers["model.layers.0.self_attn.q_proj"].bits == 4
     assert layers["model.layers.0.self_attn.k_proj"].bits == 8
@@ -301,7 +301,7 @@ def test_the_gate_compares_with_the_original_model(tiny_llama, model, token_rows
     calibration = calibrate(rows)
     scheme = LayerScheme(bits=3, group_size=32, propagation=propagation)
     log = RunLog(bar=False)
-    found = quantize_model(model, plan(model, lambda name: scheme), calibration, device=CPU, log=log)
+    found = quantize_model(model, plan(model, lambda name: scheme), calibration, Run(device=CPU, log=log))
     reference = AutoModelForCausalLM.from_pretrained(tiny_llama)
     expected = quality_of(model, reference, calibration)
     assert found.tokens == expected.tokens > 0
@@ -316,7 +316,7 @@ def test_the_gate_compares_with_the_original_model(tiny_llama, model, token_rows
 def test_without_probes_nothing_is_compared(model, token_rows):
     calibration = calibrate(token_rows, hold_out=False)
     log = RunLog(bar=False)
-    assert quantize_model(model, plan(model), calibration, device=CPU, log=log) is None
+    assert quantize_model(model, plan(model), calibration, Run(device=CPU, log=log)) is None
     assert not [event for event in log.events if isinstance(event, Quality)]
 
 
@@ -325,7 +325,7 @@ def test_propagation_begins_where_inputs_drift(tiny_llama, token_rows):
     for propagation in (0.0, 0.5):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         scheme = LayerScheme(bits=2, group_size=32, propagation=propagation)
-        quantize_model(model, plan(model, lambda name, scheme=scheme: scheme), calibrate(token_rows), device=CPU)
+        quantize_model(model, plan(model, lambda name, scheme=scheme: scheme), calibrate(token_rows), Run(device=CPU))
         results[propagation] = weights(model)
     same = {name: torch.equal(results[0.0][name], results[0.5][name]) for name in results[0.0]}
     assert [name for name in same if same[name]] == [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
@@ -342,12 +342,40 @@ def test_polish_brings_the_model_closer(tiny_llama, token_rows):
             model,
             plan(model, lambda name, scheme=scheme: scheme),
             calibrate(rows, batch_size=4),
-            reconstruction_passes=passes,
-            device=CPU,
-            log=logs[passes],
+            Run(reconstruction_passes=passes, device=CPU, log=logs[passes]),
         )
         assert all(parameter.requires_grad for parameter in model.parameters())
     reconstructed = [event for event in logs[6].events if isinstance(event, BlockReconstructed)]
     assert [event.block for event in reconstructed] == ["model.layers.0", "model.layers.1"]
     assert all(event.held_out_loss < event.held_out_loss_before for event in reconstructed)
     assert found[6].divergence < 0.8 * found[0].divergence
+
+
+@pytest.mark.parametrize("propagation", [0.0, 0.5])
+def test_to_see_whether_blocks_are_called_repeatedly_takes_no_forward_of_one(model, token_rows, propagation):
+    forwards = [0, 0]
+    for index, layer in enumerate(model.model.layers):
+
+        def counting(*_, index=index):
+            forwards[index] += 1
+
+        layer.self_attn.register_forward_pre_hook(counting)
+    scheme = LayerScheme(bits=4, group_size=32, propagation=propagation)
+    quantize_model(model, plan(model, lambda name: scheme), calibrate(token_rows), Run(device=CPU))
+    assert forwards[0] == forwards[1] > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"reconstruction_passes": 1}])
+def test_blocks_that_are_called_repeatedly_are_solved_once_on_all_calls(token_rows, settings):
+    """ALBERT's; whether the original model has to run all micro-batches shows at its first block only."""
+    torch.manual_seed(0)
+    shapes = {"vocab_size": VOCABULARY, "embedding_size": 32, "hidden_size": 64, "intermediate_size": 96}
+    model = AlbertForMaskedLM(AlbertConfig(**shapes, num_hidden_layers=3, num_attention_heads=2)).eval()
+    log, calibration = RunLog(bar=False), calibrate(token_rows)
+    scheme = LayerScheme(bits=4, group_size=32, propagation=0.0)
+    found = quantize_model(model, plan(model, lambda name: scheme), calibration, Run(device=CPU, log=log, **settings))
+    linears = [to_dict(event) for event in log.events if isinstance(event, LinearQuantized)]
+    assert len({event["linear"] for event in linears}) == len(linears) == 6
+    assert {event["tokens"] for event in linears} == {3 * calibration.info["tokens"]}
+    assert found.tokens > 0
+    assert found.divergence < 0.1

@@ -69,7 +69,7 @@ def test_the_inputs_of_the_block_that_goes_on_are_those_of_the_first_run(source,
     expected = weights(optq.quantize(source, config(token_rows), output_dir=tmp_path / "whole"))
     output = tmp_path / "out"
     interrupted_after(2, monkeypatch, lambda: optq.quantize(source, config(token_rows), output_dir=output))
-    monkeypatch.setattr("optq.quantization.block.LinearView.write", lambda self, values: None)
+    monkeypatch.setattr("optq.quantization.runner.LinearView.write", lambda self, values: None)
     assert weights(optq.quantize(source, config(token_rows), output_dir=output)) != expected
 
 

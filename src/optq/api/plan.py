@@ -18,10 +18,12 @@ from optq.config.gptq import GPTQConfig
 from optq.device.memory import GIB, free_bytes
 from optq.device.placement import execution_device, working_dtype
 from optq.errors import counted
+from optq.events import RunLog
 from optq.files.source import check_files, head_width_of, parallel_plan_of, place_of
 from optq.model import put_split
 from optq.quantization.cost_estimate import Duration, estimate
 from optq.quantization.plan import Plan, Target
+from optq.quantization.run import Run
 from optq.readers import Linear, refusals, split_of
 from optq.runs.preparation import budget_of, dense_bytes, prepare, prepare_data, vocabulary_of
 from optq.runs.validation import check_kernels, check_request
@@ -180,10 +182,13 @@ def _duration(model: Any, planned: Plan, calibration: Calibration, config: GPTQC
         model,
         planned,
         calibration,
-        sequential=config.true_sequential,
-        reconstruction_passes=config.reconstruction_passes,
+        Run(
+            device=execution_device(config.device),
+            sequential=config.true_sequential,
+            reconstruction_passes=config.reconstruction_passes,
+            log=RunLog(bar=False),
+        ),
         candidates=(lambda view: config.candidates_for(view.name, *view.shape)) if config.has_budget else None,
-        device=config.device,
     )
     if not config.own_text:
         return found

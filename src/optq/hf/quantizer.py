@@ -45,6 +45,7 @@ from optq.quantization.activations import ActivationStore
 from optq.quantization.bit_allocation import allocate
 from optq.quantization.driver import quantize_model
 from optq.quantization.plan import Plan
+from optq.quantization.run import Run
 from optq.readers import kind_of
 from optq.runs.journal import Journal, check_same, described
 from optq.runs.own_text import why_not_loaded_again, write_own_text
@@ -205,6 +206,18 @@ class OptqHfQuantizer(HfQuantizer):
             in_memory=in_memory,
             folder=Path(config.journal_folder) if config.journal_folder is not None else None,
         )
+        run = Run(
+            device=device,
+            sequential=config.true_sequential,
+            reconstruction_passes=config.reconstruction_passes,
+            checkpoint_format=config.format,
+            backend=config.backend,
+            log=self.log,
+            source=self._streamed,
+            sink=self.journal,
+            store=store,
+            ranks=ranks,
+        )
         with self.log:
             if config.base is not None:
                 logger.info("The model is stored in %s, and dequantized as it is read.", method_of(config.base))
@@ -215,26 +228,9 @@ class OptqHfQuantizer(HfQuantizer):
                     self._calibration,
                     lambda view: config.candidates_for(view.name, *view.shape),
                     budget_of(model, config, self._plan),
-                    device=config.device,
-                    log=self.log,
-                    source=self._streamed,
-                    ranks=ranks,
+                    run,
                 )
-            self.quality = quantize_model(
-                model,
-                self._plan,
-                self._calibration,
-                sequential=config.true_sequential,
-                reconstruction_passes=config.reconstruction_passes,
-                checkpoint_format=config.format,
-                backend=config.backend,
-                device=config.device,
-                log=self.log,
-                source=self._streamed,
-                sink=self.journal,
-                store=store,
-                ranks=ranks,
-            )
+            self.quality = quantize_model(model, self._plan, self._calibration, run)
             if config.base is not None:
                 self.log.emit(Dequantized(quant_method=method_of(config.base)))
             if self.quality is not None:

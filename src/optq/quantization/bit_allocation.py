@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from optq.calibration import Calibration, MicroBatch
-from optq.device.placement import execution_device, placed, tensors_outside, working_dtype
-from optq.distributed import ALONE, Ranks
+from optq.distributed import ALONE
 from optq.errors import ConfigError
 from optq.evaluation import Comparer
 from optq.events import Allocated, RunLog
@@ -28,10 +27,12 @@ from optq.gptq import solve
 from optq.model import LinearView, Stage, hidden_states, independent_groups, observe_stages, relative_error
 from optq.scheme import LayerScheme, QuantizedWeight
 
-from .block import BlockWork, write_rows
 from .coroutines import BlockCall, Finished, SuspendedForwards
 from .plan import Plan
-from .walk import BlockSource, at_work, in_memory, suspended
+from .run import Run
+from .runner import BlockRunner, at_block
+from .stage_solver import write_rows
+from .statistics import CalibrationCalls, collect
 
 logger = logging.getLogger(__name__)
 
@@ -67,25 +68,20 @@ def allocate(
     calibration: Calibration,
     candidates: Callable[[LinearView], Sequence[LayerScheme]],
     budget: float,
-    *,
-    device: torch.device | str | None = None,
-    log: RunLog | None = None,
-    source: BlockSource | None = None,
-    ranks: Ranks = ALONE,
+    run: Run,
 ) -> Plan:
     """`plan` with the schemes that fit the budget and cost the least.
 
     Args:
-        model: its weights loaded, but for those of the blocks that `source` reads; as before afterwards.
+        model: its weights loaded, but for those of the blocks that `run.source` reads; as before afterwards.
         candidates: of a linear; those of linears that share an input are intersected.
         budget: stored bits of all planned linears together, scales and zeros included.
-        log: receives an event `allocated`, with the schemes and errors of every unit.
-        source: where the blocks' tensors come from when their turn comes; None: all are in memory.
-        ranks: the processes that share the run; the first one measures.
+        run: its log receives an event `allocated`, with the schemes and errors of every unit; of several processes,
+            the first one measures.
     Raises:
         ConfigError: even the smallest schemes take more than the budget.
     """
-    units = ranks.broadcast(lambda: measure(model, plan, calibration, candidates, execution_device(device), source))
+    units = run.ranks.broadcast(lambda: measure(model, plan, calibration, candidates, run))
     chosen = choose([unit.options for unit in units], budget)
     weights = sum(target.view.weight.numel() for target in plan.all_targets)
     if chosen is None:
@@ -97,21 +93,20 @@ def allocate(
     scheme_of = {name: option.scheme for unit, option in zip(units, chosen, strict=True) for name in unit.names}
     spent = sum(option.bits for option in chosen)
     logger.info("Allocated %.3f bits per weight of %.3f allowed.", spent / weights, budget / weights)
-    if log is not None:
-        log.emit(
-            Allocated(
-                bits_per_weight=round(spent / weights, 4),
-                expected_loss=sum(option.loss for option in chosen),
-                units=[
-                    {
-                        "linears": unit.names,
-                        "chosen": _label(option.scheme),
-                        "losses": {_label(other.scheme): other.loss for other in unit.options},
-                    }
-                    for unit, option in zip(units, chosen, strict=True)
-                ],
-            )
+    run.log.emit(
+        Allocated(
+            bits_per_weight=round(spent / weights, 4),
+            expected_loss=sum(option.loss for option in chosen),
+            units=[
+                {
+                    "linears": unit.names,
+                    "chosen": _label(option.scheme),
+                    "losses": {_label(other.scheme): other.loss for other in unit.options},
+                }
+                for unit, option in zip(units, chosen, strict=True)
+            ],
         )
+    )
     targets = {
         block: tuple(replace(target, scheme=scheme_of.get(target.view.name, target.scheme)) for target in targets)
         for block, targets in plan.targets.items()
@@ -171,8 +166,7 @@ def measure(
     plan: Plan,
     calibration: Calibration,
     candidates: Callable[[LinearView], Sequence[LayerScheme]],
-    device: torch.device,
-    source: BlockSource | None = None,
+    run: Run,
 ) -> list[Unit]:
     """Every unit's options, measured on the original model.
 
@@ -181,26 +175,29 @@ def measure(
     """
     judged = _excerpt(calibration.batches[0])
     batches = [judged, *_first_tokens(calibration.batches)]
-    names, first_damaged = list(plan.blocks), len(batches)
-    # After the batches, a forward per block: with that block quantized and no other, it runs on to the end.
-    inputs = [batch.as_model_inputs(device) for batch in (*batches, *[judged] * len(names))]
+    names, first_damaged, source = list(plan.blocks), len(batches), run.source
     masks = [batch.attention_mask for batch in batches]
+    alone = replace(run, log=RunLog(bar=False), ranks=ALONE)
     measured: list[_MeasuredBlock] = []
-    with suspended(model, plan, inputs, device) as (forwards, calls):
+    with SuspendedForwards(model, plan.blocks, run.device) as forwards:
+        # After the batches, a forward per block: with that block quantized and no other, it runs on to the end.
+        calls = forwards.start(batch.as_model_inputs(run.device) for batch in (*batches, *[judged] * len(names)))
         for index, name in enumerate(names):
-            with (
-                in_memory(name, source),
-                at_work(name, forwards, calls, plan, masks, device, RunLog(bar=False)) as work,
-            ):
-                measured.append(_measure_block(work, calls[:first_damaged], candidates))
+            if source is not None:
+                source.read(name)
+            with at_block(name, plan, forwards, calls, alone) as runner:
+                data = CalibrationCalls(calls=calls[1:first_damaged], references={}, masks=masks)
+                measured.append(_measure_block(runner, calls[0], data, candidates))
                 outputs = {first_damaged + index: measured[-1].damaged_output}
                 if name != names[-1]:
-                    ends = _resumed(forwards, calls, work, outputs)
+                    ends = _resumed(forwards, calls, runner, outputs)
                     calls = [end for end in ends if isinstance(end, BlockCall)]
-                    continue
-                with placed(tensors_outside(model, list(plan.blocks.values())), device, working_dtype(device)):
-                    ends = _resumed(forwards, [calls[0], *calls[first_damaged:]], work, outputs)
-                    divergences = _divergences(ends, judged.attention_mask)
+                else:
+                    with forwards.ending():
+                        ends = _resumed(forwards, [calls[0], *calls[first_damaged:]], runner, outputs)
+                        divergences = _divergences(ends, judged.attention_mask)
+            if source is not None:
+                source.drop(name)
     return [
         replace(unit, options=tuple(replace(option, loss=option.loss * weight) for option in unit.options))
         for block, weight in zip(measured, _sensitivities(measured, divergences), strict=True)
@@ -244,19 +241,22 @@ class _MeasuredBlock:
 
 
 def _measure_block(
-    work: BlockWork, calls: list[BlockCall], candidates: Callable[[LinearView], Sequence[LayerScheme]]
+    runner: BlockRunner,
+    judged: BlockCall,
+    data: CalibrationCalls,
+    candidates: Callable[[LinearView], Sequence[LayerScheme]],
 ) -> _MeasuredBlock:
-    """The first of `calls` is judged by, the others are calibrated on."""
-    judged, mask = calls[0], work.masks[calls[0].batch]
-    original = work.run(judged)
-    if not work.targets:
+    """Calibrated on `data`, and judged by the call `judged`."""
+    mask = data.masks[judged.batch]
+    original = runner.run(judged)
+    if not runner.targets:
         return _MeasuredBlock(units=[], damaged_output=original, error=0.0)
 
     def error_of(output: Any) -> float:
         return float(relative_error(hidden_states(output), hidden_states(original), mask))
 
-    stages = observe_stages([target.view for target in work.targets], lambda: work.run(judged))
-    hessians = {stage: hessian for stage, hessian, _ in work.observe(stages, calls[1:], {})}
+    stages = observe_stages([target.view for target in runner.targets], lambda: runner.run(judged))
+    hessians = {found.stage: found.hessian for found in collect(runner, stages, data, ALONE)}
     units, middle_ones = [], []
     for group in independent_groups(stages):
         views = [view for stage in group for view in stage.views]
@@ -269,13 +269,13 @@ def _measure_block(
                     middle_ones.append((stage, quantized))
                 write_rows(stage.views, quantized)
             bits = sum(scheme.stored_bits(*view.shape) for view in views)
-            options.append(Option(scheme=scheme, bits=bits, loss=error_of(work.run(judged))))
-            work.restore(views)
+            options.append(Option(scheme=scheme, bits=bits, loss=error_of(runner.run(judged))))
+            runner.restore(views)
         units.append(Unit(names=tuple(view.name for view in views), options=tuple(options)))
     for stage, quantized in middle_ones:
         write_rows(stage.views, quantized)
-    damaged = work.run(judged)
-    work.restore(view for stage in stages for view in stage.views)
+    damaged = runner.run(judged)
+    runner.restore(view for stage in stages for view in stage.views)
     return _MeasuredBlock(units=units, damaged_output=damaged, error=error_of(damaged))
 
 
@@ -299,11 +299,11 @@ def _solve_quickly(stage: Stage, hessian: Tensor, scheme: LayerScheme) -> Quanti
 
 
 def _resumed(
-    forwards: SuspendedForwards, calls: list[BlockCall], work: BlockWork, outputs: dict[int, Any]
+    forwards: SuspendedForwards, calls: list[BlockCall], runner: BlockRunner, outputs: dict[int, Any]
 ) -> Iterator[BlockCall | Finished]:
     """Carry the model on, one forward after the other: with its entry of `outputs`, or what the block computes."""
     for call in calls:
-        yield forwards.resume(call, outputs[call.batch] if call.batch in outputs else work.run(call))
+        yield forwards.resume(call, outputs[call.batch] if call.batch in outputs else runner.run(call))
 
 
 def _divergences(ends: Iterator[BlockCall | Finished], mask: Tensor | None) -> list[float] | None:

@@ -7,11 +7,10 @@ codes by the chain rule, with rounding passed straight through (Bengio et al., a
 "SignRound", arXiv:2309.05516). The grid stays the checkpoint's own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from optq.distributed import ALONE, Ranks
 from optq.gptq import stored_scales
 from optq.kernels import has_bfloat16_instructions
-from optq.model import LinearView, hidden_states, relative_error
+from optq.model import hidden_states, relative_error
 from optq.scheme import QuantizedWeight, per_column, run_width
 
 from .coroutines import BlockCall
-
-T = TypeVar("T")
+from .report import Solved
+from .runner import BlockRunner
 
 # Adam's first steps. Measured on two blocks of SmolLM2 at 4, 3 and 2 bits: with twice the CODE_RATE, the first pass at
 # 4 bits does more harm than the following ones can mend; with half of it, three passes do not reach as far.
@@ -56,78 +55,50 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """The tuned weights in the order of the views; and the held-out loss before and after."""
+    """The tuned linears; and the held-out loss before and after."""
 
-    quantized: list[QuantizedWeight]
+    solved: list[Solved]
     loss_before: float
     loss: float
     passes: int
 
 
-def _at_once(call: Callable[[], T]) -> T:
-    return call()
-
-
-def _whole(example: Example) -> list[Example]:
-    return [example]
-
-
 def reconstruct(
-    views: list[LinearView],
-    originals: list[Tensor],
-    start: list[QuantizedWeight],
-    run: Callable[[BlockCall], Any],
+    runner: BlockRunner,
+    solved: list[Solved],
     examples: list[Example],
     held_out: list[Example],
     passes: int,
     ranks: Ranks = ALONE,
-    *,
-    attempt: Callable[[Callable[[], Any]], Any] = _at_once,
-    pieces: Callable[[Example], list[Example]] = _whole,
 ) -> Reconstruction:
-    """Tune `start`; the views' weights end as the result decodes.
+    """Tune the solved linears of a block; their weights end as the result decodes.
 
     Args:
-        views: linears of the block, their weights holding the decoded `start`.
-        run: executes the block.
-        originals: their original weights (out, in).
+        runner: of the block, whose linears hold the decoded `solved`.
         examples: one Adam step each per pass.
         held_out: after every pass the loss on these is compared with the best so far, and only the best is kept. The
             second pass in a row without improvement is the last.
         passes: at most.
         ranks: who have other examples; a step then follows the mean of their gradients.
-        attempt: calls what it is given, again if memory runs out and some can be made.
-        pieces: of an example, which are run one after the other; asked anew at every attempt.
     """
-    tuned = [_Tuned(*one) for one in zip(views, originals, start, strict=True)]
-    weights = [tuned_view.weight for tuned_view in tuned]
+    tuned = [_Tuned(done, done.view.as_rows(runner.originals[done.view])) for done in solved]
+    weights = [one.view.parameter for one in tuned]
 
     def mean_loss() -> float:
-        losses = [attempt(partial(_loss_of, run, one, pieces)) for one in held_out]
+        losses = [runner.with_room(partial(_loss_of, runner, one)) for one in held_out]
         total, count = ranks.all_reduce_numbers(sum(losses), len(losses))
         return total / count
 
     loss_before = best_loss = mean_loss()
-    best, done, failures = start, 0, 0
+    best, done, failures = [done.quantized for done in solved], 0, 0
     steps_per_pass = max(ranks.all_gather(len(examples)))
-    steps = passes * steps_per_pass
-    # Kingma & Ba, arXiv:1412.6980
-    adam = torch.optim.Adam(
-        [
-            {"params": [one.codes for one in tuned], "lr": CODE_RATE},
-            *({"params": [one.log_scales], "lr": SCALE_RATE / 2**one.bits} for one in tuned),
-        ],
-        betas=DECAY,
-        eps=TINY,
-        fused=True,
-    )
-    falling_rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+    adam, falling_rate = _adam(tuned, passes * steps_per_pass)
     for _ in range(passes):
         for step in range(steps_per_pass):
             example = examples[step % len(examples)]  # one who has fewer begins again
-            gradients = attempt(partial(_gradients, run, example, pieces, weights))
+            gradients = runner.with_room(partial(_gradients, runner, example, weights))
             if ranks.size > 1:
-                gradients = tuple(_mean_over(ranks, *one) for one in zip(gradients, weights, strict=True))
+                gradients = [_mean_over(ranks, *one) for one in zip(gradients, weights, strict=True)]
             reached = [(one, gradient) for one, gradient in zip(tuned, gradients, strict=True) if gradient is not None]
             for one, gradient in reached:
                 one.take(one.view.as_rows(gradient).float())
@@ -144,7 +115,26 @@ def reconstruct(
             break
     for one, quantized in zip(tuned, best, strict=True):
         one.view.write(quantized.decode())
-    return Reconstruction(quantized=best, loss_before=loss_before, loss=best_loss, passes=done)
+    return Reconstruction(
+        solved=[replace(one, quantized=quantized) for one, quantized in zip(solved, best, strict=True)],
+        loss_before=loss_before,
+        loss=best_loss,
+        passes=done,
+    )
+
+
+def _adam(tuned: list["_Tuned"], steps: int) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Kingma & Ba, arXiv:1412.6980; and what lets its rates fall to nothing over so many steps."""
+    adam = torch.optim.Adam(
+        [
+            {"params": [one.codes for one in tuned], "lr": CODE_RATE},
+            *({"params": [one.log_scales], "lr": SCALE_RATE / 2**one.bits} for one in tuned),
+        ],
+        betas=DECAY,
+        eps=TINY,
+        fused=True,
+    )
+    return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
 
 
 @contextmanager
@@ -176,9 +166,9 @@ class _Tuned:
         log_scales: (out, groups) float32, of the scales' sizes.
     """
 
-    def __init__(self, view: LinearView, original: Tensor, start: QuantizedWeight) -> None:
-        self.view, self._start, self.bits = view, start, start.bits
-        self.weight = view.parameter
+    def __init__(self, solved: Solved, original: Tensor) -> None:
+        self.view, self._start = solved.view, solved.quantized
+        start, self.bits = self._start, self._start.bits
         self._zeros = per_column(start.zeros.float(), start.group_of_column)
         self._max_code = (1 << self.bits) - 1
         self.codes = start.codes.float()
@@ -218,19 +208,28 @@ def _mean_over(ranks: Ranks, gradient: Tensor | None, weight: Tensor) -> Tensor:
     return ranks.all_reduce(torch.zeros_like(weight) if gradient is None else gradient.contiguous()).div_(ranks.size)
 
 
-def _gradients(
-    run: Callable[[BlockCall], Any],
-    example: Example,
-    pieces: Callable[[Example], list[Example]],
-    weights: list[nn.Parameter],
-) -> list[Tensor | None]:
+def _pieces(runner: BlockRunner, example: Example) -> list[Example]:
+    """What is run of it at once; after memory has run out, a part."""
+    if runner.store.parts == 1:
+        return [example]
+    return [
+        Example(
+            call=replace(example.call, args=args, kwargs=kwargs),
+            target=example.target[part],
+            mask=None if example.mask is None else example.mask[part],
+        )
+        for part, args, kwargs in runner.in_parts(example.call)
+    ]
+
+
+def _gradients(runner: BlockRunner, example: Example, weights: list[nn.Parameter]) -> list[Tensor | None]:
     """Of the loss towards each weight; None where it does not reach."""
     total: list[Tensor | None] = [None] * len(weights)
-    parts = pieces(example)
-    for part in parts:
-        share = part.tokens / example.tokens if len(parts) > 1 else 1.0
+    pieces = _pieces(runner, example)
+    for piece in pieces:
+        share = piece.tokens / example.tokens if len(pieces) > 1 else 1.0
         with torch.enable_grad(), _requiring_gradients(weights), _rough_products(weights[0].device):
-            found = torch.autograd.grad(_loss(run, part) * share, weights, allow_unused=True)
+            found = torch.autograd.grad(_loss(runner, piece) * share, weights, allow_unused=True)
         total = [_sum_of(*both) for both in zip(total, found, strict=True)]
     return total
 
@@ -239,12 +238,12 @@ def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one.add_(other)
 
 
-def _loss_of(run: Callable[[BlockCall], Any], example: Example, pieces: Callable[[Example], list[Example]]) -> float:
-    parts = pieces(example)
-    if len(parts) == 1:
-        return float(_loss(run, parts[0]))
-    return sum(float(_loss(run, part)) * part.tokens for part in parts) / example.tokens
+def _loss_of(runner: BlockRunner, example: Example) -> float:
+    pieces = _pieces(runner, example)
+    if len(pieces) == 1:
+        return float(_loss(runner, pieces[0]))
+    return sum(float(_loss(runner, piece)) * piece.tokens for piece in pieces) / example.tokens
 
 
-def _loss(run: Callable[[BlockCall], Any], example: Example) -> Tensor:
-    return relative_error(hidden_states(run(example.call)), example.target, example.mask)
+def _loss(runner: BlockRunner, example: Example) -> Tensor:
+    return relative_error(hidden_states(runner.run(example.call)), example.target, example.mask)

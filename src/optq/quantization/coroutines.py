@@ -13,12 +13,17 @@ import inspect
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from optq.device.placement import evaluating, placed, tensors_outside, working_dtype
+from optq.errors import ModelError
 
 from .activations import ActivationStore
 
@@ -60,17 +65,24 @@ class _Failure:
 Posted = TypeVar("Posted")
 
 
-class TurnThread(Generic[Posted]):
-    """One micro-batch's forward. It and the driver take turns: it posts where it waits, and is answered."""
+class TurnThread(threading.Thread, Generic[Posted]):
+    """One micro-batch's forward. It and the driver take turns: it posts where it waits, and is answered.
 
-    def __init__(self, run: Callable[[], Any], index: int) -> None:
-        self.index = index
+    Args:
+        owner: who drives it: only where this one is at work does it pause.
+    """
+
+    def __init__(self, owner: object, run: Callable[[], Any], index: int) -> None:
+        super().__init__(name=f"optq-batch-{index}", daemon=True)
+        self.owner, self.index, self._forward = owner, index, run
         self._to_driver: queue.SimpleQueue[Posted | Finished | _Failure] = queue.SimpleQueue()
         self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._main, args=(run,), name=f"optq-batch-{index}", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
+    @classmethod
+    def current(cls, owner: object) -> "TurnThread[Any] | None":
+        """The one that is running, if it is of this owner."""
+        thread = threading.current_thread()
+        return thread if isinstance(thread, cls) and thread.owner is owner else None
 
     def wait(self) -> Posted | Finished:
         """Wait until the forward pauses or ends."""
@@ -84,8 +96,7 @@ class TurnThread(Generic[Posted]):
 
     def abandon(self) -> None:
         self._to_thread.put(_Abandoned())
-        if self._thread.ident is not None:
-            self._thread.join()
+        self.join()
 
     def pause(self, posted: Posted) -> Any:
         """Called inside the thread."""
@@ -96,10 +107,12 @@ class TurnThread(Generic[Posted]):
             raise output
         return output
 
-    def _main(self, run: Callable[[], Any]) -> None:
+    def run(self) -> None:
+        """What `threading.Thread` calls in the new thread."""
+        forward, self._forward = self._forward, lambda: None  # what it holds is freed as soon as it ends
         try:
             with torch.no_grad():  # grad mode is per thread
-                self._to_driver.put(Finished(run()))
+                self._to_driver.put(Finished(forward()))
         except _Abandoned:
             pass
         except BaseException as error:
@@ -107,43 +120,48 @@ class TurnThread(Generic[Posted]):
 
 
 class SuspendedForwards:
-    """Run `model` on every batch, pausing at each of `blocks`. A context manager: leaving it ends the threads.
+    """Run `model` on batches, pausing at each of `blocks`. A context manager.
+
+    While it is open, the model is evaluated without gradients, and all but its blocks is on `device`; on leaving, it
+    is as it was, and the threads have ended.
 
     Args:
         model: called as `model(**batch)`, with `use_cache=False` where it takes that argument: a block that is run
             twice would find its own keys in the cache.
-        blocks: the blocks, in order; their `forward` is replaced while the context is open.
-        batches: keyword arguments of the model, tensors on its device.
-        store: keeps what the blocks are called with.
+        blocks: by name, in order; their `forward` is replaced while the context is open.
+        store: keeps what the blocks are called with; None: on `device`, in the dtype that blocks work in.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        blocks: list[nn.Module],
-        batches: Iterable[dict[str, Tensor]],
+        blocks: dict[str, nn.Module],
+        device: torch.device,
         store: ActivationStore | None = None,
     ) -> None:
-        self.store = store or ActivationStore()
+        self.store = store or ActivationStore(device, working_dtype(device))
         self.store.leave_alone(model)
-        self._blocks = blocks
-        self.original_forwards = [block.forward for block in blocks]
-        self._overridden = [block.__dict__.get("forward") for block in blocks]  # None: inherited from the class
+        self._model, self._device = model, device
+        self._names, self._blocks = list(blocks), list(blocks.values())
+        self.original_forwards = [block.forward for block in self._blocks]
         parameters = inspect.signature(model.forward).parameters
         passed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         configs: list[Any] = [getattr(model, "config", None)]
         configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
         cached = "use_cache" in parameters or (passed_on and any(hasattr(config, "use_cache") for config in configs))
-        extra = {"use_cache": False} if cached else {}
-        self._current = threading.local()
-        self._threads = [
-            TurnThread[BlockCall](self._bound(model, {**batch, **extra}, index), index)
-            for index, batch in enumerate(batches)
-        ]
+        self._extra = {"use_cache": False} if cached else {}
+        self._threads: list[TurnThread[BlockCall]] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> "SuspendedForwards":
-        for index, block in enumerate(self._blocks):
-            block.forward = self._stand_in(index)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluating(self._model))
+            stack.enter_context(placed(tensors_outside(self._model, self._blocks), self._device, None))
+            for index, block in enumerate(self._blocks):
+                stack.callback(_restore_forward, block, block.__dict__.get("forward"))
+                block.forward = self._stand_in(index)
+            self._undo = stack.pop_all()
         return self
 
     def __exit__(
@@ -151,19 +169,35 @@ class SuspendedForwards:
     ) -> None:
         for thread in self._threads:
             thread.abandon()
-        for block, overridden in zip(self._blocks, self._overridden, strict=True):
-            if overridden is None:
-                del block.forward
-            else:
-                block.forward = overridden
+        self._undo.close()
 
-    def start(self) -> list[BlockCall]:
-        """Run every forward up to its first block."""
-        calls = []
-        for thread in self._threads:
+    def ending(self) -> AbstractContextManager[None]:
+        """What the model runs after its last block works in the same dtype as its blocks, for a while."""
+        outside = tensors_outside(self._model, self._blocks)
+        return placed(outside, self._device, working_dtype(self._device))
+
+    def __len__(self) -> int:
+        """How many forwards have been started; the next one's number."""
+        return len(self._threads)
+
+    def start(self, batches: Iterable[dict[str, Tensor]]) -> list[BlockCall]:
+        """Begin a forward on each batch, and run it up to its first block; those that have none are left out.
+
+        Args:
+            batches: keyword arguments of the model, tensors on its device.
+        Raises:
+            ModelError: all of them end without calling any block.
+        """
+        calls, before = [], len(self)
+        for batch in batches:
+            run = partial(self._model, **{**batch, **self._extra})
+            thread: TurnThread[BlockCall] = TurnThread(self, run, len(self))
+            self._threads.append(thread)
             thread.start()
             if isinstance(call := self._kept(thread.wait()), BlockCall):
                 calls.append(call)
+        if not calls and len(self) > before:
+            raise ModelError(f"{type(self._model).__name__} never calls {self._names[0]} on the calibration data.")
         return calls
 
     def resume(self, call: BlockCall, output: Any) -> BlockCall | Finished:
@@ -181,18 +215,23 @@ class SuspendedForwards:
         args, kwargs = self.store.take((posted.args, posted.kwargs))
         return replace(posted, args=args, kwargs=kwargs)
 
-    def _bound(self, model: nn.Module, batch: dict[str, Any], index: int) -> Callable[[], Any]:
-        def run() -> Any:
-            self._current.thread = self._threads[index]
-            return model(**batch)
-
-        return run
+    def abandon(self, call: BlockCall) -> None:
+        """End the forward that waits here."""
+        self._threads[call.batch].abandon()
 
     def _stand_in(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            thread: TurnThread[BlockCall] | None = getattr(self._current, "thread", None)
+            thread = TurnThread.current(self)
             if thread is None:  # called by somebody else than one of our forwards
                 return self.original_forwards[index](*args, **kwargs)
             return thread.pause(BlockCall(batch=thread.index, block=index, args=args, kwargs=kwargs))
 
         return forward
+
+
+def _restore_forward(block: nn.Module, overridden: Any) -> None:
+    """`overridden` is the instance's own forward; None: it was inherited from the class."""
+    if overridden is None:
+        del block.forward
+    else:
+        block.forward = overridden

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -19,19 +20,19 @@ from torch import nn
 from optq.calibration import Calibration, MicroBatch
 from optq.checkpoint import pack
 from optq.device.memory import reuse_of_free_memory
-from optq.device.placement import execution_device, placed, tensors_outside, working_dtype
 from optq.evaluation import Comparer
-from optq.events import RunLog
 from optq.gptq import Hessian, InputDrift, SolvingWork, round_to_nearest, seconds_of, work_of
 from optq.gptq import measured as measured_solving
-from optq.model import LinearView, Stage, hidden_states, independent_groups, observe_stages
+from optq.model import LinearView, Stage, hidden_states, independent_groups
 from optq.scheme import LayerScheme
 
 from .bit_allocation import JUDGED_TOKENS, MEASURED_TOKENS
-from .block import BlockWork, Solved
-from .coroutines import BlockCall
+from .block_reconstruction import Example, reconstruct
+from .coroutines import BlockCall, SuspendedForwards
 from .plan import Plan
-from .walk import at_work, suspended
+from .report import Solved
+from .run import Run
+from .runner import BlockRunner, at_block
 
 LONGEST_FORWARD = 0.5  # seconds, about, of the one that is timed: of as many tokens as that allows
 FEWEST_TOKENS = 16
@@ -101,11 +102,8 @@ def estimate(
     model: nn.Module,
     plan: Plan,
     calibration: Calibration,
-    *,
-    sequential: bool = True,
-    reconstruction_passes: int = 0,
+    run: Run,
     candidates: Callable[[LinearView], Sequence[LayerScheme]] | None = None,
-    device: torch.device | str | None = None,
 ) -> Duration:
     """How long `quantize_model` will take in one process, on this machine if it does nothing else.
 
@@ -114,20 +112,20 @@ def estimate(
         candidates: of a linear, if the best bits are searched for first.
     Cost: some seconds; memory for what lies outside of the blocks and for one block.
     """
-    device = execution_device(device)
+    passes = run.reconstruction_passes
     with reuse_of_free_memory():
         ((commonest, _),) = Counter(target.scheme for target in plan.all_targets).most_common(1)
-        speed = _speed(commonest, device, torch.get_num_threads())
-        blocks, comparing = _look(model, plan, calibration.batches[0], device, reconstruction_passes > 0, speed)
+        speed = _speed(commonest, run.device, torch.get_num_threads())
+        blocks, comparing = _look(model, plan, calibration.batches[0], run, speed)
     tokens, probed = (sum(b.input_ids.numel() for b in some) for some in (calibration.batches, calibration.held_out))
     repeats = any(seen.calls > 1 for seen in blocks.values())
-    follows = plan.propagates or reconstruction_passes > 0 or repeats
+    follows = plan.propagates or passes > 0 or repeats
     seconds = dict.fromkeys((READING, FORWARDS, HESSIANS, SOLVING), 0.0)
     for name, seen in blocks.items():
         targets, last = plan.targets[name], name == next(reversed(blocks))
-        passes = _passes(seen, sequential, follows, reconstruction_passes > 0, last)
         own = seen.calls * tokens  # of this block
-        seconds[FORWARDS] += seen.forward / seen.tokens * (own * passes + seen.calls * probed * 2)
+        runs = own * _runs(seen, run, follows, last) + seen.calls * probed * 2
+        seconds[FORWARDS] += seen.forward / seen.tokens * runs
         for stage in seen.stages:
             drift = follows and not repeats and stage.family is None
             seconds[HESSIANS] += _products(stage, seen, own) * (speed.hessian + drift * speed.drift)
@@ -139,23 +137,26 @@ def estimate(
     if candidates is not None:
         seconds = {SEARCHING: _searching(plan, blocks, speed, candidates), **seconds}
     reconstructed = [seen for name, seen in blocks.items() if plan.targets[name] and name != plan.head]
-    if not reconstruction_passes:
+    if not passes:
         return Duration(seconds=seconds)
     if any(seen.step is None for seen in reconstructed):
         reason = "block reconstruction, as one step of it takes longer than an estimate may"
         return Duration(seconds=seconds, uncounted=(reason,))
     steps = len(calibration.batches)
     seconds[RECONSTRUCTING] = sum(
-        seen.beginning
-        + reconstruction_passes * (steps * seen.calls * (seen.step or 0) + probed * seen.forward / seen.tokens)
+        seen.beginning + passes * (steps * seen.calls * (seen.step or 0) + probed * seen.forward / seen.tokens)
         for seen in reconstructed
     )
     return Duration(seconds=seconds)
 
 
-def _passes(seen: _Seen, sequential: bool, follows: bool, reconstructed: bool, last: bool) -> float:
+def _runs(seen: _Seen, run: Run, follows: bool, last: bool) -> float:
     """How often the calibration data runs through a block, in both streams together."""
-    groups = len(independent_groups(seen.stages))
+    groups, sequential, reconstructed = (
+        len(independent_groups(seen.stages)),
+        run.sequential,
+        run.reconstruction_passes > 0,
+    )
     if seen.calls > 1:
         return 3.0  # to find the calls, to solve, and on to the next block
     if not groups:
@@ -200,34 +201,30 @@ def _searching(
     return seconds
 
 
-def _look(
-    model: nn.Module, plan: Plan, batch: MicroBatch, device: torch.device, reconstructed: bool, speed: _Speed
-) -> tuple[dict[str, _Seen], float]:
+def _look(model: nn.Module, plan: Plan, batch: MicroBatch, run: Run, speed: _Speed) -> tuple[dict[str, _Seen], float]:
     """Every block as the first of its kind shows it; and the seconds per probed token of comparing the outputs."""
     inside = {id(module) for block in plan.blocks.values() for module in block.modules()}
     for module in model.modules():
         if id(module) not in inside:
-            module.to_empty(device=device, recurse=False)
+            module.to_empty(device=run.device, recurse=False)
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 tensor.detach().zero_()
     weights = max(sum(parameter.numel() for parameter in block.parameters()) for block in plan.blocks.values())
     excerpt = _excerpt(batch, int(LONGEST_FORWARD / (weights * speed.solving.products)))
     tokens = excerpt.input_ids.numel()
-    reconstructed &= tokens == batch.input_ids.numel()
+    reconstructed = run.reconstruction_passes > 0 and tokens == batch.input_ids.numel()
     kinds: dict[tuple[Any, ...], _Seen] = {}
     found: dict[str, _Seen] = {}
-    outside = tensors_outside(model, list(plan.blocks.values()))
-    with suspended(model, plan, [excerpt.as_model_inputs(device)], device) as (forwards, (call,)):
+    with SuspendedForwards(model, plan.blocks, run.device) as forwards:
+        (call,) = forwards.start([excerpt.as_model_inputs(run.device)])
         for name, block in plan.blocks.items():
             if (kind := _kind_of(name, plan)) not in kinds:
-                _fill(block, device)
-                with at_work(
-                    name, forwards, [call], plan, [excerpt.attention_mask], device, RunLog(bar=False)
-                ) as work:
-                    kinds[kind] = _seen(work, call, tokens, reconstructed and name != plan.head)
+                _fill(block, run.device)
+                with at_block(name, plan, forwards, [call], run) as runner:
+                    kinds[kind] = _seen(runner, call, excerpt, reconstructed and name != plan.head)
                 block.to("meta")
             last = name == next(reversed(plan.blocks))
-            with placed(outside if last else [], device, working_dtype(device)):
+            with forwards.ending() if last else nullcontext():
                 calls, started = 1, time.perf_counter()
                 posted = forwards.resume(call, kinds[kind].output)
                 while isinstance(posted, BlockCall) and posted.block == call.block:
@@ -253,28 +250,28 @@ def _excerpt(batch: MicroBatch, most: int) -> MicroBatch:
     )
 
 
-def _seen(work: BlockWork, call: BlockCall, tokens: int, reconstructed: bool) -> _Seen:
+def _seen(runner: BlockRunner, call: BlockCall, excerpt: MicroBatch, reconstructed: bool) -> _Seen:
     """Run a block, and with `reconstructed` reconstruct it a little."""
     hidden_states((call.args, call.kwargs)).normal_()  # embeddings of zeros would send all tokens to the same experts
-    views = [target.view for target in work.targets]
-    stages = observe_stages(views, partial(work.run, call))
-    output, run = work.run(call), partial(work.run, call)
-    forward, step, beginning = seconds_of(run, work.device), None, 0.0
-    if reconstructed and views:
+    run = partial(runner.run, call)
+    stages, output = runner.look(call)
+    forward, step, beginning = seconds_of(run, runner.device), None, 0.0
+    if reconstructed and runner.targets:
         solved = [
             Solved(view=target.view, quantized=round_to_nearest(target.view.weight, target.scheme), relative_loss=0.0)
-            for target in work.targets
+            for target in runner.targets
         ]
+        examples = [Example(call=call, target=hidden_states(output), mask=excerpt.attention_mask)]
         one, two = (
-            seconds_of(partial(work.reconstruct, solved, [call], [call], {call.batch: output}, passes), work.device)
+            seconds_of(partial(reconstruct, runner, solved, examples, examples, passes), runner.device)
             for passes in (1, 2)
         )
         step = max(two - one - forward, forward)  # the second pass: a step, and a forward to judge it by
         beginning = max(one - step - 2 * forward, 0.0)
     return _Seen(
         stages=stages,
-        scheme_of={target.view.name: target.scheme for target in work.targets},
-        tokens=tokens,
+        scheme_of={target.view.name: target.scheme for target in runner.targets},
+        tokens=excerpt.input_ids.numel(),
         forward=forward,
         step=step,
         beginning=beginning,

@@ -6,7 +6,6 @@ holds at that point stays in memory; those that find no room are run anew for ev
 result.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -39,7 +38,6 @@ class PausedForwards:
         self._groups = groups
         self._threads: dict[int, TurnThread[_AtGroup]] = {}
         self._reached: dict[int, _AtGroup | Finished] = {}
-        self._current = threading.local()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "PausedForwards":
@@ -63,12 +61,7 @@ class PausedForwards:
 
     def start(self, number: int, run: Callable[[], Any]) -> None:
         """Begin a forward, up to its first group."""
-
-        def main() -> Any:
-            self._current.thread = thread
-            return run()
-
-        thread: TurnThread[_AtGroup] = TurnThread(main, number)
+        thread: TurnThread[_AtGroup] = TurnThread(self, run, number)
         self._threads[number] = thread
         thread.start()
         self._reached[number] = thread.wait()
@@ -107,8 +100,7 @@ class PausedForwards:
 
     def _hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            thread: TurnThread[_AtGroup] | None = getattr(self._current, "thread", None)
-            if thread is not None:  # else somebody else runs the block
+            if (thread := TurnThread.current(self)) is not None:  # else somebody else runs the block
                 thread.pause(_AtGroup(index, first_input(args, kwargs)))
 
         return hook
