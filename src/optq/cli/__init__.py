@@ -11,11 +11,12 @@ from dataclasses import replace
 from .command import EXIT_CODES as EXIT_CODES
 from .command import Command as Command
 from .command import execute as execute
-from .judging import BENCH, COMPARE, EVALUATE
-from .looking import CARD, INSPECT, KERNELS, REPORT
-from .quantizing import CONVERT, EXPORT, ONNX, PLAN, PUSH
+from .judging import bench, compare, evaluate
+from .looking import card, inspect, kernels, report
+from .quantizing import convert, onnx, plan, push
+from .quantizing import export as EXPORT
 
-COMMANDS = (PLAN, INSPECT, EVALUATE, COMPARE, BENCH, KERNELS, REPORT, CARD, PUSH, CONVERT, ONNX)
+COMMANDS = (plan, inspect, evaluate, compare, bench, kernels, report, card, push, convert, onnx)
 """Those of `optimum-cli gptq`, in the order of a user's day."""
 
 

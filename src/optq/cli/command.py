@@ -71,6 +71,13 @@ class Command:
         parser.epilog = "exit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
 
+def command(
+    name: str, summary: str, add_arguments: Callable[[argparse.ArgumentParser], None]
+) -> Callable[[Callable[[argparse.Namespace], int]], Command]:
+    """Makes a command of the function that does it."""
+    return lambda run: Command(name=name, summary=summary, add_arguments=add_arguments, run=run)
+
+
 def _refuse_unknown_options(parser: argparse.ArgumentParser) -> None:
     """Have the parser say what is near an option that there is not, or what another tool's is called here.
 

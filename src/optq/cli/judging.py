@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from optq.errors import ConfigError, counted
 
-from .command import DONE, QUALITY, Command
+from .command import DONE, QUALITY, command
 from .loading import add_loading, loading, positive
 from .printing import as_json, print_json, print_table
 
@@ -82,17 +82,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_text(parser)
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+@command(
+    "evaluate",
+    "Measure a model: perplexity by two protocols and, beside the original, KL divergence and agreement.",
+    _add_evaluate,
+)
+def evaluate(arguments: argparse.Namespace) -> int:
     models = [arguments.model] if arguments.baseline is None else [arguments.baseline, arguments.model]
     return _print_evaluations(arguments, _measured(arguments, models, arguments.baseline))
-
-
-EVALUATE = Command(
-    name="evaluate",
-    summary="Measure a model: perplexity by two protocols and, beside the original, KL divergence and agreement.",
-    add_arguments=_add_evaluate,
-    run=_evaluate,
-)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +103,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     _add_text(parser)
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+@command("compare", "Measure any number of models by the same protocols, beside the original.", _add_compare)
+def compare(arguments: argparse.Namespace) -> int:
     if len(arguments.models) < 2:
         raise ConfigError("Name at least two models to compare, the original first; `gptq evaluate` measures one.")
     if arguments.lm_eval is not None:
@@ -116,14 +114,6 @@ def _compare(arguments: argparse.Namespace) -> int:
 
         return _print_tasks(arguments, [read_harness_results(Path(model)) for model in arguments.models])
     return _print_evaluations(arguments, _measured(arguments, arguments.models, arguments.models[0]))
-
-
-COMPARE = Command(
-    name="compare",
-    summary="Measure any number of models by the same protocols, beside the original.",
-    add_arguments=_add_compare,
-    run=_compare,
-)
 
 
 def _is_harness_result(name: str) -> bool:
@@ -191,7 +181,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+@command("bench", "Measure how fast models read prompts and generate, as `generate` delivers it.", _add_bench)
+def bench(arguments: argparse.Namespace) -> int:
     import optq
 
     speeds = {
@@ -239,11 +230,3 @@ def _bench(arguments: argparse.Namespace) -> int:
         markdown=arguments.markdown,
     )
     return DONE
-
-
-BENCH = Command(
-    name="bench",
-    summary="Measure how fast models read prompts and generate, as `generate` delivers it.",
-    add_arguments=_add_bench,
-    run=_bench,
-)

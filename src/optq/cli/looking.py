@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from .command import DONE, MODEL, Command
+from .command import DONE, MODEL, command
 from .loading import add_loading, add_source, loading, positive
 from .printing import as_json, print_either, print_json, print_table
 
@@ -32,7 +32,13 @@ def _reader(text: str) -> tuple[str, str]:
     return name, version
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+@command(
+    "inspect",
+    "Say what a checkpoint holds, who reads it and why others do not, and whether its bytes are what its "
+    "labels say. Reads headers and a few small tensors.",
+    _add_inspect,
+)
+def inspect(arguments: argparse.Namespace) -> int:
     import optq
     from optq.readers import rules_of
 
@@ -73,15 +79,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return MODEL if found.contradictions else DONE
 
 
-INSPECT = Command(
-    name="inspect",
-    summary="Say what a checkpoint holds, who reads it and why others do not, and whether its bytes are what its "
-    "labels say. Reads headers and a few small tensors.",
-    add_arguments=_add_inspect,
-    run=_inspect,
-)
-
-
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="ID_OR_DIR", help="a GPTQ checkpoint")
     parser.add_argument("--device", metavar="DEVICE", help="where it will run (the accelerator, if there is one)")
@@ -89,7 +86,8 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
 
 
-def _kernels(arguments: argparse.Namespace) -> int:
+@command("kernels", "Say which kernel multiplies each linear here, and why the others do not.", _add_kernels)
+def kernels(arguments: argparse.Namespace) -> int:
     import optq
 
     found = optq.kernel_choices(
@@ -108,20 +106,17 @@ def _kernels(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-KERNELS = Command(
-    name="kernels",
-    summary="Say which kernel multiplies each linear here, and why the others do not.",
-    add_arguments=_add_kernels,
-    run=_kernels,
-)
-
-
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="output folders of exports, also unfinished ones")
     parser.add_argument("--output", metavar="DIR", help="where the page goes (the folder `report` in the first run's)")
 
 
-def _report(arguments: argparse.Namespace) -> int:
+@command(
+    "report",
+    "Make a page with pictures of one or several runs: which layers hurt, where bits, time and memory went.",
+    _add_report,
+)
+def report(arguments: argparse.Namespace) -> int:
     from optq.report import report
 
     folders = [Path(run) for run in arguments.runs]
@@ -130,30 +125,15 @@ def _report(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-REPORT = Command(
-    name="report",
-    summary="Make a page with pictures of one or several runs: which layers hurt, where bits, time and memory went.",
-    add_arguments=_add_report,
-    run=_report,
-)
-
-
 def _add_card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a finished export")
     parser.add_argument("--repo-id", metavar="USER/NAME", help="what it will be called on the Hub")
 
 
-def _card(arguments: argparse.Namespace) -> int:
+@command("card", "Print a model card made from what the run measured, as every export writes one.", _add_card)
+def card(arguments: argparse.Namespace) -> int:
     import optq
 
     text = optq.card(arguments.folder, repo_id=arguments.repo_id)
     print_either(arguments, text, card=text)
     return DONE
-
-
-CARD = Command(
-    name="card",
-    summary="Print a model card made from what the run measured, as every export writes one.",
-    add_arguments=_add_card,
-    run=_card,
-)

@@ -10,7 +10,7 @@ from optq.config.field import Field
 from optq.config.fields import FIELDS, SECTIONS
 from optq.errors import ConfigError
 
-from .command import DONE, RESOURCES, Command
+from .command import DONE, RESOURCES, command
 from .loading import add_loading, add_source, loading, positive
 from .printing import as_json, print_either, print_json
 
@@ -67,10 +67,16 @@ def _add_private(parser: Any) -> None:
     parser.add_argument("--private", action="store_true", help="the repository is to be seen by its owners only")
 
 
-def _export(arguments: argparse.Namespace) -> int:
+@command(
+    "gptq",
+    "Quantize a model with GPTQ to a folder that vLLM, SGLang, GPTQModel and transformers read. "
+    "Called again after an interruption, it goes on where it was.",
+    _add_export,
+)
+def export(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         arguments.tensor_parallel = 1
-        return _plan(arguments)
+        return plan.run(arguments)
     if arguments.private and not arguments.push_to_hub:
         raise ConfigError(
             "--private says how --push-to-hub USER/NAME uploads, which was not given. Give both or none."
@@ -94,15 +100,6 @@ def _export(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-EXPORT = Command(
-    name="gptq",
-    summary="Quantize a model with GPTQ to a folder that vLLM, SGLang, GPTQModel and transformers read. "
-    "Called again after an interruption, it goes on where it was.",
-    add_arguments=_add_export,
-    run=_export,
-)
-
-
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser)
     parser.add_argument(
@@ -110,7 +107,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+@command("plan", "Say what quantizing a model will take and give, before any weight is read.", _add_plan)
+def plan(arguments: argparse.Namespace) -> int:
     import optq
 
     estimate = optq.plan(
@@ -125,14 +123,6 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         print(estimate)
     return DONE if estimate.fits else RESOURCES
-
-
-PLAN = Command(
-    name="plan",
-    summary="Say what quantizing a model will take and give, before any weight is read.",
-    add_arguments=_add_plan,
-    run=_plan,
-)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +145,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
 
 
-def _convert(arguments: argparse.Namespace) -> int:
+@command(
+    "convert",
+    "Write a quantized checkpoint in another format. Exact: no weight changes, or it is refused.",
+    _add_convert,
+)
+def convert(arguments: argparse.Namespace) -> int:
     import optq
 
     folder = optq.convert(
@@ -170,34 +165,19 @@ def _convert(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-CONVERT = Command(
-    name="convert",
-    summary="Write a quantized checkpoint in another format. Exact: no weight changes, or it is refused.",
-    add_arguments=_add_convert,
-    run=_convert,
-)
-
-
 def _add_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="ID_OR_DIR", help="a GPTQ checkpoint of any tool")
     parser.add_argument("output", metavar="OUT", help="a new or empty folder")
     add_source(parser)
 
 
-def _onnx(arguments: argparse.Namespace) -> int:
+@command("onnx", "Write a GPTQ checkpoint as an ONNX model that onnxruntime runs with its packed weights.", _add_onnx)
+def onnx(arguments: argparse.Namespace) -> int:
     import optq
 
     folder = optq.export_onnx(arguments.model, output_dir=arguments.output, **loading(arguments))
     print_either(arguments, f"{folder} holds model.onnx now, for onnxruntime.", folder=folder)
     return DONE
-
-
-ONNX = Command(
-    name="onnx",
-    summary="Write a GPTQ checkpoint as an ONNX model that onnxruntime runs with its packed weights.",
-    add_arguments=_add_onnx,
-    run=_onnx,
-)
 
 
 def _add_push(parser: argparse.ArgumentParser) -> None:
@@ -207,17 +187,14 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", metavar="TOKEN", help="one that may write; by default that of `hf auth login`")
 
 
-def _push(arguments: argparse.Namespace) -> int:
+@command(
+    "push",
+    "Upload a finished export to the Hub. Called again after an interruption, it goes on where it was.",
+    _add_push,
+)
+def push(arguments: argparse.Namespace) -> int:
     import optq
 
     url = optq.push(arguments.folder, arguments.repo_id, private=arguments.private, token=arguments.token)
     print_either(arguments, f"{url} holds {arguments.folder} now.", folder=arguments.folder, url=url)
     return DONE
-
-
-PUSH = Command(
-    name="push",
-    summary="Upload a finished export to the Hub. Called again after an interruption, it goes on where it was.",
-    add_arguments=_add_push,
-    run=_push,
-)

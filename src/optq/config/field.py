@@ -31,7 +31,7 @@ class Field:
         stored: config.json has it. All others say how to run, not what the checkpoint is.
         decisive: the checkpoint's bytes depend on it, so a run that goes on needs the same.
         least, above, below: bounds of a number.
-        why_not: of a type that does not say it all: what a value has to be, if the one that is given is not.
+        fits, wanted: of a type that does not say it all, whether a value is one, and in words what it has to be.
         lenient: of a file, a value that does not fit is left aside: to read the checkpoint it is not needed.
         option: it has a command-line option, named like it; `options` are other names, the first is shown first.
     """
@@ -47,7 +47,8 @@ class Field:
     least: int | None = None
     above: int | None = None
     below: int | None = None
-    why_not: Callable[[Any], str | None] | None = None
+    fits: Callable[[Any], bool] | None = None
+    wanted: str = ""
     lenient: bool = False
     option: bool = True
     options: tuple[str, ...] = ()
@@ -94,16 +95,13 @@ class Field:
         Raises:
             ConfigError: it does not fit.
         """
+        value = value.value if isinstance(value, Enum) else value  # other tools have enumerations
         if value is None and self.optional:
             return None
-        if self.why_not is not None:
-            found, reason = value, self.why_not(value)
-        else:
-            found = PARSERS[self.kind](value)
-            reason = None if found is not WRONG and self._admits(found) else self._wanted
-        if reason is None:
+        found = value if self.fits is not None else PARSERS[self.kind](value)
+        if self.fits(found) if self.fits is not None else found is not WRONG and self._admits(found):
             return found
-        raise ConfigError(f"{label or self.name}={short(value)} was asked for; {reason}.")
+        raise ConfigError(f"{label or self.name}={short(value)} was asked for; {self.wanted or self._wanted}.")
 
     def why_refused(self, value: Any) -> str | None:
         try:
@@ -143,7 +141,9 @@ class Field:
 
 
 def _integer(value: Any) -> Any:
-    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else WRONG
+    """One of 64 bits at most, as torch has them."""
+    is_one = not isinstance(value, bool) and isinstance(value, Integral) and abs(int(value)) < 2**63
+    return int(value) if is_one else WRONG
 
 
 def _number(value: Any) -> Any:
@@ -163,14 +163,16 @@ def _switch(value: Any) -> Any:
     return bool(value) if kind is bool or is_numpys else WRONG
 
 
-def text_of(value: Any) -> Any:
-    """Text; other tools have enumerations of it."""
-    value = value.value if isinstance(value, Enum) else value
-    return value if isinstance(value, str) and value.strip() else WRONG
+def _text(value: Any) -> Any:
+    return value if is_text(value) else WRONG
 
 
-PARSERS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _number, bool: _switch, str: text_of}
-"""By the kind of a field: what a value is in Python, or `WRONG`. The other kinds have a `why_not`."""
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+PARSERS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _number, bool: _switch, str: _text}
+"""By the kind of a field: what a value is in Python, or `WRONG`. The other kinds have `fits`."""
 
 
 def short(value: Any, depth: int = 3) -> str:

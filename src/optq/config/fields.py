@@ -8,15 +8,15 @@ once.
 
 import logging
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from optq.errors import ConfigError
 
+from .activation_memory import activation_bytes
 from .counterparts import why_unknown
-from .field import WRONG, Field, short, text_of
+from .field import Field, is_text, short
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,93 +38,75 @@ DEFAULT_DAMPING = 0.1
 Effort = Literal["fast", "default", "max"]
 
 
-def _no_data(value: Any) -> str | None:
-    if not isinstance(value, (bool, int, float, complex, bytes)) and not _is_blank(value):
-        return None
-    return "it is a name, a path, a list, a dataset, or None for text that the model writes"
-
-
-def _no_tokenizer(value: Any) -> str | None:
-    if not isinstance(value, (bool, int, float, complex, bytes, list, tuple, dict, set)) and not _is_blank(value):
-        return None
-    return "it is a tokenizer, the id of a model or a folder, or None for the model's own"
-
-
-def _no_device(value: Any) -> str | None:
-    if type(value).__name__ == "device" or text_of(value) is not WRONG:
-        return None
-    return "it is a device such as 'cuda:1' or 'cpu', or None for the accelerator, if there is one"
-
-
-def _no_path(value: Any) -> str | None:
-    return None if isinstance(value, os.PathLike) or text_of(value) is not WRONG else "it is a path, or None"
-
-
-def _no_facts(value: Any) -> str | None:
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return None
-    return "it is a dict with text as keys, or None, and goes to config.json"
-
-
-def _no_names(value: Any) -> str | None:
-    groups = value if isinstance(value, (list, tuple)) else [None]
-    entries = [entry for group in groups for entry in (group if isinstance(group, (list, tuple)) else [group])]
-    if all(text_of(entry) is not WRONG for entry in entries):
-        return None
-    return (
-        "it is a list of names inside a block, such as ['self_attn.q_proj', 'mlp.down_proj'], or a list of such lists"
-    )
-
-
-def _no_rules(value: Any) -> str | None:
-    if isinstance(value, dict):
-        return None
-    return "it is a dict of patterns with dicts of settings, such as {'+:.*down_proj': {'bits': 8}}"
-
-
-def _no_memory(value: Any) -> str | None:
+def _is_memory(value: Any) -> bool:
     try:
         activation_bytes(value)
     except (AttributeError, OverflowError, TypeError, ValueError):
-        return (
-            'it is a dict with an accelerator\'s number or "cpu" as keys, one accelerator at most, and bytes or sizes '
-            'such as "8GiB" as values'
-        )
-    return None
+        return False
+    return True
 
 
-def _is_blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
+def _are_names(value: Any) -> bool:
+    groups = value if isinstance(value, (list, tuple)) else [None]
+    entries = [entry for group in groups for entry in (group if isinstance(group, (list, tuple)) else [group])]
+    return all(map(is_text, entries))
 
 
-def activation_bytes(asked: Mapping[str | int, str | int] | None) -> dict[str | int, int]:
-    """`activation_memory` in bytes.
-
-    Raises:
-        AttributeError, OverflowError, TypeError, ValueError: it makes no sense.
-    """
-    from accelerate.utils import convert_file_size_to_int
-
-    asked = {} if asked is None else asked
-    for place, size in asked.items():
-        if isinstance(place, bool) or isinstance(size, bool) or not re.fullmatch(r"\d+|[a-z]+(:\d+)?", str(place)):
-            raise ValueError(f"{place!r}: {size!r}")
-    found = {place: convert_file_size_to_int(size) for place, size in asked.items()}
-    if len(found) > 2 or (len(found) == 2 and "cpu" not in found):
-        raise ValueError("one accelerator at most")
-    return found
+def _is_object(value: Any) -> bool:
+    """Whether it may be an object of any other library, or a name: no number, and no empty text."""
+    return is_text(value) if isinstance(value, str) else not isinstance(value, (bool, int, float, complex, bytes))
 
 
-def _no_words(value: Any) -> str | None:
-    is_int32 = str(value).removeprefix("torch.") == "int32"  # torch.int32 as well
-    return None if is_int32 else "codes are packed into 'int32' words only"
+# What a value has to be where the type does not say it all.
+HERE = {"decisive": False, "lenient": True}  # things of this machine, to which what a file says does not matter
+DATA = {
+    "fits": _is_object,
+    "wanted": "it is a name, a path, a list, a dataset, or None: text that the model writes",
+    **HERE,
+}
+TOKENIZER = {
+    "fits": lambda value: _is_object(value) and not isinstance(value, (list, tuple, dict, set)),
+    "wanted": "it is a tokenizer, the id of a model or a folder, or None for the model's own",
+    **HERE,
+}
+DEVICE = {
+    "fits": lambda value: type(value).__name__ == "device" or is_text(value),
+    "wanted": "it is a device such as 'cuda:1' or 'cpu', or None for the accelerator, if there is one",
+    **HERE,
+}
+PATH = {
+    "fits": lambda value: isinstance(value, os.PathLike) or is_text(value),
+    "wanted": "it is a path, or None",
+    **HERE,
+}
+MEMORY = {
+    "fits": _is_memory,
+    "wanted": "it is a dict with an accelerator's number or 'cpu' as keys, one accelerator at most, and bytes or "
+    "sizes such as '8GiB' as values",
+    "decisive": False,
+}
+FACTS = {
+    "fits": lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
+    "wanted": "it is a dict with text as keys, or None, and goes to config.json",
+    "lenient": True,
+}
+NAMES = {
+    "fits": _are_names,
+    "wanted": "it is a list of names inside a block, such as ['self_attn.q_proj', 'mlp.down_proj'], or a list of such "
+    "lists",
+}
+RULES = {
+    "fits": lambda value: isinstance(value, dict),
+    "wanted": "it is a dict of patterns with dicts of settings, such as {'+:.*down_proj': {'bits': 8}}",
+}
+INT32 = {
+    "fits": lambda value: str(value).removeprefix("torch.") == "int32",  # torch.int32 as well
+    "wanted": "codes are packed into 'int32' words only",
+}
+GPTQ = {"fits": lambda value: str(value).lower() == "gptq", "wanted": "allowed is 'gptq'"}
 
 
-def _no_gptq(value: Any) -> str | None:
-    return None if value == "gptq" else "allowed is 'gptq'"
-
-
-def declared(section: str, help: str, default: Any = MISSING, unset: str = "", **facts: Any) -> Any:
+def declared(section: str, help: str, default: Any = MISSING, unset: str = "", /, **facts: Any) -> Any:
     """A field of `Fields`; see `Field` for the facts."""
     facts |= {"section": section, "help": help, "default": default, "unset": unset}
     return field(default=default, metadata=facts)
@@ -134,29 +116,30 @@ def declared(section: str, help: str, default: Any = MISSING, unset: str = "", *
 class Fields:
     """The fields; positional arguments are in the order of transformers' own class."""
 
-    bits: int = declared(CHECKPOINT, "bits per weight: 2, 3, 4 or 8", unset="required", stored=True)
-    tokenizer: Any = declared(
-        CALIBRATION,
-        "an object, a model id or a folder",
-        None,
-        "the model's",
-        decisive=False,
-        lenient=True,
-        why_not=_no_tokenizer,
+    bits: int = declared(
+        CHECKPOINT,
+        "bits per weight: 2, 3, 4 or 8",
+        MISSING,
+        "required",
+        stored=True,
+        wanted="allowed are 2, 3, 4, 8",
     )
+    tokenizer: Any = declared(CALIBRATION, "an object, a model id or a folder", None, "the model's", **TOKENIZER)
     dataset: Any = declared(
         CALIBRATION,
         "a name (wikitext2, code, …), a file or folder, a mix (`wikitext2:0.5,./my.jsonl:0.5`), a list of samples, or "
         "self: text that the model writes",
         None,
         "self",
-        decisive=False,
-        lenient=True,
-        why_not=_no_data,
         options=("--dataset", "--data-path"),
+        **DATA,
     )
     group_size: int = declared(
-        CHECKPOINT, "columns that share a scale and a zero; -1 for whole rows", 128, stored=True
+        CHECKPOINT,
+        "columns that share a scale and a zero; -1 for whole rows",
+        128,
+        stored=True,
+        wanted="it is a positive integer, or -1 for whole rows",
     )
     damp_percent: float | None = declared(
         SEARCH,
@@ -181,9 +164,8 @@ class Fields:
         "facts for config.json; `quantizer` and `calibration` are added",
         None,
         stored=True,
-        lenient=True,
-        why_not=_no_facts,
         option=False,
+        **FACTS,
     )
     backend: str | None = declared(
         RUNNING, "which kernels may run: auto, cpu, or a kernel's name", "auto", decisive=False, option=False
@@ -200,16 +182,18 @@ class Fields:
         SEARCH, "the list of blocks, such as `model.layers`", None, "found", stored=True, lenient=True
     )
     module_name_preceding_first_block: list[str] | None = declared(
-        RUNNING, WITHOUT_EFFECT, None, stored=True, lenient=True, why_not=_no_names, option=False
+        RUNNING, WITHOUT_EFFECT, None, stored=True, lenient=True, option=False, **NAMES
     )
     batch_size: int | None = declared(
         CALIBRATION, "sequences per forward", None, "as many as are 2048 tokens; 512 with `polish`", least=1
     )
-    pad_token_id: int | None = declared(CALIBRATION, "fills up shorter samples", None, "the model's, else 0")
+    pad_token_id: int | None = declared(
+        CALIBRATION, "fills up shorter samples", None, "the model's, else 0", least=0, lenient=True
+    )
     max_input_length: int | None = declared(RUNNING, WITHOUT_EFFECT, None, least=1, lenient=True, option=False)
     cache_block_outputs: bool = declared(RUNNING, WITHOUT_EFFECT, True, lenient=True, option=False)
     modules_in_block_to_quantize: list[list[str]] | list[str] | None = declared(
-        CHECKPOINT, "names inside a block; all other linears stay dense", None, "all", stored=True, why_not=_no_names
+        CHECKPOINT, "names inside a block; all other linears stay dense", None, "all", stored=True, **NAMES
     )
 
     _: KW_ONLY
@@ -230,10 +214,15 @@ class Fields:
         SEARCH, "weighted: clip a group's span where outputs lose less; minmax: never", None, "weighted", stored=True
     )
     propagation: float | None = declared(
-        SEARCH, "0 … 1: how much of earlier layers' errors is compensated", None, "by effort", stored=True
+        SEARCH,
+        "0 … 1: how much of earlier layers' errors is compensated",
+        None,
+        "by effort",
+        stored=True,
+        wanted="it is a fraction from 0 (off) to 1, or None for the default",
     )
     refinement: int | None = declared(
-        SEARCH, "rounds of re-fitting scales and codes once a layer is solved", None, "by effort", stored=True
+        SEARCH, "rounds of re-fitting scales and codes once a layer is solved", None, "by effort", stored=True, least=0
     )
     polish: int | None = declared(
         SEARCH,
@@ -251,35 +240,22 @@ class Fields:
     seed: int = declared(CALIBRATION, "chooses the sequences where there are more", 0)
     quality_gate: Literal["warn", "raise", "off"] = declared(
         RUNNING, "warn, raise or off: if the result is far from the original", "warn", decisive=False
-    )
+    )  # not decisive, although "off" holds no rows out: that shows in the data
     max_perplexity_ratio: float = declared(
         RUNNING, "how many times the original's perplexity counts as far", 1.5, decisive=False, above=0
     )
     device: Any = declared(
-        RUNNING,
-        "where blocks are run and solved, one at a time",
-        None,
-        "the accelerator, if there is one",
-        decisive=False,
-        lenient=True,
-        why_not=_no_device,
+        RUNNING, "where blocks are run and solved, one at a time", None, "the accelerator, if there is one", **DEVICE
     )
     activation_memory: dict[str | int, str | int] | None = declared(
         RUNNING,
         'for what waits between blocks: `{"0": "8GiB", "cpu": "32GiB"}`',
         None,
         "40 % of what is free",
-        decisive=False,
-        why_not=_no_memory,
+        **MEMORY,
     )
     log_file: os.PathLike[str] | str | None = declared(
-        RUNNING,
-        "to which the run's events are appended as JSON lines",
-        None,
-        "one in the output folder",
-        decisive=False,
-        lenient=True,
-        why_not=_no_path,
+        RUNNING, "to which the run's events are appended as JSON lines", None, "one in the output folder", **PATH
     )
     target_bits_per_weight: float | None = declared(
         CHECKPOINT, "choose bits for each linear instead, so that they take so many together", None, above=0
@@ -293,22 +269,24 @@ class Fields:
         'by layer: `{"-:.*o_proj": {}, "+:.*down_proj": {"bits": 8}}`; the first match counts',
         None,
         stored=True,
-        why_not=_no_rules,
+        **RULES,
     )
     lm_head: bool = declared(CHECKPOINT, "quantize the output head too", False, stored=True)
-    pack_dtype: Any = declared(CHECKPOINT, "nothing but int32", "int32", stored=True, why_not=_no_words, option=False)
-    quant_method: str = declared(CHECKPOINT, "nothing but gptq", "gptq", stored=True, why_not=_no_gptq, option=False)
+    pack_dtype: Any = declared(CHECKPOINT, "nothing but int32", "int32", stored=True, option=False, **INT32)
+    quant_method: str = declared(CHECKPOINT, "nothing but gptq", "gptq", stored=True, option=False, **GPTQ)
 
     unknown: dict[str, Any] = field(init=False, default_factory=dict)  # what a file says besides: is written again
     of_file: bool = field(init=False, default=False)
     journal_folder: str | None = field(init=False, default=None)  # of optq.quantize: for blocks, as they are finished
     base: dict[str, Any] | None = field(init=False, default=None)  # the quantization_config of the model to quantize
 
-    def __new__(cls, *args: Any, **given: Any) -> "Self":
-        """Refuses names that are no fields; the rest is the dataclass's own `__init__`."""
+    def __new__(cls, /, *args: Any, **given: Any) -> "Self":
+        """Refuses names that are no fields; all else is up to the dataclass's own `__init__`."""
+        if "quant_method" in given:  # of another method, every name is another
+            FIELDS["quant_method"].checked(given["quant_method"])
         refuse_unknown(given)
         formats = [given[name] for name in ("format", "checkpoint_format") if given.get(name) is not None]
-        if len({str(text_of(name)).lower() for name in formats}) > 1:
+        if len({str(getattr(name, "value", name)).lower() for name in formats}) > 1:
             raise ConfigError(
                 f"format={formats[0]!r} and checkpoint_format={formats[1]!r} were asked for, two names of one field. "
                 "Pass one of them."
@@ -348,7 +326,7 @@ def refuse_unknown(given: Mapping[str, Any]) -> None:
 
 
 def read_file(stated: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a file says: of fields, as Python would say it, and what to keep as it is.
+    """What a quantization_config says: of fields, as Python would say it, and what to keep as it is.
 
     null is a default, and switches may be 0 and 1. What is not needed to read a checkpoint need not make sense.
     """
@@ -358,6 +336,15 @@ def read_file(stated: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         known = FIELDS.get(name)
         if known is None:
             unknown[name] = value
+        elif name == "quant_method" or (name == "format" and stated.get("checkpoint_format")):
+            continue
+        elif name == "backend":
+            if value not in (None, "auto", "auto_trainable"):
+                logger.warning(
+                    "The quantization_config names the kernel %r, which may be any tool's: it is left aside. To ask "
+                    "for one, pass GPTQConfig(..., backend=...) to from_pretrained.",
+                    value,
+                )
         elif value is None or (value == "" and known.kind is str):
             values |= {name: None} if known.optional else {}
         elif known.lenient and (reason := known.why_refused(value)):

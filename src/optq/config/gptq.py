@@ -20,15 +20,15 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from optq.calibration import SELF, mixture
 from optq.checkpoint import CHECKPOINT_FORMATS
-from optq.device.memory import free_bytes
 from optq.errors import ConfigError
 from optq.kernels import known_backend
 from optq.scheme import BITS, LayerScheme
 from optq.version import __version__
 
+from .activation_memory import limits
 from .dynamic import checked_rules, dynamic_rules, rules_of_file
 from .field import kind_of_value, short
-from .fields import FIELDS, activation_bytes, read_file, refuse_unknown
+from .fields import FIELDS, read_file, refuse_unknown
 from .origin import writers_of, zero_format_of
 from .schemes import Schemes
 
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 STOCK_DATASETS = ("wikitext2", "c4", "c4-new")  # all that transformers' own class takes in a config.json
 DATA = ("dataset", "tokenizer")  # shared by copies, and never shown
-ACTIVATION_SHARE = 0.4  # of what is free, for what waits between blocks
 
 
 class GPTQConfig(Schemes, transformers.GPTQConfig):
@@ -80,16 +79,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
         Raises:
             ConfigError: what it says of the tensors makes no sense.
         """
-        stated = {key: value for key, value in config_dict.items() if key != "quant_method"}
-        if stated.get("checkpoint_format"):
-            stated.pop("format", None)
-        if (backend := stated.pop("backend", None)) not in (None, "auto", "auto_trainable"):
-            logger.warning(
-                "The quantization_config names the kernel %r, which may be any tool's: it is left aside. To ask for "
-                "one, pass GPTQConfig(..., backend=...) to from_pretrained.",
-                backend,
-            )
-        values, unknown = read_file(stated)
+        values, unknown = read_file(config_dict)
         _refuse_without_bits(values)
         rules = values.pop("dynamic", None)
         config = cls(**values)
@@ -123,13 +113,6 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
                 'GPTQConfig(bits=4), and a dict of its fields, such as {"bits": 4}.'
             )
         fields = dict(config if isinstance(config, dict) else vars(config))
-        method = fields.pop("quant_method", None)
-        method = getattr(method, "value", method)
-        if method not in (None, "gptq", "GPTQ"):
-            raise ConfigError(
-                f"The config that was passed says quant_method={short(method)}; allowed is 'gptq'. Pass a GPTQConfig, "
-                "such as GPTQConfig(bits=4)."
-            )
         _refuse_without_bits(fields)
         if not isinstance(config, dict):
             stock = {"batch_size": 1, "act_group_aware": True}
@@ -138,6 +121,8 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
             ours.unknown = {name: value for name, value in fields.items() if name not in FIELDS}
             return ours
         return cls(**fields)
+
+    from_dict_optimum = from_dict
 
     def post_init(self) -> None:
         """Check everything that can be checked without a model.
@@ -265,17 +250,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
 
     def activation_limits(self, device: torch.device, processes: int = 1) -> tuple[float, float]:
         """Bytes that activations may take on the device, and of the machine's memory; `processes` share the latter."""
-        asked: dict[str | int, float] = {**activation_bytes(self.activation_memory)}
-        in_memory = asked.pop("cpu", None)
-        if in_memory is None:
-            in_memory = ACTIVATION_SHARE * free_bytes("cpu") / processes
-        if device.type == "cpu":
-            return in_memory, in_memory
-        on_device = next(iter(asked.values()), None)
-        return ACTIVATION_SHARE * free_bytes(device) if on_device is None else on_device, in_memory
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
+        return limits(self.activation_memory, device, processes)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What an argument of from_pretrained may change about a checkpoint's own config."""
@@ -313,11 +288,8 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
     __hash__ = None  # type: ignore[assignment]  # mutable, compared by value
 
 
-GPTQConfig.__signature__ = inspect.signature(
-    GPTQConfig.__init__
-).replace(  # not that of __new__
-    parameters=[*inspect.signature(GPTQConfig.__init__).parameters.values()][1:]
-)
+# That of the dataclass, not of __new__, which takes anything to say what is wrong with it.
+GPTQConfig.__signature__ = inspect.Signature([*inspect.signature(GPTQConfig.__init__).parameters.values()][1:])
 GPTQConfig.__doc__ = f"{GPTQConfig.__doc__}\n    Args:\n" + "\n".join(
     f"        {field.name}: {field.help} ({field.shown_default})." for field in FIELDS.values()
 )
