@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from optq import GPTQConfig
 from optq.device import triton as triton_devices
-from optq.kernels import triton_gpu
+from optq.kernels import KERNELS, triton_gpu
 from optq.quantization.activations import ActivationStore
 from optq.runs.journal import Journal
 
@@ -208,6 +209,13 @@ def side_stream(monkeypatch: pytest.MonkeyPatch) -> SideStream:
     return side
 
 
+def triton_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have everything that runs on GPUs with Triton take CPUs for such."""
+    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
+    for name in ("triton", "gemlite"):
+        monkeypatch.setitem(KERNELS, name, replace(KERNELS[name], devices=frozenset({"cpu"})))
+
+
 @pytest.fixture
 def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the row `triton` run on CPUs, in Triton's interpreter. Memory that nobody has written to is NaN then."""
@@ -216,7 +224,7 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip(
             "Triton's interpreter is for machines without a GPU; tests/test_gpu.py runs the programs themselves"
         )
-    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
+    triton_on_cpus(monkeypatch)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

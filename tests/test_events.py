@@ -7,8 +7,32 @@ from transformers import AutoModelForCausalLM
 
 from conftest import VOCABULARY
 from optq import GPTQConfig
-from optq.events import Load, RunLog
+from optq.errors import ReportError
+from optq.events import (
+    EVENTS,
+    BlockQuantized,
+    BlockReconstructed,
+    BlockRestored,
+    Event,
+    LinearQuantized,
+    Load,
+    RunLog,
+    read_events,
+    to_dict,
+)
 from optq.quantization.driver import COMPARISON
+
+
+def linear_done(block, seconds):
+    sizes = {"shape": [8, 4], "bits": 4, "group_size": 4, "stored_bits": 288, "tokens": 9, "dead_columns": 0}
+    losses = {"relative_loss": 0.1, "rtn_relative_loss": 0.2, "damping": 0.1, "damping_asked": 0.1}
+    return LinearQuantized(block=block, linear=f"{block}.q", family=None, seconds=seconds, **sizes, **losses)
+
+
+def block_done(block, seconds):
+    return BlockQuantized(
+        block=block, relative_loss=0.1, bits_per_weight=4.5, seconds=seconds, observing_seconds=seconds / 2
+    )
 
 
 def log_of(loads, seconds, restored=0):
@@ -16,11 +40,11 @@ def log_of(loads, seconds, restored=0):
     log = RunLog(bar=False)
     log.expect({f"b.{number}": load for number, load in enumerate(loads)})
     for number in range(restored):
-        log.emit("restored", block=f"b.{number}", seconds=0.1)
+        log.emit(BlockRestored(block=f"b.{number}", seconds=0.1))
     for number, (solving, running) in enumerate(seconds, restored):
-        for linear in ("q", "k"):
-            log.emit("linear", block=f"b.{number}", linear=linear, seconds=solving / 2)
-        log.emit("block", block=f"b.{number}", seconds=solving + running)
+        for _ in ("q", "k"):
+            log.emit(linear_done(f"b.{number}", solving / 2))
+        log.emit(block_done(f"b.{number}", solving + running))
     return log
 
 
@@ -51,16 +75,16 @@ def test_blocks_without_linears_are_done_when_a_later_one_is():
     log = log_of(loads, [(3.0, 1.0)])
     assert log.blocks_left == 3
     assert log.seconds_left == pytest.approx(4.0 + 4.0 + 1.0)
-    log.emit("linear", block="b.2", linear="q", seconds=3.0)
-    log.emit("block", block="b.2", seconds=4.0)
+    log.emit(linear_done("b.2", 3.0))
+    log.emit(block_done("b.2", 4.0))
     assert log.blocks_left == 1
 
 
 def test_stages_that_processes_solve_at_once_take_no_longer_than_their_block():
     log = log_of(ALIKE, [])
-    for linear in range(8):
-        log.emit("linear", block="b.0", linear=linear, seconds=1.0)
-    log.emit("block", block="b.0", seconds=5.0)
+    for _ in range(8):
+        log.emit(linear_done("b.0", 1.0))
+    log.emit(block_done("b.0", 5.0))
     assert log.seconds_left == pytest.approx(29 * 5.0)
 
 
@@ -92,5 +116,43 @@ def test_a_run_says_what_its_blocks_have_to_do(tiny_llama, token_rows, monkeypat
 
 def test_events_are_in_the_file_as_they_happen(tmp_path):
     with RunLog(tmp_path / "log.jsonl", bar=False) as log:
-        log.emit("block", block="b", seconds=1.0)
+        log.emit(block_done("b", 1.0))
         assert json.loads((tmp_path / "log.jsonl").read_text())["seconds"] == 1.0
+
+
+def test_a_log_is_read_as_it_was_written(tmp_path):
+    file = tmp_path / "log.jsonl"
+    with pytest.raises(KeyboardInterrupt), RunLog(file, bar=False) as log:
+        log.emit(linear_done("b.0", 1.0))
+        log.emit(block_done("b.0", 2.0))
+        raise KeyboardInterrupt
+    assert read_events(file) == log.events
+    assert [event.event for event in log.events] == ["linear", "block", "failed"]
+
+
+def test_a_log_of_an_earlier_version_is_read_under_todays_names(tmp_path):
+    file = tmp_path / "log.jsonl"
+    linear = {**to_dict(linear_done("b.0", 1.0)), "nearest_relative_loss": 0.25}
+    del linear["rtn_relative_loss"]
+    losses = {"held_out_loss_before": 0.2, "held_out_loss": 0.1, "passes": 3, "seconds": 1.0}
+    polished = {"event": "polished", "at_seconds": 1.0, "block": "b.0", **losses}
+    later = {"event": "of a version to come", "at_seconds": 2.0}
+    file.write_text("".join(json.dumps(line) + "\n" for line in (linear, polished, later)))
+    found, reconstructed = read_events(file)
+    assert found.rtn_relative_loss == 0.25
+    assert isinstance(reconstructed, BlockReconstructed)
+    assert reconstructed.held_out_loss == 0.1
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[]", "{}", '{"event": []}', "not JSON", '{"event": "linear", "block": "b"}', "[" * 100_000]
+)
+def test_a_line_that_is_no_event_is_named(line, tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_text(json.dumps(to_dict(block_done("b", 1.0))) + f"\n{line}\n")
+    with pytest.raises(ReportError, match=r"log\.jsonl, line 2"):
+        read_events(file)
+
+
+def test_every_event_has_a_name_of_its_own():
+    assert len(EVENTS) == len(Event.__subclasses__())

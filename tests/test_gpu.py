@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from optq import GPTQConfig, QuantLinear
 from optq.checkpoint import PackedWeight, pack, unpack_codes
 from optq.gptq import columns, round_to_nearest, solve
-from optq.kernels import choose_kernel, triton_gpu, tune
+from optq.kernels import choose_kernel, tilings, tune
 from optq.quantization.activations import _SideStream
 from optq.scheme import LayerScheme
 
@@ -49,7 +49,7 @@ def devices(model):
 def test_the_gpu_quantizes_and_the_device_map_places_the_result(tiny_llama, token_rows, device_map, home):
     torch.cuda.reset_peak_memory_stats()
     model = quantize(tiny_llama, token_rows, device_map=device_map)
-    assert model.hf_quantizer.log.events[0]["device"].startswith("cuda")
+    assert model.hf_quantizer.log.events[0].device.startswith("cuda")
     assert torch.cuda.max_memory_allocated() > 0
     assert devices(model) == {home}
 
@@ -226,7 +226,7 @@ def test_the_fused_loops_of_the_solver_choose_the_codes_of_single_operations(bit
 
 def test_tuning_keeps_the_results_and_remembers_what_it_found(tmp_path, monkeypatch):
     monkeypatch.setenv("OPTQ_CACHE", str(tmp_path))
-    triton_gpu.forget_tilings()
+    tilings.tuned.cache_clear()
     layer = QuantLinear(on_gpu(packed_weight(4, 128, True)))
     x = torch.randn(3, 1536, device="cuda").half()
     before = layer(x)
@@ -234,4 +234,4 @@ def test_tuning_keeps_the_results_and_remembers_what_it_found(tmp_path, monkeypa
     assert all(gain <= 1 for gain in gains.values())
     assert (tmp_path / "optq" / "tilings.json").exists()
     assert relative_error(layer(x), before.double()) < 1e-2
-    triton_gpu.forget_tilings()
+    tilings.tuned.cache_clear()

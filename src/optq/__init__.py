@@ -8,7 +8,8 @@ are first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._autoload import install as _install
+from ._autoload import register as register
+from ._autoload import unregister as unregister
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ __all__ = [
     "plan",
     "push",
     "quantize",
+    "register",
+    "unregister",
 ]
 
 
@@ -82,4 +85,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-_install()
+register()

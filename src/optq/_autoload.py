@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-HOSTS = {
-    "transformers.configuration_utils": ("PreTrainedConfig", "optq.files.legacy"),
-    "transformers.quantizers.auto": ("get_hf_quantizer", "optq.hf.register"),
-    "transformers.modeling_utils": ("PreTrainedModel", "optq.compat.call"),
-    "peft.helpers": ("rescale_adapter_scale", "optq.integrations.peft"),  # by then, all of its methods are there
-}
-"""What we register with -> a name that it has once it is loaded, and our module that does it."""
+HOSTS = (
+    "transformers.configuration_utils",
+    "transformers.quantizers.auto",
+    "transformers.modeling_utils",
+    "peft.helpers",
+)
+"""What `optq.hf.patches` changes something in."""
+
 WATCHED = (
     *HOSTS,
     # When torch itself was imported by one of these, that is too late to catch them: this one does, or modeling_utils.
@@ -56,21 +57,33 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _register() -> bool:
     """Register with those of `HOSTS` that are loaded; say if all are. Never break the import that led here."""
+    if not any(host in sys.modules for host in HOSTS):
+        return False
+    hosts = import_module("optq.hf.patches").HOSTS
     missing = set()
-    for host, (last, ours) in HOSTS.items():
+    for host, (last, change) in hosts.items():
         module = sys.modules.get(host)
         if module is None or (getattr(module.__spec__, "_initializing", False) and not hasattr(module, last)):
             missing.add(host)
             continue
         try:
-            import_module(ours).register()
+            change()
         except ImportError as error:
             warnings.warn(f"optq could not register with {host}: {error}", stacklevel=2)
             missing.add(host)
     return not missing
 
 
-def install() -> None:
-    """Register with what is loaded, and with the rest as soon as it is. Idempotent."""
+def register() -> None:
+    """Register with transformers and PEFT: now where they are loaded, else as soon as they are. Idempotent."""
     if not _register() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def unregister() -> None:
+    """Take back all that was changed in other libraries, until `register` is called. Idempotent.
+
+    Models that are loaded go on to work. From then on, GPTQ checkpoints are transformers' own affair.
+    """
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+    import_module("optq.patching").undo_all()

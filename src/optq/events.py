@@ -1,19 +1,313 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The events of a run: a bar on the screen, JSON lines in a file, and a list in memory for whoever reports."""
+"""What happens in a run, an event each: what is logged, reported, shown on the card and counted by the progress bar.
+
+A log is a file of JSON lines, an event each: its class's `event`, and the fields of the class.
+"""
 
 import json
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
+from .errors import ReportError
+
 LOG_NAME = "quantization_log.jsonl"
 """The file of a run's events in its output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened.
+
+    Args:
+        at_seconds: since the log was opened.
+    """
+
+    event: ClassVar[str]
+    at_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocated(Event):
+    """A budget of bits has been spent.
+
+    Args:
+        expected_loss: divergence of the predictions, in nats per token.
+        units: of linears that have one scheme: their names, the scheme, and the losses of all schemes.
+    """
+
+    event = "allocated"
+    bits_per_weight: float
+    expected_loss: float
+    units: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(Event):
+    """The work on the blocks begins.
+
+    Args:
+        utc: the time.
+        model: its id or folder, or its class.
+        from_folder: whether that is a folder.
+        blocks, linears: how many.
+        skipped: linears that stay as they are, and why.
+        calibration: see `optq.calibration.Calibration.info`.
+        weaknesses: of the calibration data.
+        run: what tells this run from others; None where nothing is written.
+    """
+
+    event = "started"
+    utc: str
+    model: str
+    from_folder: bool
+    blocks: int
+    linears: int
+    skipped: dict[str, str]
+    calibration: dict[str, Any]
+    weaknesses: list[str]
+    device: str
+    run: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearQuantized(Event):
+    """A linear has its codes.
+
+    Args:
+        family: of an expert's linear, what it and its counterparts are called, with * for the expert's number.
+        shape: out_features, in_features.
+        stored_bits: of codes, scales and zeros.
+        relative_loss, rtn_relative_loss: the energy of the outputs' error over that of the outputs; of the result, and
+            of rounding to nearest.
+        damping, damping_asked: fractions; more than was asked for if the Hessian was singular.
+        dead_columns: inputs that were always zero.
+        tokens: calibration tokens that reached it.
+        seconds: of the solver.
+        peak_gib: of memory so far.
+    """
+
+    event = "linear"
+    block: str
+    linear: str
+    family: str | None
+    shape: list[int]
+    bits: int
+    group_size: int
+    stored_bits: int
+    relative_loss: float
+    rtn_relative_loss: float
+    damping: float
+    damping_asked: float
+    dead_columns: int
+    tokens: int
+    seconds: float
+    peak_gib: float | None = None
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_damped(self) -> bool:
+        """More than was asked for."""
+        return self.damping > self.damping_asked
+
+    @property
+    def kind(self) -> str:
+        """Its name within the block, the same for all experts."""
+        return (self.family or self.linear).removeprefix(f"{self.block}.")
+
+    @property
+    def expert(self) -> int | None:
+        if self.family is None:
+            return None
+        return int(self.linear[self.family.index("*") :].partition(".")[0])
+
+    @property
+    def experts(self) -> str | None:
+        """The module that holds it and the other experts."""
+        return None if self.family is None else self.family.partition(".*")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreached(Event):
+    """A linear stays in full precision, as the calibration data never reaches it."""
+
+    event = "unreached"
+    block: str
+    linear: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarvedExperts(Event):
+    """Some experts saw fewer tokens than they have inputs.
+
+    Args:
+        family: names of the linears, with * for the expert's number.
+        tokens: by expert.
+    """
+
+    event = "starved_experts"
+    block: str
+    family: list[str]
+    tokens: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfMemory(Event):
+    """Memory ran out, and `remedy` made some."""
+
+    event = "out_of_memory"
+    block: str
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReconstructed(Event):
+    """A block's scales and codes have been tuned by gradient.
+
+    Args:
+        held_out_loss_before, held_out_loss: relative errors of the block's output on held-out batches.
+        passes: over the calibration data.
+    """
+
+    event = "block_reconstructed"
+    block: str
+    held_out_loss_before: float
+    held_out_loss: float
+    passes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockQuantized(Event):
+    """A block is done.
+
+    Args:
+        relative_loss: mean of its linears'.
+        observing_seconds: of running the data and summing Hessians, part of `seconds`.
+        peak_gib: of memory so far.
+    """
+
+    event = "block"
+    block: str
+    relative_loss: float
+    bits_per_weight: float
+    seconds: float
+    observing_seconds: float
+    peak_gib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRestored(Event):
+    """A block was done by an earlier session of the run."""
+
+    event = "restored"
+    block: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality(Event):
+    """The finished model beside the original; see `optq.evaluation.Comparison`.
+
+    Args:
+        held_out: whether the rows were not calibrated on.
+    """
+
+    event = "quality"
+    held_out: bool
+    tokens: int
+    finite: bool
+    divergence: float | None
+    agreement: float | None
+    original_perplexity: float | None
+    perplexity: float | None
+    perplexity_ratio: float | None
+    overflows: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFinished(Event):
+    """All blocks are done."""
+
+    event = "finished"
+    seconds: float
+    peak_gib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dequantized(Event):
+    """The original was stored quantized, and was dequantized as it was read."""
+
+    event = "dequantized"
+    quant_method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Event):
+    """Whether the model is good enough."""
+
+    event = "gate"
+    green: bool
+    max_perplexity_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    """The run ended with an error."""
+
+    event = "failed"
+    error: str
+
+
+EVENTS: dict[str, type[Event]] = {kind.event: kind for kind in Event.__subclasses__()}
+
+OLD_EVENTS = {"polished": "block_reconstructed"}
+OLD_FIELDS = {"nearest_relative_loss": "rtn_relative_loss"}
+"""What earlier versions wrote, and what it is called now."""
+
+
+def to_dict(event: Event) -> dict[str, Any]:
+    """As a line of a log."""
+    stated = {key: value for key, value in asdict(event).items() if key != "run" or value is not None}
+    return {"event": event.event, **stated}
+
+
+def read_events(log: Path) -> list[Event]:
+    """The events of a log, without those that this version does not know, and a last line that a crash cut off.
+
+    Raises:
+        ReportError: a line is no event, or one of another version; file and line are named.
+    """
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            stated = json.loads(line)
+            kind = EVENTS.get(OLD_EVENTS.get(stated["event"], stated["event"]))
+            stated = {OLD_FIELDS.get(key, key): value for key, value in stated.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ReportError(f"{log}, line {number} is no event of a run ({error}): the file is damaged.") from error
+        if kind is None:
+            continue
+        known = {field.name: field.default is MISSING for field in fields(kind)}
+        if missing := [name for name, required in known.items() if required and name not in stated]:
+            raise ReportError(
+                f"{log}, line {number}: an event {kind.event!r} has no {', '.join(map(repr, missing))}, so another "
+                "version of optq wrote it. Quantize again, or report with that version."
+            )
+        events.append(kind(**{key: value for key, value in stated.items() if key in known}))
+    return events
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +328,7 @@ class RunLog:
     """
 
     def __init__(self, file: Path | None = None, *, bar: bool = True, run: dict[str, Any] | None = None) -> None:
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self._file = file
         self._show_bar = bar
         self._run = run
@@ -49,19 +343,19 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self.emit("failed", error=f"{type(error).__name__}: {error}")
+            self.emit(Failed(error=f"{type(error).__name__}: {error}"))
         if self._bar is not None:
             self._bar.close()
 
-    def emit(self, kind: str, **facts: Any) -> None:
-        """Record one event; `facts` must be JSON-serialisable."""
-        event = {"event": kind, "at_seconds": round(time.monotonic() - self._started, 3), **facts}
-        if kind == "started" and self._run is not None:
-            event["run"] = self._run
+    def emit(self, event: Event) -> None:
+        """Record an event, with the time."""
+        event = replace(event, at_seconds=round(time.monotonic() - self._started, 3))
+        if isinstance(event, Started) and self._run is not None:
+            event = replace(event, run=self._run)
         self.events.append(event)
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(event) + "\n")
+                stream.write(json.dumps(to_dict(event)) + "\n")
 
     def expect(self, loads: dict[str, Load]) -> None:
         """Start the bar over blocks, by name, in their order."""
@@ -77,7 +371,7 @@ class RunLog:
     @property
     def _left(self) -> list[Load]:
         """Of the blocks to come. One without linears has no event of its own."""
-        done = {event["block"] for event in self.events if event["event"] in ("block", "restored")}
+        done = {event.block for event in self.events if isinstance(event, (BlockQuantized, BlockRestored))}
         latest = max((number for number, name in enumerate(self._loads, 1) if name in done), default=0)
         return list(self._loads.values())[latest:]
 
@@ -92,16 +386,15 @@ class RunLog:
         Raises StatisticsError before the first.
         """
         solving, running = [], []
+        linears = [event for event in self.events if isinstance(event, LinearQuantized)]
         for event in self.events:
-            if event["event"] != "block":
+            if not isinstance(event, BlockQuantized):
                 continue
-            linears = (
-                other for other in self.events if other["event"] == "linear" and other["block"] == event["block"]
-            )
-            solved = min(sum(linear["seconds"] for linear in linears), event["seconds"])  # processes may solve at once
-            load = self._loads[event["block"]]
+            seconds = sum(linear.seconds for linear in linears if linear.block == event.block)
+            solved = min(seconds, event.seconds)  # processes may solve at once
+            load = self._loads[event.block]
             solving.append(solved / load.solving)
-            running.append((event["seconds"] - solved) / load.running)
+            running.append((event.seconds - solved) / load.running)
         per_solving, per_running = statistics.median(solving), statistics.median(running)
         return math.fsum(per_solving * load.solving + per_running * load.running for load in self._left)
 

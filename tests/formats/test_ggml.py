@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optq.errors import CheckpointError
-from optq.formats.ggml import GGML_SCHEMES, from_ggml
+from optq.formats.gguf import GGML_SCHEMES, from_ggml
 
 
 def stored(weight: np.ndarray, kind: str) -> np.ndarray:

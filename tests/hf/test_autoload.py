@@ -59,7 +59,7 @@ config = optq.GPTQConfig(bits=4, group_size=32, dataset=[{"input_ids": [5, 6, 7,
 print(sorted(optq.__all__), optq.QuantLinear.__name__, [*optq.kernels.KERNELS][-1])
 """
     loaded, used = run(code, str(checkpoint)).splitlines()
-    assert loaded == "optq.layers False"
+    assert loaded == "optq.layers.linear False"
     assert "QuantLinear reference" in used
 
 

@@ -19,6 +19,7 @@ from transformers import (
 from conftest import VOCABULARY
 from optq import GPTQConfig, QuantLinear
 from optq.errors import CheckpointError, ConfigError
+from optq.events import Quality, to_dict
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_an_untied_head_is_quantized(tiny_llama, token_rows, probe_ids, tmp_path
     original = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model = quantize(tiny_llama, token_rows, effort=effort)
     assert isinstance(model.lm_head, QuantLinear)
-    (quality,) = [event for event in model.hf_quantizer.log.events if event["event"] == "quality"]
+    (quality,) = [to_dict(event) for event in model.hf_quantizer.log.events if isinstance(event, Quality)]
     assert quality["perplexity_ratio"] == pytest.approx(1, abs=0.01)
     with torch.no_grad():
         expected, found = original(probe_ids).logits, model(probe_ids).logits

@@ -115,7 +115,7 @@ def test_polishing_goes_on_in_parts_towards_the_same_loss(tiny_llama, token_rows
         [
             json.loads(line)["held_out_loss"]
             for line in (folder / "quantization_log.jsonl").read_text().splitlines()
-            if '"polished"' in line
+            if '"block_reconstructed"' in line
         ]
         for folder in (whole, found)
     )

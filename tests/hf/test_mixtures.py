@@ -211,7 +211,7 @@ def test_starved_experts_are_said_counted_and_still_better_than_rounding(qwen, r
     assert gate["tokens"] == down["tokens"]
     done = [event for event in events(output, "linear") if ".experts." in event["linear"]]
     assert len(done) == 2 * 8 * 3  # also those without a token
-    assert all(event["relative_loss"] <= event["nearest_relative_loss"] for event in done)
+    assert all(event["relative_loss"] <= event["rtn_relative_loss"] for event in done)
 
 
 def test_a_plan_counts_the_hessians_of_all_experts(qwen, rows):

@@ -147,9 +147,9 @@ class TestKinds:
 
 def test_from_pretrained_stays_what_it_was():
     """It is wrapped once, keeps its name and signature, and a class's method can be pickled."""
-    origin.register()
+    optq.register()
     method = transformers.PreTrainedModel.from_pretrained
-    assert not hasattr(method.__wrapped__, "optq_wraps")
+    assert not hasattr(method.__wrapped__, "__wrapped__")
     assert method.__name__ == "from_pretrained"
     assert pickle.loads(pickle.dumps(transformers.LlamaForCausalLM.from_pretrained)) == (
         transformers.LlamaForCausalLM.from_pretrained

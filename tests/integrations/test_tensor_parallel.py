@@ -88,7 +88,7 @@ from transformers.distributed import DistributedConfig
 import optq
 from optq import GPTQConfig
 from optq.errors import OptqError
-from optq.hf import parallel
+from optq.integrations import tensor_parallel as parallel
 from optq.integrations.tensor_parallel import ParallelLinear
 from peft import LoraConfig, get_peft_model
 
@@ -120,7 +120,7 @@ for name in cases:
     answers[name] = {
         **errors(model, name),
         "tokens": model.generate(ids, max_new_tokens=6, do_sample=False).tolist(),
-        "packed": {f"{key}.qweight": layer.packed.qweight.nbytes for key, layer in layers.items()},
+        "packed": {f"{key}.qweight": layer.packed().qweight.nbytes for key, layer in layers.items()},
         "groups": {key: len(layer.scales) for key, layer in layers.items()},
         "kernel_groups": {key: layer.held.prepared.group_width for key, layer in layers.items()},
     }

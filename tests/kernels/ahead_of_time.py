@@ -30,7 +30,8 @@ from triton.compiler import ASTSource
 from optq.gptq import triton_columns
 from optq.gptq.columns import FUSED_BLOCK, FUSED_ROWS, FUSED_WARPS
 from optq.kernels import triton_kernels
-from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, TILINGS, block_of, launch_options
+from optq.kernels.tilings import TILINGS
+from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, block_of, launch_options
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}

@@ -14,7 +14,7 @@ from optq.errors import KernelError
 from optq.gptq import round_to_nearest, solve
 from optq.kernels import KERNELS, choose_kernel, cpu, explain
 from optq.kernels.prepared import matmul_dense, matmul_transposed, pieces
-from optq.scheme import LayerScheme
+from optq.scheme import BITS, LayerScheme, QuantizedWeight
 
 OUT, IN = 64, 192
 
@@ -162,11 +162,30 @@ def test_the_first_kernel_that_can_is_chosen_and_the_others_say_why_not():
     assert choose_kernel(packed_weight(8, 64, True), torch.float16).name == "cpu_int4_twice"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [1, 5, 6, 7])
+def test_a_width_that_no_kernel_has_declared_is_not_multiplied_by_it(bits, dtype, monkeypatch):
+    """The format could hold such codes; a kernel that has not heard of them would give a product all the same."""
+    monkeypatch.setattr("optq.scheme.BITS", (*BITS, bits))
+    codes = torch.randint(0, 2**bits, (OUT, IN), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    groups = torch.arange(IN, dtype=torch.int32) // 64
+    scales = torch.rand(OUT, IN // 64, generator=torch.Generator().manual_seed(1)).half().float() / 2**bits
+    zeros = torch.full_like(scales, 2 ** (bits - 1)).short()
+    quantized = QuantizedWeight(codes=codes, scales=scales, zeros=zeros, group_of_column=groups, bits=bits)
+    packed = pack(quantized, "gptq_v2")
+    assert {name for name, reason in explain(packed, dtype).items() if reason is None} == {"reference"}
+    kernel, x = choose_kernel(packed, dtype), torch.randn(5, IN).to(dtype)
+    expected = x.float() @ quantized.decode().to(dtype).float().T
+    assert relative_error(kernel.matmul(x, kernel.prepare(packed)).float(), expected.double()) < 0.01
+    with pytest.raises(KernelError, match=f"cpu_int4: takes codes of 2, 3, 4 bits, these have {bits}"):
+        choose_kernel(packed, torch.bfloat16, "cpu_int4")
+
+
 def test_a_kernel_asked_for_by_name_is_given_or_refused_in_the_tables_words():
     assert choose_kernel(packed_weight(4, 64, True), torch.bfloat16, "reference").name == "reference"
-    with pytest.raises(KernelError, match=r"cpu_int4.*8-bit codes do not fit"):
+    with pytest.raises(KernelError, match=r"cpu_int4.*these have 8"):
         choose_kernel(packed_weight(8, 64, True), torch.bfloat16, "cpu_int4")
     with pytest.raises(KernelError, match=r"backend='marlin'.*auto, cpu"):
         choose_kernel(packed_weight(4, 64, True), torch.bfloat16, "marlin")
-    with pytest.raises(KernelError, match="not floating point"):
+    with pytest.raises(KernelError, match=r"reference: takes .*these are torch\.int64"):
         choose_kernel(packed_weight(4, 64, True), torch.int64)

@@ -65,7 +65,7 @@ def test_what_a_layer_returns_may_be_written_to(bits, dtype):
 
 def test_gradcheck():
     kernel = KERNELS["reference"]
-    prepared = kernel.prepare(layer().packed)
+    prepared = kernel.prepare(layer().packed())
     x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
     # The weights are float32, so the numerical derivative is exact to float32 only.
     assert torch.autograd.gradcheck(

@@ -15,9 +15,11 @@ import pytest
 import torch
 from test_kernels import CASES, IN, packed_weight, relative_error
 
+from conftest import triton_on_cpus
 from optq.checkpoint import PackedWeight, unpack_codes
 from optq.device import triton as triton_devices
 from optq.kernels import KERNELS, choose_kernel, explain, triton_gpu
+from optq.kernels.tilings import TILINGS
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the programs themselves")
@@ -229,7 +231,7 @@ def test_compiles_for_gpus_that_are_not_there():
 
 
 def test_it_is_tried_before_it_is_used(monkeypatch, planted, caplog):
-    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
+    triton_on_cpus(monkeypatch)
     packed = packed_weight(4, 64, True)
     tried = triton_gpu._why_wrong
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -249,17 +251,17 @@ def test_it_is_tried_before_it_is_used(monkeypatch, planted, caplog):
 
 def test_refuses_in_words(monkeypatch):
     packed = packed_weight(4, 64, True)
-    assert "runs on GPUs, the layer is on cpu" in explain(packed, torch.float16)["triton"]
+    assert "runs on cuda and xpu devices, the layer is on cpu" in explain(packed, torch.float16)["triton"]
     assert choose_kernel(packed, torch.float32).name == "reference"
-    assert "float64" in triton_gpu.why_not_laid_out(packed, torch.float64)
     assert "16 columns" in triton_gpu.why_not_laid_out(packed_weight(4, 16, True), torch.float16)
     assert triton_gpu.why_not_laid_out(packed_weight(3, 16, True), torch.float16) is None
     uneven = packed.g_idx.clone()
     uneven[0] = 1
     uneven = PackedWeight(**{**vars(packed), "g_idx": uneven})
     assert "different numbers of columns" in triton_gpu.why_not_laid_out(uneven, torch.float16)
-    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
-    assert triton_gpu.why_not(packed, torch.float16) is None
+    triton_on_cpus(monkeypatch)
+    assert KERNELS["triton"].why_not(packed, torch.float16) is None
+    assert "these are torch.float64" in KERNELS["triton"].why_not(packed, torch.float64)
     with monkeypatch.context() as old:
         old.setattr(triton_gpu, "_takes_ptx", lambda device: True)
         old.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -268,14 +270,14 @@ def test_refuses_in_words(monkeypatch):
     monkeypatch.setattr(triton_devices, "find_spec", lambda name: None)
     assert "pip install triton" in triton_gpu.why_not(packed, torch.float16)
     monkeypatch.undo()
-    monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
+    triton_on_cpus(monkeypatch)
     monkeypatch.setattr(triton_devices.shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     assert "install gcc" in triton_gpu.why_not(packed, torch.float16)
 
 
 def test_the_sum_is_split_where_that_pays():
-    def splits(outputs, columns, tiling=triton_gpu.TILINGS[0]):
+    def splits(outputs, columns, tiling=TILINGS[0]):
         blocks = columns // 128
         return blocks / triton_gpu.blocks_per_split(-(-outputs // tiling.outputs), blocks, 132, tiling)
 
@@ -283,7 +285,7 @@ def test_the_sum_is_split_where_that_pays():
     assert splits(4096, 4096) == 8  # 128 programs alone would wait for memory
     assert splits(4096, 14336) == 8
     assert splits(32, 8192) == 16  # no program sums less than 4 blocks
-    assert splits(320_000, 4096, triton_gpu.TILINGS[-1]) == 1
+    assert splits(320_000, 4096, TILINGS[-1]) == 1
 
 
 @pytest.mark.parametrize(

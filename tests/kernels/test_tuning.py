@@ -9,8 +9,8 @@ import torch
 from test_kernels import IN, packed_weight
 from transformers import AutoModelForCausalLM
 
-from optq.kernels import triton_gpu, tune, tuning
-from optq.kernels.triton_gpu import TILINGS, Problem, problem_of
+from optq.kernels import tilings, triton_gpu, tune, tuning
+from optq.kernels.tilings import TILINGS, Problem, problem_of
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="times are invented here")
@@ -31,8 +31,8 @@ class Layer(torch.nn.Module):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OPTQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(triton_gpu, "_tuned", lambda device: tuning.remembered(device))
-    monkeypatch.setattr(triton_gpu, "forget_tilings", lambda: None)
+    monkeypatch.setattr(tilings, "tuned", lambda device: tilings.remembered(device))
+    monkeypatch.setattr(tilings.tuned, "cache_clear", lambda: None, raising=False)
     return tmp_path / "optq" / "tilings.json"
 
 
@@ -98,14 +98,14 @@ def test_a_file_that_is_damaged_or_of_another_version_is_left_out_and_that_is_sa
     cache.parent.mkdir()
     cache.write_text("{")
     with caplog.at_level(logging.WARNING, logger="optq"):
-        assert tuning.remembered(here) == {}
+        assert tilings.remembered(here) == {}
     assert "cannot be read" in caplog.text
     problem = Problem(bits=3, group_width=32, columns=64, outputs=96, dtype=torch.bfloat16)
     cache.unlink()
-    tuning._remember(here, problem, TILINGS)
-    assert tuning.remembered(here) == {problem: TILINGS}
+    tilings.remember(here, problem, TILINGS)
+    assert tilings.remembered(here) == {problem: TILINGS}
     cache.write_text(cache.read_text().replace('"warps"', '"wraps"'))
-    assert tuning.remembered(here) == {}
+    assert tilings.remembered(here) == {}
     assert "is not understood" in caplog.text
     with pytest.raises(ValueError, match="does not name"):
         Problem.of("4 bits and more")

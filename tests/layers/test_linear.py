@@ -38,7 +38,7 @@ def test_the_words_on_disk_are_not_kept_beside_the_kernels_codes(layer):
     words = layer.qweight.clone()
     layer.prepare(torch.bfloat16)
     assert layer.qweight.device.type == "meta"
-    assert torch.equal(layer.packed.qweight, words)
+    assert torch.equal(layer.packed().qweight, words)
     assert torch.equal(layer.state_dict()["qweight"], words)
     held = layer.held.prepared.codes.numel() * layer.held.prepared.codes.element_size()
     assert held == words.numel() * 4
@@ -54,7 +54,7 @@ def test_the_words_on_disk_are_not_kept_beside_the_kernels_codes(layer):
 def test_new_tensors_can_be_loaded_into_a_prepared_layer(layer):
     x = torch.randn(1, 64).bfloat16()
     layer(x)
-    changed = {**layer.state_dict(), "qweight": ~layer.packed.qweight}
+    changed = {**layer.state_dict(), "qweight": ~layer.packed().qweight}
     layer.load_state_dict(changed)
     assert torch.equal(layer.qweight, changed["qweight"])
     torch.testing.assert_close(layer(x), layer.dense(torch.bfloat16)(x), rtol=2e-2, atol=2e-2)
@@ -108,7 +108,7 @@ def test_buffers_that_are_moved_one_by_one_are_followed(layer):
     for dtype, kernel in ((torch.float32, "reference"), (torch.bfloat16, "cpu_int4")):
         layer(torch.randn(1, 64).to(dtype))
         assert (layer.kernel_name, layer.held.device.type) == (kernel, "cpu")
-        assert torch.equal(layer.packed.qweight, words)
+        assert torch.equal(layer.packed().qweight, words)
         assert torch.equal(layer.scales, scales)
 
 
@@ -186,7 +186,7 @@ def test_what_is_derived_does_not_depend_on_the_mode_of_the_first_call(layer, mo
         layer(torch.randn(1, 64).bfloat16())
     held = layer.held.prepared
     assert not any(tensor.is_inference() for tensor in (held.codes, held.scales, held.zeros, *held.extras))
-    assert torch.equal(held.extras[0], KERNELS["cpu_int4"].prepare(layer.packed).extras[0])
+    assert torch.equal(held.extras[0], KERNELS["cpu_int4"].prepare(layer.packed()).extras[0])
     x = torch.randn(2, 64).bfloat16().requires_grad_()
     torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()
     assert x.grad is not None

@@ -13,6 +13,7 @@ from optq import GPTQConfig
 from optq.calibration import Calibration, MicroBatch
 from optq.config.gptq import dynamic_rules
 from optq.errors import ConfigError
+from optq.events import Allocated, to_dict
 from optq.gptq import Hessian, solve
 from optq.layers import QuantLinear
 from optq.model import find_blocks
@@ -71,7 +72,7 @@ def test_a_budget_is_kept_and_survives_the_round_trip(tiny_llama, token_rows, tm
     for block in range(2):
         for stage in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
             assert len({bits[f"model.layers.{block}.{name}"] for name in stage}) == 1
-    (allocated,) = [event for event in model.hf_quantizer.log.events if event["event"] == "allocated"]
+    (allocated,) = [to_dict(event) for event in model.hf_quantizer.log.events if isinstance(event, Allocated)]
     assert len(allocated["units"]) == 8
     assert {"2-bit g32", "3-bit g32", "4-bit g32", "8-bit g32"} <= set(allocated["units"][0]["losses"])
     model.save_pretrained(tmp_path)
@@ -133,7 +134,7 @@ def test_a_size_counts_what_stays_dense(tiny_llama, token_rows):
     target = (rest + linears * 4.2 / 8) / 2**30
     config = GPTQConfig(bits=4, group_size=32, dataset=token_rows, target_size_gib=target)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config, dtype=torch.bfloat16)
-    (allocated,) = [event for event in model.hf_quantizer.log.events if event["event"] == "allocated"]
+    (allocated,) = [to_dict(event) for event in model.hf_quantizer.log.events if isinstance(event, Allocated)]
     assert 3.6 < allocated["bits_per_weight"] <= 4.2
 
 
@@ -167,7 +168,7 @@ def test_padding_counts_for_nothing(tiny_llama):
             quality_gate="off",
         )
         model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
-        (allocated,) = [event for event in model.hf_quantizer.log.events if event["event"] == "allocated"]
+        (allocated,) = [to_dict(event) for event in model.hf_quantizer.log.events if isinstance(event, Allocated)]
         losses.append([list(unit["losses"].values()) for unit in allocated["units"]])
     torch.testing.assert_close(*(torch.tensor(values) for values in losses), rtol=1e-4, atol=1e-9)
 

@@ -13,7 +13,7 @@ from conftest import VOCABULARY
 from optq.calibration import prepare_calibration
 from optq.errors import CalibrationError, ConfigError, ModelError
 from optq.evaluation import Comparer
-from optq.events import RunLog
+from optq.events import BlockQuantized, BlockReconstructed, Quality, RunLog, Unreached, to_dict
 from optq.gptq import round_to_nearest
 from optq.layers import QuantLinear
 from optq.model import find_blocks, find_linears
@@ -43,7 +43,7 @@ def plan(model, scheme_for=lambda name: SCHEME):
 def weights(model):
     """Dense values of every quantized linear, by name."""
     return {
-        name: module.packed.columns(0, module.out_features).T
+        name: module.packed().columns(0, module.out_features).T
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear)
     }
@@ -188,7 +188,7 @@ def test_the_log_tells_every_linear(model, token_rows, tmp_path):
     with log:
         quantize_model(model, plan(model), calibrate(token_rows), device=CPU, log=log)
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert events == log.events
+    assert events == [json.loads(json.dumps(to_dict(event))) for event in log.events]
     assert [events[0]["event"], events[-1]["event"]] == ["started", "finished"]
     linears = [event for event in events if event["event"] == "linear"]
     assert len(linears) == 14
@@ -203,10 +203,10 @@ def test_one_line_tells_a_blocks_loss_and_size(model, token_rows, caplog):
     log = RunLog(bar=False)
     with caplog.at_level("INFO", logger="optq.quantization.block"):
         quantize_model(model, plan(model), calibrate(token_rows), device=CPU, log=log)
-    blocks = [event for event in log.events if event["event"] == "block"]
-    assert [event["block"] for event in blocks] == ["model.layers.0", "model.layers.1"]
+    blocks = [event for event in log.events if isinstance(event, BlockQuantized)]
+    assert [event.block for event in blocks] == ["model.layers.0", "model.layers.1"]
     # 4-bit codes, and per group of 32 a float16 scale and a 4-bit zero
-    assert {event["bits_per_weight"] for event in blocks} == {4 + 20 / 32}
+    assert {event.bits_per_weight for event in blocks} == {4 + 20 / 32}
     assert len([record for record in caplog.records if "bits per weight" in record.message]) == 2
 
 
@@ -215,7 +215,7 @@ def test_a_failure_is_the_last_event(model, token_rows, tmp_path):
     log = RunLog(tmp_path / "log.jsonl", bar=False)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj has weights that are not finite"), log:
         quantize_model(model, plan(model), calibrate(token_rows), device=CPU, log=log)
-    assert [event["event"] for event in log.events] == ["failed"]
+    assert [event.event for event in log.events] == ["failed"]
 
 
 def test_activations_that_are_not_finite_name_the_block(model, token_rows):
@@ -229,9 +229,7 @@ def test_linears_that_are_never_reached_stay_dense_and_are_said(model, token_row
     log = RunLog(bar=False)
     quantize_model(model, plan(model), calibrate(token_rows), device=CPU, log=log)
     assert isinstance(model.model.layers[0].mlp.spare, nn.Linear)
-    assert {"event": "unreached", "linear": "model.layers.0.mlp.spare"}.items() <= next(
-        event for event in log.events if event["event"] == "unreached"
-    ).items()
+    assert [event.linear for event in log.events if isinstance(event, Unreached)] == ["model.layers.0.mlp.spare"]
     assert "never reaches" in caplog.text
 
 
@@ -310,7 +308,7 @@ def test_the_gate_compares_with_the_original_model(tiny_llama, model, token_rows
     for name in ("divergence", "agreement", "original_perplexity", "perplexity"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
     assert found.perplexity != found.original_perplexity
-    (event,) = [event for event in log.events if event["event"] == "quality"]
+    (event,) = [to_dict(event) for event in log.events if isinstance(event, Quality)]
     assert event["held_out"]
     assert event["perplexity_ratio"] == pytest.approx(found.perplexity_ratio, abs=1e-4)
 
@@ -319,7 +317,7 @@ def test_without_probes_nothing_is_compared(model, token_rows):
     calibration = calibrate(token_rows, hold_out=False)
     log = RunLog(bar=False)
     assert quantize_model(model, plan(model), calibration, device=CPU, log=log) is None
-    assert not [event for event in log.events if event["event"] == "quality"]
+    assert not [event for event in log.events if isinstance(event, Quality)]
 
 
 def test_propagation_begins_where_inputs_drift(tiny_llama, token_rows):
@@ -349,7 +347,7 @@ def test_polish_brings_the_model_closer(tiny_llama, token_rows):
             log=logs[passes],
         )
         assert all(parameter.requires_grad for parameter in model.parameters())
-    reconstructed = [event for event in logs[6].events if event["event"] == "polished"]
-    assert [event["block"] for event in reconstructed] == ["model.layers.0", "model.layers.1"]
-    assert all(event["held_out_loss"] < event["held_out_loss_before"] for event in reconstructed)
+    reconstructed = [event for event in logs[6].events if isinstance(event, BlockReconstructed)]
+    assert [event.block for event in reconstructed] == ["model.layers.0", "model.layers.1"]
+    assert all(event.held_out_loss < event.held_out_loss_before for event in reconstructed)
     assert found[6].divergence < 0.8 * found[0].divergence

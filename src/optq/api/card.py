@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from optq.config.gptq import GPTQConfig
 from optq.errors import CheckpointError, counted
+from optq.events import Quality
 from optq.files.source import place_of
 from optq.report import Run, notes_on, read_run
 from optq.version import __version__
@@ -41,8 +42,8 @@ def card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> str:
     if found.config is None:
         raise CheckpointError(f"{folder} is not quantized, so there is nothing to write a card of.")
     run = read_run(folder)
-    source = str(run.started["model"])
-    base = Path(source).name if run.started["from_folder"] else source  # no path of the machine that made it
+    source = run.started.model
+    base = Path(source).name if run.started.from_folder else source  # no path of the machine that made it
     on_hub = "/" in base
     name = repo_id or folder.resolve().name
     data = ModelCardData(
@@ -86,18 +87,19 @@ def _groups(config: GPTQConfig) -> str:
 
 
 def _closeness(run: Run) -> str:
-    quality = run.last("quality")
+    quality = run.last(Quality)
     if quality is None:
         return "It was not compared with the original.\n"
-    where = "rows held out of" if quality["held_out"] else "rows of"
+    where = "rows held out of" if quality.held_out else "rows of"
     figures = {
         "perplexity, times the original's": ("perplexity_ratio", "{:.3f}"),
         "KL divergence, nats per token": ("divergence", "{:.4f}"),
         "same most likely token": ("agreement", "{:.1%}"),
     }
-    known = {title: form.format(quality[key]) for title, (key, form) in figures.items() if quality[key] is not None}
+    found = {title: (getattr(quality, key), form) for title, (key, form) in figures.items()}
+    known = {title: form.format(value) for title, (value, form) in found.items() if value is not None}
     return (
-        f"## Beside the original\n\nOn {counted(quality['tokens'], 'token')}, {where} the calibration data:\n\n"
+        f"## Beside the original\n\nOn {counted(quality.tokens, 'token')}, {where} the calibration data:\n\n"
         + _table("figure", "value", known)
     )
 
@@ -125,7 +127,7 @@ def _usage(name: str, found: Inspection) -> str:
 
 
 def _info(run: Run, config: GPTQConfig) -> str:
-    calibration = dict(run.started["calibration"])
+    calibration = dict(run.started.calibration)
     sources = calibration.pop("sources", None) or [{"name": calibration["source"]}]
     described = [
         ", ".join(
@@ -142,7 +144,7 @@ def _info(run: Run, config: GPTQConfig) -> str:
         "tokens": calibration["tokens"],
         "seed": calibration["seed"],
         "sha256 of the token ids": calibration["sha256"],
-        "device": run.started["device"],
+        "device": run.started.device,
         "minutes": f"{run.seconds / 60:.1f}",
     }
     return "## How it was made\n\n" + _table("setting", "value", {key: str(value) for key, value in facts.items()})

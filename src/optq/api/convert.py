@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`optq.convert`: the same weights in another format, tensor by tensor, without loading the model."""
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -14,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from optq.checkpoint import CHECKPOINT_FORMATS, PackedWeight, read_headers, relabel
+from optq.checkpoint import PackedWeight, read_headers
 from optq.config.metadata import ambiguity, groups_contradict, zeros_are_ambiguous, zeros_contradict
 from optq.errors import CheckpointError, ConfigError
 from optq.files.legacy import WHERE
-from optq.files.output import filled
+from optq.files.output import output_folder, write_index
 from optq.files.source import (
     companions_folder,
     copy_companions,
@@ -29,17 +28,13 @@ from optq.files.source import (
     quantization_entry,
     weight_files,
 )
-from optq.formats.compressed_tensors import to_compressed
 from optq.formats.gguf import opened_gguf
-from optq.formats.table import COMPRESSED, Opened, Source, Tensors, compressed_entry, describe
+from optq.formats.source import Opened, Source, Tensors
+from optq.formats.table import FORMATS, Write, describe
 from optq.scheme import LayerScheme
 from optq.torch_state import default_torch_state
-from optq.version import __version__
 
 logger = logging.getLogger(__name__)
-
-DENSE = "dense"
-TARGETS = (*CHECKPOINT_FORMATS, COMPRESSED, DENSE)
 
 
 @default_torch_state()
@@ -75,52 +70,52 @@ def convert(
         OutputError: the folder is not empty.
         OSError: there is no such folder, repository or GGUF file, or it cannot be reached.
     """
-    if to not in TARGETS:
-        raise ConfigError(f"to={to!r} was asked for; allowed are {', '.join(TARGETS)}.")
+    target = FORMATS.get(to)
+    if target is None or target.write is None:
+        written = ", ".join(name for name, row in FORMATS.items() if row.write is not None)
+        raise ConfigError(f"to={to!r} was asked for; allowed are {written}.")
     origin = place_of(model_id_or_dir)
     if gguf_file is not None:
         origin = cached_file(origin, gguf_file, **{key: kwargs[key] for key in WHERE if key in kwargs})
     with (
         opened_gguf(Path(origin)) if origin.endswith(".gguf") else _opened_checkpoint(origin, kwargs) as opened,
-        filled(Path(output_dir)) as partial,
+        output_folder(Path(output_dir)) as partial,
     ):
         described = opened.described
         source = opened.source.without_desc_act() if without_desc_act else opened.source
         opened.save_companions(partial)
-        sizes = {}
-        for file, names in tqdm(opened.tensors.by_file.items(), desc="Converting", unit="file", disable=None):
-            converted: dict[str, Tensor] = {}
-            for name in names:
-                linear, _, part = name.rpartition(".")
-                if linear not in source.schemes or part not in source.parts:
-                    converted[name] = opened.tensors[name]
-                elif part == source.parts[0]:
-                    for new, tensor in _converted(opened.tensors, source, linear, to, described.dtype).items():
-                        converted[f"{linear}.{new}"] = tensor
-            if converted:  # all of a linear goes where its first tensor was
-                save_file(converted, partial / file, metadata={"format": "pt"})
-                sizes[file] = {name: tensor.numel() * tensor.element_size() for name, tensor in converted.items()}
-        if len(opened.tensors.by_file) > 1:
-            _write_index(partial, sizes)
-        if to == DENSE:
+        _write_weights(opened.tensors, source, target.write, described.dtype, partial)
+        if target.entry is None:
             vars(described).pop("quantization_config", None)  # that of a GGUF file has none
-        elif to == COMPRESSED:
-            described.quantization_config = compressed_entry(source)
         else:
-            if to == "gptq" and source.config.format != "gptq":  # v1's zeros are read as their writer stored them
-                wrote = source.config.meta or {}
-                source.config.meta = {
-                    **wrote,
-                    "quantizer": [f"optq:{__version__}"],
-                    "converted_from": wrote.get("converted_from") or source.config.format,
-                }
-            source.config.format = to
-            described.quantization_config = source.config.to_dict()
+            described.quantization_config = target.entry(source)
         described.save_pretrained(partial)
     return Path(output_dir)
 
 
-def _converted(tensors: Tensors, source: Source, linear: str, to: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _write_weights(tensors: Tensors, source: Source, write: Write, dtype: torch.dtype | None, folder: Path) -> None:
+    """Write every file's tensors, those of packed linears in the format asked for, and the index."""
+    names_in, size = {}, 0
+    for file, names in tqdm(tensors.by_file.items(), desc="Converting", unit="file", disable=None):
+        converted: dict[str, Tensor] = {}
+        for name in names:
+            linear, _, part = name.rpartition(".")
+            if linear not in source.schemes or part not in source.parts:
+                converted[name] = tensors[name]
+            elif part == source.parts[0]:  # all of a linear goes where its first tensor was
+                written = _converted(tensors, source, linear, write, dtype)
+                converted |= {f"{linear}.{new}": tensor for new, tensor in written.items()}
+        if converted:
+            save_file(converted, folder / file, metadata={"format": "pt"})
+            names_in[file] = list(converted)
+            size += sum(tensor.nbytes for tensor in converted.values())
+    if len(tensors.by_file) > 1:
+        write_index(folder, names_in, size)
+
+
+def _converted(
+    tensors: Tensors, source: Source, linear: str, write: Write, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     """The tensors of one linear in the format asked for, by the last part of their names."""
     scheme = source.schemes[linear]
     parts = {part: tensors[f"{linear}.{part}"] for part in source.parts if f"{linear}.{part}" in tensors}
@@ -128,11 +123,7 @@ def _converted(tensors: Tensors, source: Source, linear: str, to: str, dtype: to
         packed = source.read(parts, scheme)
     _check(packed, linear, scheme)
     with _told_about(linear):
-        if to == DENSE:
-            return {"weight": packed.columns(0, packed.out_features).T.to(dtype or torch.float16).contiguous()}
-        if to == COMPRESSED:
-            return to_compressed(packed, scheme.symmetric)
-        return relabel(packed, to).tensors()
+        return write(packed, scheme, dtype)
 
 
 @contextmanager
@@ -189,11 +180,3 @@ class _FileTensors:
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor
-
-
-def _write_index(folder: Path, sizes: Mapping[str, Mapping[str, int]]) -> None:
-    index = {
-        "metadata": {"total_size": sum(sum(names.values()) for names in sizes.values())},
-        "weight_map": {name: file for file, names in sizes.items() for name in names},
-    }
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")

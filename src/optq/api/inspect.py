@@ -189,7 +189,7 @@ def kernel_choices(
     for (kind, out_features, in_features, bits), layers in kinds.items():
         kernel = layers[0].kernel_name
         assert kernel is not None  # it is loaded
-        reasons = explain(layers[0].packed, model.dtype)
+        reasons = explain(layers[0].packed(), model.dtype)
         found.append(
             KernelChoice(
                 kind=kind,

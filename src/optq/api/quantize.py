@@ -19,6 +19,7 @@ from optq.config.gptq import GPTQConfig
 from optq.distributed import join
 from optq.errors import ConfigError, OutputError
 from optq.events import LOG_NAME
+from optq.files.output import PARTIAL, write_whole
 from optq.files.source import (
     check_files,
     companions_folder,
@@ -37,7 +38,6 @@ from optq.runs.journal import (
     hash_of,
     identities_of,
     is_worth_keeping,
-    write_whole,
 )
 from optq.runs.preparation import prepare
 from optq.runs.validation import check_dtype, check_request
@@ -46,9 +46,6 @@ from optq.torch_state import default_torch_state
 from .card import card
 
 logger = logging.getLogger(__name__)
-
-PARTIAL = ".optq-partial"
-"""Where files grow inside the output folder before they get their names."""
 
 READY = "ready.json"
 """In there, once all files are: their final names."""

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 from optq.errors import ConfigError
@@ -111,6 +112,7 @@ def _export(arguments: argparse.Namespace) -> int:
         )
     import optq
     from optq.api.push import claim
+    from optq.events import LOG_NAME, Quality, RunFinished, read_events
 
     config, access = _config(arguments), {"private": arguments.private, "token": arguments.token}
     if arguments.push_to_hub:
@@ -118,9 +120,8 @@ def _export(arguments: argparse.Namespace) -> int:
     folder = optq.quantize(arguments.model, config, output_dir=arguments.output, **loading(arguments))
     url = optq.push(folder, arguments.push_to_hub, **access) if arguments.push_to_hub else None
     if arguments.json:
-        log = (folder / "quantization_log.jsonl").read_text(encoding="utf-8").splitlines()
-        finished = [event for event in map(json.loads, log) if event["event"] in ("quality", "finished")]
-        print_json({"folder": folder, "url": url, **{event.pop("event"): event for event in finished}})
+        events = [event for event in read_events(folder / LOG_NAME) if isinstance(event, (Quality, RunFinished))]
+        print_json({"folder": folder, "url": url, **{event.event: asdict(event) for event in events}})
     else:
         if url:
             print(f"{url} holds it now.")

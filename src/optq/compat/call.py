@@ -9,7 +9,6 @@ place, and the finished model goes where it was asked, so a call's arguments are
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
 from typing import Any
 
 FOR_ALL = ("token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -32,25 +31,9 @@ NAME = "pretrained_model_name_or_path"
 _TOLD: ContextVar[Mapping[str, Any] | None] = ContextVar("optq_told", default=None)
 
 
-def register() -> None:
-    """Have transformers' `PreTrainedModel.from_pretrained` remember what it was called with. Idempotent."""
-    from transformers.modeling_utils import PreTrainedModel
-
-    load = PreTrainedModel.from_pretrained.__func__
-    if hasattr(load, "optq_wraps"):
-        return
-
-    @wraps(load)
-    def from_pretrained(cls: type[Any], /, *args: Any, **kwargs: Any) -> Any:
-        with _told({**kwargs, NAME: args[0] if args else kwargs.get(NAME)}):
-            return load(cls, *args, **kwargs)
-
-    from_pretrained.optq_wraps = True  # type: ignore[attr-defined]  # transformers wraps it as well
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-
-
 @contextmanager
-def _told(kwargs: Mapping[str, Any]) -> Iterator[None]:
+def called_with(kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Keep the arguments of a `from_pretrained` for as long as it runs."""
     token = _TOLD.set(kwargs)
     try:
         yield

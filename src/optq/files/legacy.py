@@ -9,12 +9,10 @@ there does it also show whether the caller asks for pickled weights.
 
 import json
 from collections.abc import Collection, Mapping
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from optq.errors import CheckpointError
@@ -31,23 +29,19 @@ WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 """What tells where in a repository or folder a file is."""
 
 
-def register() -> None:
-    """Have transformers' `PreTrainedConfig` read what is beside config.json, too. Idempotent."""
-    read = PreTrainedConfig.get_config_dict.__func__
-    if hasattr(read, "__wrapped__"):
+def complete_config(config: dict[str, Any], source: str, kwargs: Mapping[str, Any]) -> None:
+    """Add to what transformers has read of a config what is beside it, and whether pickled weights are asked for.
+
+    Args:
+        config: may be changed.
+        kwargs: those of `PreTrainedConfig.get_config_dict`.
+    """
+    if not config or kwargs.get("gguf_file") is not None:
         return
-
-    @wraps(read)
-    def get_config_dict(cls: type[Any], /, source: Any, **kwargs: Any) -> Any:
-        config, unused = read(cls, source, **kwargs)
-        if config and kwargs.get("gguf_file") is None:
-            config.pop(UNPICKLE, None)  # only the caller may ask for that, not a file
-            complete(config, str(source), {key: kwargs[key] for key in WHERE if key in kwargs})
-            if kwargs.get("use_safetensors") is False and "quantization_config" in config:
-                config[UNPICKLE] = True
-        return config, unused
-
-    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)
+    config.pop(UNPICKLE, None)  # only the caller may ask for that, not a file
+    complete(config, source, {key: kwargs[key] for key in WHERE if key in kwargs})
+    if kwargs.get("use_safetensors") is False and "quantization_config" in config:
+        config[UNPICKLE] = True
 
 
 def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> None:

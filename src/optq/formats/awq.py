@@ -6,13 +6,19 @@ Both matrices of integers are packed along out_features, eight to a word and not
     word w = o7 o5 o3 o1 o6 o4 o2 o0        o_i = output 8w + i, the lowest four bits on the right
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from optq.checkpoint.layout import PackedWeight, as_float16
 from optq.checkpoint.packing import pack_codes, unpack_codes
-from optq.scheme import trivial_groups
+from optq.errors import CheckpointError
+from optq.scheme import PACKED_WORD_BITS, LayerScheme, trivial_groups
+
+from .source import Headers, Parts, Source, dense_matrices, gptq_config, names_of
 
 AWQ_BITS = 4
+AWQ_NAMES = ("qweight", "qzeros", "scales")
 _NIBBLE_OF_OUTPUT = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -41,3 +47,37 @@ def _in_order(words: Tensor) -> Tensor:
     """(columns, out / 8) words as (out, columns) codes."""
     shuffled = unpack_codes(words.T.contiguous(), AWQ_BITS)  # (out, columns), each eight outputs in AWQ's order
     return shuffled.reshape(-1, 8, words.shape[0])[:, _NIBBLE_OF_OUTPUT].flatten(0, 1)
+
+
+def describe_awq(stated: dict[str, Any], headers: Headers) -> Source:
+    version = (stated.get("version") or stated.get("format") or "gemm").lower()
+    bits = stated.get("bits", AWQ_BITS)
+    if version != "gemm" or bits != AWQ_BITS:
+        raise CheckpointError(
+            f"AWQ's version {version!r} with {bits} bits is not read; only 'gemm' with {AWQ_BITS} is."
+        )
+    # Zeros are stored for every group, so the grid is asymmetric whatever `zero_point` says.
+    scheme = LayerScheme(bits=AWQ_BITS, group_size=stated.get("group_size", 128), symmetric=False)
+    schemes = {}
+    for name in names_of(headers, "qweight"):
+        shapes = {part: headers[f"{name}.{part}"].shape for part in AWQ_NAMES if f"{name}.{part}" in headers}
+        in_features, words = shapes["qweight"]
+        groups = scheme.group_count(in_features)
+        expected = {
+            "qweight": (in_features, words),
+            "qzeros": (groups, words),
+            "scales": (groups, words * PACKED_WORD_BITS // AWQ_BITS),
+        }
+        if shapes != expected or in_features % groups:
+            raise CheckpointError(
+                f"{name}: tensor shapes {shapes} are not those of AWQ's gemm layout with group_size "
+                f"{scheme.group_size}, which are {expected}."
+            )
+        schemes[name] = scheme
+
+    def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:
+        return from_awq(**parts)
+
+    dense = dense_matrices(headers)
+    config = gptq_config(schemes, dense, "awq")
+    return Source(config=config, schemes=schemes, dense=dense, parts=AWQ_NAMES, read=read)

@@ -5,7 +5,9 @@ Its codes are signed, and 2 ** (bits - 1) is added to codes and zeros before the
 which makes them the unsigned ones that GPTQ packs. compressed-tensors 0.20 was read and run.
 """
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +15,11 @@ from torch import Tensor
 from optq.checkpoint.layout import PackedWeight, as_float16, relabel
 from optq.checkpoint.packing import pack_codes
 from optq.errors import CheckpointError
-from optq.scheme import PACKED_WORD_BITS, LayerScheme, trivial_groups
+from optq.scheme import BITS, PACKED_WORD_BITS, ActOrder, LayerScheme, trivial_groups
 
+from .source import Headers, Parts, Source, dense_matrices, gptq_config, names_of, patterns_of
+
+COMPRESSED = "compressed-tensors"
 COMPRESSED_NAMES = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
 
 
@@ -81,3 +86,80 @@ def to_compressed(packed: PackedWeight, symmetric: bool) -> dict[str, Tensor]:
     if not symmetric:
         parts["weight_zero_point"] = relabel(packed, "gptq_v2").qzeros.T.contiguous()
     return parts
+
+
+def describe_compressed(stated: dict[str, Any], headers: Headers) -> Source:
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        if stated.get(key):
+            raise CheckpointError(f"config.json has a {key}, which a GPTQ checkpoint cannot tell its readers.")
+    groups = stated.get("config_groups") or {}
+    targets = {target: (key, group) for key, group in groups.items() for target in group["targets"]}
+    schemes = {}
+    act_order: ActOrder = "desc_act" if names_of(headers, "weight_g_idx") else "static"
+    for name in names_of(headers, "weight_packed"):
+        patterns = (found for target, found in targets.items() if _is_pattern_of(target, name))
+        declared = targets.get(name) or next(patterns, None) or targets.get("Linear")
+        if declared is None:
+            raise CheckpointError(f"{name} is packed, but is the target of none of config.json's config_groups.")
+        schemes[name] = _compressed_scheme(*declared, stated.get("format"), act_order)
+
+    def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:
+        return from_compressed(parts, scheme)
+
+    dense = dense_matrices(headers)
+    config = gptq_config(schemes, dense, COMPRESSED)
+    return Source(config=config, schemes=schemes, dense=dense, parts=COMPRESSED_NAMES, read=read)
+
+
+def _is_pattern_of(target: str, name: str) -> bool:
+    return target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None
+
+
+def _compressed_scheme(key: str, group: dict[str, Any], form: str | None, act_order: ActOrder) -> LayerScheme:
+    """What one of config_groups says about the weights of its targets."""
+    weights = group.get("weights") or {}
+    for field, found, allowed in (
+        ("format", group.get("format") or form, ("pack-quantized",)),
+        ("input_activations", group.get("input_activations"), (None,)),
+        ("output_activations", group.get("output_activations"), (None,)),
+        ("type", weights.get("type"), ("int",)),
+        ("num_bits", weights.get("num_bits"), BITS),
+        ("strategy", weights.get("strategy"), ("group", "channel")),
+    ):
+        if found not in allowed:
+            raise CheckpointError(
+                f"config_groups: {key!r} has {field} {found!r}; what GPTQ can hold has {', '.join(map(str, allowed))}."
+            )
+    return LayerScheme(
+        bits=weights["num_bits"],
+        group_size=weights["group_size"] if weights["strategy"] == "group" else -1,
+        symmetric=weights.get("symmetric", True),
+        act_order=act_order,
+    )
+
+
+def compressed_entry(source: Source) -> dict[str, Any]:
+    """The quantization_config of the same weights in compressed-tensors' pack-quantized format."""
+    members: dict[tuple[int, int, bool], list[str]] = {}
+    for name, scheme in source.schemes.items():
+        members.setdefault((scheme.bits, scheme.group_size, scheme.symmetric), []).append(name)
+    groups = {}
+    for index, (key, names) in enumerate(sorted(members.items(), key=lambda item: len(item[1]))):
+        bits, group_size, symmetric = key
+        strategy = {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
+        named = patterns_of(names, source.schemes.keys() - set(names))
+        most = index == len(members) - 1  # servers look for their scheme under this name
+        groups[f"group_{index}"] = {
+            "targets": ["Linear"] if most else [f"re:{pattern}" for pattern in named],
+            "weights": {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy},
+        }
+    dense = [name for name in source.dense if name != "lm_head"]
+    ignored = [f"re:{pattern}" for pattern in patterns_of(dense, source.schemes)]
+    return {
+        "quant_method": COMPRESSED,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        # A head that is tied to the embeddings is a linear, too, but has no tensor that could tell.
+        "ignore": ignored if "lm_head" in source.schemes else ["lm_head", *ignored],
+    }

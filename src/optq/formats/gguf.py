@@ -2,6 +2,14 @@
 """A GGUF file as a source of `optq.convert`: its linears in GPTQ's words, everything else as float32.
 
 Names and the order of rows are llama.cpp's: transformers' own reader of such files knows how to undo both.
+
+The block types whose values lie on a grid of GPTQ's have 32 columns each, with a float16 scale d:
+
+    Q4_0  d, 16 bytes       d · (q - 8)      byte i holds q_i in its low and q_(i + 16) in its high half
+    Q4_1  d, m, 16 bytes    d · q + m        only where -m / d is a zero, that is one of 0 … 15
+    Q8_0  d, 32 bytes       d · q            q is signed
+
+What they say is from llama.cpp's own reader in Python, the package gguf 0.19.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,14 +24,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from optq.checkpoint import PackedWeight
+from optq.checkpoint import PackedWeight, pack
 from optq.errors import CheckpointError, counted
 from optq.model import LINEAR_TYPES
 from optq.readers import kind_of
-from optq.scheme import LayerScheme
+from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
 
-from .ggml import GGML_SCHEMES, from_ggml
-from .table import Opened, Parts, Source, gptq_config
+from .source import Opened, Parts, Source, gptq_config
+
+GGML_COLUMNS = 32
+
+GGML_SCHEMES = {
+    "Q4_0": LayerScheme(bits=4, group_size=GGML_COLUMNS),
+    "Q4_1": LayerScheme(bits=4, group_size=GGML_COLUMNS, symmetric=False),
+    "Q8_0": LayerScheme(bits=8, group_size=GGML_COLUMNS),
+}
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Those that were tried. Others store some tensors in other ways than transformers does."""
@@ -148,3 +163,43 @@ class _GgufTensors:
         tensor = self._stored[name]
         values = tensor.data if name in self._packed else dequantize(tensor.data, tensor.tensor_type)
         return torch.from_numpy(np.array(self._processor.process(weights=values, name=tensor.name).weights))
+
+
+def from_ggml(rows: Tensor, scheme: LayerScheme) -> PackedWeight:
+    """The same weight as GPTQ packs it, in checkpoint_format "gptq_v2".
+
+    Args:
+        rows: (out, bytes of a row) uint8.
+        scheme: one of `GGML_SCHEMES`.
+    Raises:
+        CheckpointError: out_features do not fill words, or a block of Q4_1 is on no grid of GPTQ's.
+    """
+    numbers = 1 if scheme.symmetric else 2
+    block_bytes = 2 * numbers + GGML_COLUMNS * scheme.bits // 8
+    blocks = rows.unflatten(1, (-1, block_bytes))  # (out, groups, bytes)
+    scales, *minimum = blocks[..., : 2 * numbers].contiguous().view(torch.float16).float().unbind(-1)
+    codes = blocks[..., 2 * numbers :]
+    codes = torch.cat([codes & 15, codes >> 4], dim=-1) if scheme.bits == 4 else codes ^ 128  # two's complement
+    zeros = _zeros(scales, minimum[0]) if minimum else torch.full_like(scales, 2 ** (scheme.bits - 1))
+    out_features, in_features = codes.flatten(1).shape
+    if reason := scheme.why_not_packed(in_features, out_features):
+        raise CheckpointError(f"{reason}.")
+    quantized = QuantizedWeight(
+        codes=codes.flatten(1),
+        scales=scales,
+        zeros=zeros.to(torch.int16),
+        group_of_column=trivial_groups(in_features, GGML_COLUMNS),
+        bits=scheme.bits,
+    )
+    return pack(quantized, "gptq_v2")
+
+
+def _zeros(scales: Tensor, minimum: Tensor) -> Tensor:
+    zeros = torch.where(scales == 0, 0, -minimum / scales).round().clamp(0, 15)
+    off_grid = int((zeros * scales != -minimum).sum())
+    if off_grid:
+        raise CheckpointError(
+            f"{off_grid} of {zeros.numel()} blocks of Q4_1 have no zero among their values, so they are on no grid of "
+            "GPTQ's. For a dense model, save what transformers' from_pretrained(..., gguf_file=...) loads."
+        )
+    return zeros

@@ -33,7 +33,7 @@ from optq.device.placement import execution_device, working_dtype
 from optq.distributed import ALONE, join
 from optq.errors import CalibrationError, CheckpointError, QualityError, counted
 from optq.evaluation import Comparison, is_good, judge
-from optq.events import RunLog
+from optq.events import Dequantized, Gate, RunLog
 from optq.files.legacy import UNPICKLE
 from optq.files.source import forget_nested_quantization
 from optq.integrations import tensor_parallel as parallel
@@ -236,10 +236,10 @@ class OptqHfQuantizer(HfQuantizer):
                 ranks=ranks,
             )
             if config.base is not None:
-                self.log.emit("dequantized", quant_method=method_of(config.base))
+                self.log.emit(Dequantized(quant_method=method_of(config.base)))
             if self.quality is not None:
                 limit = config.max_perplexity_ratio
-                self.log.emit("gate", green=is_good(self.quality, limit), max_perplexity_ratio=limit)
+                self.log.emit(Gate(green=is_good(self.quality, limit), max_perplexity_ratio=limit))
             held_out = self._calibration.truly_held_out
             self._record(model)
             self._quantizes, self.pre_quantized = False, True  # from here on it is like a loaded checkpoint

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import peft
-from peft import mixed_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import adaption_prompt, lora, mixed, xlora
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -410,12 +409,10 @@ class XLoraModel(xlora.XLoraModel):
 OURS: dict[str, type] = {"LORA": LoraModel, "XLORA": XLoraModel, "ADAPTION_PROMPT": AdaptionPromptModel}
 
 
-def register() -> None:
-    """Idempotent."""
+def packed_tuners() -> dict[Any, type]:
+    """PEFT's methods, and for each the class that knows packed layers, made when it is first asked for."""
     for method, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
         if method.value not in OURS and isinstance(tuner, type) and issubclass(tuner, BaseTuner):
             ours = type(tuner.__name__, (PackedTuner, tuner), {"__module__": __name__})
             OURS[method.value] = globals()[tuner.__name__] = ours  # where pickle looks
-    for method, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        PEFT_TYPE_TO_TUNER_MAPPING[method] = OURS.get(method.value, tuner)
-    mixed_model.MixedModel = MixedModel  # of which there is no table
+    return {method: OURS[method.value] for method in PEFT_TYPE_TO_TUNER_MAPPING if method.value in OURS}

@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 from optq.errors import ConfigError, counted
 from optq.layers import QuantLinear
 from optq.model import Experts
+from optq.patching import put
 from optq.readers import FUSED_NAMES, kind_of, why_not_in_parts
 from optq.scheme import trivial_groups
 
@@ -162,10 +163,10 @@ class ParallelLinear(QuantLinear):
         if part is None:
             return super().forward(x)
         if part.way.splits == "outputs":
-            output = super().forward(copied(x, part.group))
-            return all_gather(output, part.group) if part.way.gives_all else output
-        output = super().forward(own_part(x, part.group) if part.way.takes_all else x)
-        return summed(output, part.group) if part.way.gives_all else output
+            output = super().forward(copy_to(x, part.group))
+            return gather_from(output, part.group) if part.way.gives_all else output
+        output = super().forward(scatter_to(x, part.group) if part.way.takes_all else x)
+        return reduce_from(output, part.group) if part.way.gives_all else output
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         if self.part is not None:
@@ -253,7 +254,7 @@ def make_ready(model: Any, experts: Mapping[str, Experts]) -> None:
         layer.name = name
         if last in FUSED_NAMES["qkv_proj"]:
             layer.head_width = getattr(model.get_submodule(parent), "head_dim", None) or 0
-    _teach_styles()
+    _install_styles()
     _plan_experts(model, experts)
 
 
@@ -330,14 +331,14 @@ class _Summed(_Style):
         group, summands = mesh.get_group(), module.forward
 
         def forward(hidden_states: Tensor, *routing: Tensor) -> Tensor:
-            weighted = (copied(x, group) if x.is_floating_point() else x for x in routing)
-            return summed(summands(hidden_states, *weighted), group)
+            weighted = (copy_to(x, group) if x.is_floating_point() else x for x in routing)
+            return reduce_from(summands(hidden_states, *weighted), group)
 
         module.forward = forward
         return module
 
 
-def _teach_styles() -> None:
+def _install_styles() -> None:
     """Put what has learnt about packed linears into transformers' table. Idempotent."""
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -347,7 +348,7 @@ def _teach_styles() -> None:
     ours = {name: _Style(style, name) for name, style in originals.items()}
     ours[SUMMAND], ours[SUMMED] = _Summand(originals["rowwise"], SUMMAND), _Summed(originals["all_reduce"], SUMMED)
     for name, style in ours.items():
-        ALL_PARALLEL_STYLES[name] = style
+        put(ALL_PARALLEL_STYLES, name, style, "ALL_PARALLEL_STYLES")
 
 
 def _plan_experts(model: Any, experts: Mapping[str, Experts]) -> None:
@@ -374,30 +375,30 @@ def _plan_experts(model: Any, experts: Mapping[str, Experts]) -> None:
             plan[f"{kind}.*.{module.names[role]}"] = SUMMAND if role == "down_proj" else "colwise"
 
 
-def copied(x: Tensor, group: Any) -> Tensor:
+def copy_to(x: Tensor, group: Any) -> Tensor:
     """x, which all processes have; its gradient is the sum of theirs."""
-    return _exchanged(x, group, _same, _sum)
+    return _exchange(x, group, _same, _sum)
 
 
-def summed(x: Tensor, group: Any) -> Tensor:
+def reduce_from(x: Tensor, group: Any) -> Tensor:
     """The sum of what the processes have."""
-    return _exchanged(x, group, _sum, _same)
+    return _exchange(x, group, _sum, _same)
 
 
-def all_gather(x: Tensor, group: Any) -> Tensor:
+def gather_from(x: Tensor, group: Any) -> Tensor:
     """The parts of all processes, side by side in the last dimension."""
-    return _exchanged(x, group, _join, _cut)
+    return _exchange(x, group, _join, _cut)
 
 
-def own_part(x: Tensor, group: Any) -> Tensor:
+def scatter_to(x: Tensor, group: Any) -> Tensor:
     """This process's part, by the last dimension, of what all of them have."""
-    return _exchanged(x, group, _cut, _join)
+    return _exchange(x, group, _cut, _join)
 
 
 Exchange = Callable[[Tensor, Any], Tensor]
 
 
-def _exchanged(x: Tensor, group: Any, there: Exchange, back: Exchange) -> Tensor:
+def _exchange(x: Tensor, group: Any, there: Exchange, back: Exchange) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return there(x, group)
     output: Tensor = _Exchanged.apply(x, group, there, back)

@@ -37,9 +37,11 @@ MOST_ROWS, MOST_ROWS_WITHOUT_BFLOAT16 = 88, 1024
 
 
 def why_not_int4(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    if packed.bits == 8:
-        return "8-bit codes do not fit torch's int4 product"
-    return _why_not_int4_product(packed, dtype)
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return f"torch {torch.__version__} has no int4 product for CPUs"
+    if _product_group_size(packed.g_idx) is None:
+        return f"the groups are not made of runs of {', '.join(map(str, INT4_GROUP_SIZES))} columns"
+    return None
 
 
 def prepare_int4(packed: PackedWeight) -> Prepared:
@@ -65,12 +67,6 @@ def matmul_int4(x: Tensor, prepared: Prepared) -> Tensor:
         return matmul_dense(x, prepared, unpack_int4)
     output = int4_product(_gathered(rows, prepared.order), prepared.codes, *prepared.extras)
     return output[:, : prepared.out_features].to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
-
-
-def why_not_int4_twice(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    if packed.bits != 8:
-        return f"two int4 products make one for 8-bit codes, not for {packed.bits}-bit ones"
-    return _why_not_int4_product(packed, dtype)
 
 
 def prepare_int4_twice(packed: PackedWeight) -> Prepared:
@@ -116,10 +112,6 @@ def int4_product(rows: Tensor, codes: Tensor, pairs: Tensor) -> Tensor:
 
 
 def why_not_int8(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    if reason := _why_not_cpu(packed, dtype):
-        return reason
-    if packed.bits != 8:
-        return f"torch's int8 product takes 8-bit codes, not {packed.bits}-bit ones"
     if packed.scales.shape[0] != 1:
         return f"torch's int8 product takes one group per row (group_size=-1), not {packed.scales.shape[0]}"
     if not bool((packed.zeros() == 128).all()):
@@ -143,24 +135,6 @@ def matmul_int8(x: Tensor, prepared: Prepared) -> Tensor:
         return matmul_dense(x, prepared, unpack_int8)
     output: Tensor = torch.ops.aten._weight_int8pack_mm(_gathered(rows, None), prepared.codes, *prepared.extras)
     return output.to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
-
-
-def _why_not_cpu(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    if packed.scales.device.type != "cpu":
-        return f"runs on CPUs only, the layer is on {packed.scales.device}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"torch's integer products round activations to bfloat16, these are {dtype}"
-    return None
-
-
-def _why_not_int4_product(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    if reason := _why_not_cpu(packed, dtype):
-        return reason
-    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        return f"torch {torch.__version__} has no int4 product for CPUs"
-    if _product_group_size(packed.g_idx) is None:
-        return f"the groups are not made of runs of {', '.join(map(str, INT4_GROUP_SIZES))} columns"
-    return None
 
 
 def _product_group_size(group_of_column: Tensor) -> int | None:

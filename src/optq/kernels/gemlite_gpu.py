@@ -25,15 +25,11 @@ def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
     if find_spec("gemlite") is None:
         return "needs the package gemlite; install it with `pip install gemlite`"
     device = packed.scales.device
-    return why_no_triton(device) or why_not_shaped(packed, dtype) or _why_wrong(device, packed.bits, dtype)
+    return why_no_triton(device) or why_not_shaped(packed) or _why_wrong(device, packed.bits, dtype)
 
 
-def why_not_shaped(packed: PackedWeight, dtype: torch.dtype) -> str | None:
+def why_not_shaped(packed: PackedWeight) -> str | None:
     """What about the layer itself keeps this kernel from running it."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"activations are {dtype}, not float16 or bfloat16"
-    if packed.bits == 3:
-        return "gemlite has no 3-bit codes"
     width = group_width(packed.g_idx)
     if not width or width % MULTIPLE or packed.in_features % width:
         return f"gemlite takes groups of a multiple of {MULTIPLE} columns, all of the same width"

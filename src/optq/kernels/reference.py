@@ -5,17 +5,11 @@ Exact: weights are dequantized in float32 and cast to the activations' dtype, as
 have them; on CPUs without instructions for 16-bit products, those are made in float32.
 """
 
-import torch
 from torch import Tensor
 
 from optq.checkpoint import PackedWeight, unpack_codes
 
 from .prepared import Prepared, matmul_dense, prepared_from
-
-
-def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    """None: every bits, shape and device works, for floating-point activations."""
-    return None if dtype.is_floating_point else f"activations are {dtype}, not floating point"
 
 
 def prepare(packed: PackedWeight) -> Prepared:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optq.checkpoint import PackedWeight
+from optq.device.triton import DEVICES as TRITON_DEVICES
 from optq.errors import KernelError
 
 from . import cpu, gemlite_gpu, reference, triton_gpu
@@ -34,7 +35,8 @@ class Kernel:
 
     Args:
         name: what `backend=` and explanations call it.
-        why_not: (packed, dtype of the activations) -> the reason this kernel cannot run it, or None.
+        bits, devices, dtypes: what it takes: widths of codes, types of devices, dtypes of activations. None: any.
+        why_not_layer: (packed, dtype of the activations) -> what else keeps it from running a layer of these, or None.
         prepare: runs once after loading, on the layer's device. What it returns holds all codes, so that the words on
             disk need not be kept beside them.
         unpack: the codes back, bit for bit: for saving, for gradients, for whoever wants dense weights.
@@ -46,7 +48,10 @@ class Kernel:
     """
 
     name: str
-    why_not: Callable[[PackedWeight, torch.dtype], str | None]
+    bits: frozenset[int]
+    devices: frozenset[str] | None
+    dtypes: frozenset[torch.dtype]
+    why_not_layer: Callable[[PackedWeight, torch.dtype], str | None]
     prepare: Callable[[PackedWeight], Prepared]
     unpack: Unpack
     matmul: Callable[[Tensor, Prepared], Tensor]
@@ -55,13 +60,31 @@ class Kernel:
     grouped_gemm: GroupedGemm | None = None
     only_by_name: bool = False
 
+    def why_not(self, packed: PackedWeight, dtype: torch.dtype) -> str | None:
+        """Why this kernel cannot multiply activations of `dtype` by a weight, where that is; or None."""
+        device = packed.scales.device
+        if self.devices is not None and device.type not in self.devices:
+            return f"runs on {' and '.join(sorted(self.devices))} devices, the layer is on {device}"
+        if packed.bits not in self.bits:
+            return f"takes codes of {', '.join(map(str, sorted(self.bits)))} bits, these have {packed.bits}"
+        if dtype not in self.dtypes:
+            return f"takes {', '.join(sorted(map(str, self.dtypes)))} activations, these are {dtype}"
+        return self.why_not_layer(packed, dtype)
+
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+CPU = frozenset({"cpu"})
+GPU = frozenset(TRITON_DEVICES)
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         Kernel(
             name="cpu_int4",
-            why_not=cpu.why_not_int4,
+            bits=frozenset({2, 3, 4}),
+            devices=CPU,
+            dtypes=HALF,
+            why_not_layer=cpu.why_not_int4,
             prepare=cpu.prepare_int4,
             unpack=cpu.unpack_int4,
             matmul=cpu.matmul_int4,
@@ -70,7 +93,10 @@ KERNELS: dict[str, Kernel] = {
         ),
         Kernel(
             name="cpu_int8",
-            why_not=cpu.why_not_int8,
+            bits=frozenset({8}),
+            devices=CPU,
+            dtypes=HALF,
+            why_not_layer=cpu.why_not_int8,
             prepare=cpu.prepare_int8,
             unpack=cpu.unpack_int8,
             matmul=cpu.matmul_int8,
@@ -79,7 +105,10 @@ KERNELS: dict[str, Kernel] = {
         ),
         Kernel(
             name="cpu_int4_twice",
-            why_not=cpu.why_not_int4_twice,
+            bits=frozenset({8}),
+            devices=CPU,
+            dtypes=HALF,
+            why_not_layer=cpu.why_not_int4,
             prepare=cpu.prepare_int4_twice,
             unpack=cpu.unpack_int4_twice,
             matmul=cpu.matmul_int4_twice,
@@ -88,7 +117,10 @@ KERNELS: dict[str, Kernel] = {
         ),
         Kernel(
             name="triton",
-            why_not=triton_gpu.why_not,
+            bits=frozenset(triton_gpu.PLANES),
+            devices=GPU,
+            dtypes=HALF | {torch.float32},
+            why_not_layer=triton_gpu.why_not,
             prepare=triton_gpu.prepare,
             unpack=triton_gpu.unpack,
             matmul=triton_gpu.matmul,
@@ -98,7 +130,10 @@ KERNELS: dict[str, Kernel] = {
         ),
         Kernel(
             name="gemlite",
-            why_not=gemlite_gpu.why_not,
+            bits=frozenset({2, 4, 8}),
+            devices=GPU,
+            dtypes=HALF,
+            why_not_layer=gemlite_gpu.why_not,
             prepare=gemlite_gpu.prepare,
             unpack=gemlite_gpu.unpack,
             matmul=gemlite_gpu.matmul,
@@ -107,7 +142,10 @@ KERNELS: dict[str, Kernel] = {
         ),
         Kernel(
             name="reference",
-            why_not=reference.why_not,
+            bits=frozenset(range(1, 9)),
+            devices=None,
+            dtypes=HALF | {torch.float32, torch.float64},
+            why_not_layer=lambda packed, dtype: None,
             prepare=reference.prepare,
             unpack=reference.unpack,
             matmul=reference.matmul,

@@ -21,7 +21,6 @@ program, always in the same order; above `MOST_ROWS` the weight is dequantized i
 library, which then is as fast and whose product no longer waits for the weights.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,13 +33,14 @@ from torch.nn.functional import linear, pad
 from optq.checkpoint import PackedWeight, unpack_codes
 from optq.device.triton import current, why_no_triton
 
+from . import tilings
 from .launches import Program
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
 from .selftest import why_wrong
+from .tilings import MOST_ROWS, TILINGS, Tiling, problem_of
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits -> the bits of each plane, lowest first
 LARGEST_FLOAT16_SCALE = 31.0  # the kernel's own numbers are 2**11 times as large
-MOST_ROWS = 1024
 DENSE_BYTES = 2**27  # of the weight while it is multiplied densely
 TOGETHER = 16  # outputs whose blocks lie side by side
 DEQUANTIZED_OUTPUTS = 32  # per program
@@ -49,94 +49,6 @@ ALIGNED = 16  # bytes, as Triton has it
 MOST_REMEMBERED = 64  # rows whose launch is remembered: with more it takes a small part of the time
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """How `product` cuts its work, for up to `most_rows` rows of activations.
-
-    Args:
-        rows, outputs: of the result per program.
-        warps, stages: Triton's own: of 32 threads, and loads in flight.
-        scale_sums: scale sums instead of weights where groups are at least this wide; 0: never.
-        programs_per_processor: at most, by splitting the sum; so many find room in shared memory.
-        registers: at most, for each thread on NVIDIA's GPUs. 0: as many as its assembler likes; that may be too few,
-            and then it spills some.
-        split_fully: always into so many, and not only where an estimate says that it pays.
-    """
-
-    most_rows: int
-    rows: int
-    outputs: int
-    warps: int
-    stages: int
-    scale_sums: int
-    programs_per_processor: int
-    registers: int = 0
-    split_fully: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What decides which tilings are fast, on one GPU."""
-
-    bits: int
-    group_width: int
-    columns: int
-    outputs: int
-    dtype: torch.dtype
-
-    @property
-    def words(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.bits} bits, groups of {self.group_width}, {self.columns} x {self.outputs}, {dtype}"
-
-    @classmethod
-    def of(cls, words: str) -> "Problem":
-        """The inverse of `words`. Raises ValueError if they are none."""
-        found = re.fullmatch(r"(\d+) bits, groups of (\d+), (\d+) x (\d+), (float16|bfloat16)", words)
-        if found is None:
-            raise ValueError(f"{words!r} does not name a problem")
-        bits, group_width, columns, outputs = map(int, found.groups()[:4])
-        dtype = getattr(torch, found[5])
-        return cls(bits=bits, group_width=group_width, columns=columns, outputs=outputs, dtype=dtype)
-
-
-def problem_of(prepared: Prepared, dtype: torch.dtype) -> Problem:
-    return Problem(
-        bits=prepared.bits,
-        group_width=prepared.group_width,
-        columns=prepared.in_features,
-        outputs=prepared.out_features,
-        dtype=dtype,
-    )
-
-
-TILINGS = (
-    # Not tuned on any GPU yet: chosen by the instructions of the loop (with few rows they must not take longer than
-    # the weights' way from memory; docs/kernels.md), registers and shared memory (at most 96 KiB, what small GPUs
-    # have), all as compiled ahead of time for sm_80 and sm_90.
-    Tiling(
-        most_rows=8, rows=8, outputs=32, warps=1, stages=5, scale_sums=32, programs_per_processor=12, registers=255
-    ),
-    Tiling(
-        most_rows=16, rows=16, outputs=64, warps=2, stages=5, scale_sums=64, programs_per_processor=4, registers=255
-    ),
-    Tiling(
-        most_rows=32, rows=32, outputs=128, warps=4, stages=4, scale_sums=0, programs_per_processor=3, registers=255
-    ),
-    Tiling(
-        most_rows=64, rows=64, outputs=64, warps=4, stages=4, scale_sums=0, programs_per_processor=2, registers=255
-    ),
-    Tiling(
-        most_rows=MOST_ROWS,
-        rows=128,
-        outputs=128,
-        warps=8,
-        stages=2,
-        scale_sums=0,
-        programs_per_processor=2,
-        registers=255,
-    ),
-)
 FEWEST_BLOCKS = 4  # per split
 # Of a processor of an H200: 4-bit weights that memory brings to it, and products of its tensor cores; microseconds
 # that a load takes, and a program that is started after another. Rough: only how they compare matters here.
@@ -154,8 +66,6 @@ def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 
 def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
     """What about the layer itself, wherever it is, keeps this kernel from running it."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"activations are {dtype}, not float16, bfloat16 or float32"
     width = group_width(packed.g_idx)
     if not width:
         return "the groups have different numbers of columns"
@@ -232,22 +142,10 @@ def matmul_transposed(gradient: Tensor, prepared: Prepared) -> Tensor:
 
 
 def _tiling(rows: int, prepared: Prepared, dtype: torch.dtype, outputs: int) -> Tiling:
-    tilings: tuple[Tiling, ...] = TILINGS
-    if tuned := _tuned(prepared.codes.device):  # else nothing is looked up at every call
-        tilings = tuned.get(replace(problem_of(prepared, dtype), outputs=outputs), TILINGS)
-    return next(tiling for tiling in tilings if rows <= tiling.most_rows)
-
-
-@cache
-def _tuned(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
-    from .tuning import remembered  # which needs this module
-
-    return remembered(device) if device.type == "cuda" else {}
-
-
-def forget_tilings() -> None:
-    """Read anew what `tuning` has found."""
-    _tuned.cache_clear()
+    candidates: tuple[Tiling, ...] = TILINGS
+    if tuned := tilings.tuned(prepared.codes.device):  # else nothing is looked up at every call
+        candidates = tuned.get(replace(problem_of(prepared, dtype), outputs=outputs), TILINGS)
+    return next(tiling for tiling in candidates if rows <= tiling.most_rows)
 
 
 def product(x: Tensor, prepared: Prepared, tiling: Tiling) -> Tensor:

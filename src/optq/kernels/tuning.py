@@ -2,27 +2,21 @@
 """Times the tilings of the Triton product on this GPU, and remembers the fastest of each shape.
 
 Nothing is tuned unless it is asked for: by `tune(model)`, or by OPTQ_AUTOTUNE=1 in the environment, while a model is
-loaded. What was found is kept in a file for later processes: below OPTQ_CACHE, by default `optq` in the user's cache.
+loaded. `tilings` keeps what was found.
 """
 
 import itertools
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, replace
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import triton_gpu
+from . import tilings, triton_gpu
 from .prepared import Prepared
 from .selftest import MOST_DIFFERENT
-from .triton_gpu import TILINGS, Problem, Tiling, problem_of
+from .tilings import TILINGS, Problem, Tiling, problem_of, remember, remembered
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +62,8 @@ def tune(model: torch.nn.Module) -> dict[str, dict[str, float]]:
         device = layers[0].codes.device
         known = remembered(device)
         best, gains[problem.words] = _fastest(problem, layers[:LAYERS], known.get(problem, TILINGS))
-        _remember(device, problem, best)
-        triton_gpu.forget_tilings()
+        remember(device, problem, best)
+        tilings.tuned.cache_clear()
         for prepared in layers:
             prepared.memo.clear()
     return gains
@@ -122,45 +116,3 @@ def _seconds(x: Tensor, layers: list[Prepared], tiling: Tiling) -> float:
     torch.cuda.synchronize()
     milliseconds: float = start.elapsed_time(end)
     return milliseconds / 1000 / REPLAYS / len(layers)
-
-
-def remembered(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
-    """The tilings that were found for such a GPU with this Triton."""
-    found: dict[Problem, tuple[Tiling, ...]] = {}
-    for words, tilings in _read().get(_kind_of(device), {}).items():
-        try:
-            found[Problem.of(words)] = tuple(Tiling(**tiling) for tiling in tilings)
-        except (TypeError, ValueError) as error:
-            logger.warning("%s: %r is not understood and left out (%s).", _file(), words, error)
-    return found
-
-
-def _remember(device: torch.device, problem: Problem, tilings: tuple[Tiling, ...]) -> None:
-    content = _read()
-    content.setdefault(_kind_of(device), {})[problem.words] = [asdict(tiling) for tiling in tilings]
-    file = _file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as temporary:
-        json.dump(content, temporary, indent=1)
-    os.replace(temporary.name, file)  # all of it or nothing, whoever else writes
-
-
-def _read() -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(_file().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read, so no tuned tilings are used (%s). Delete it.", _file(), error)
-        return {}
-    return content
-
-
-def _file() -> Path:
-    folder = os.environ.get("OPTQ_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder, "optq", "tilings.json")
-
-
-def _kind_of(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, triton {version('triton')}"

@@ -78,9 +78,8 @@ class QuantLinear(nn.Module):
         layer.weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
         return layer
 
-    @property
     def packed(self) -> PackedWeight:
-        """The tensors as on disk."""
+        """The tensors as on disk. Where a kernel has laid the codes out in its own order, they are packed anew."""
         return self._packed_with(self._words())
 
     def _packed_with(self, qweight: Tensor) -> PackedWeight:
@@ -249,7 +248,7 @@ class QuantLinear(nn.Module):
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The same layer with its weight dequantized."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.packed.columns(0, self.out_features).T.to(dtype).contiguous())
+        linear.weight = nn.Parameter(self.packed().columns(0, self.out_features).T.to(dtype).contiguous())
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.to(dtype))
         return linear.train(self.training)

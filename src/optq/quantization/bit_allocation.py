@@ -23,7 +23,7 @@ from optq.device.placement import execution_device, placed, tensors_outside, wor
 from optq.distributed import ALONE, Ranks
 from optq.errors import ConfigError
 from optq.evaluation import Comparer
-from optq.events import RunLog
+from optq.events import Allocated, RunLog
 from optq.gptq import solve
 from optq.model import LinearView, Stage, hidden_states, independent_groups, observe_stages, relative_error
 from optq.scheme import LayerScheme, QuantizedWeight
@@ -99,17 +99,18 @@ def allocate(
     logger.info("Allocated %.3f bits per weight of %.3f allowed.", spent / weights, budget / weights)
     if log is not None:
         log.emit(
-            "allocated",
-            bits_per_weight=round(spent / weights, 4),
-            expected_loss=sum(option.loss for option in chosen),
-            units=[
-                {
-                    "linears": unit.names,
-                    "chosen": _label(option.scheme),
-                    "losses": {_label(other.scheme): other.loss for other in unit.options},
-                }
-                for unit, option in zip(units, chosen, strict=True)
-            ],
+            Allocated(
+                bits_per_weight=round(spent / weights, 4),
+                expected_loss=sum(option.loss for option in chosen),
+                units=[
+                    {
+                        "linears": unit.names,
+                        "chosen": _label(option.scheme),
+                        "losses": {_label(other.scheme): other.loss for other in unit.options},
+                    }
+                    for unit, option in zip(units, chosen, strict=True)
+                ],
+            )
         )
     targets = {
         block: tuple(replace(target, scheme=scheme_of.get(target.view.name, target.scheme)) for target in targets)

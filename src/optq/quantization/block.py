@@ -19,7 +19,16 @@ from optq.checkpoint import PackedWeight, unpack
 from optq.device.memory import all_finite, free_bytes, peak_gib, release_free_memory
 from optq.distributed import ALONE, Ranks
 from optq.errors import CalibrationError, ModelError, counted
-from optq.events import RunLog, rounded
+from optq.events import (
+    BlockQuantized,
+    BlockReconstructed,
+    LinearQuantized,
+    OutOfMemory,
+    RunLog,
+    StarvedExperts,
+    Unreached,
+    rounded,
+)
 from optq.gptq import Hessian, InputDrift, Solution, solve, stacked
 from optq.model import LinearView, Stage, feed_stages, fitting_mask, hidden_states, independent_groups, observe_stages
 from optq.scheme import LayerScheme, QuantizedWeight
@@ -120,7 +129,7 @@ class BlockWork:
                     f"{self.device} any more. Choose a smaller model_seqlen, or a device with more memory."
                 )
             logger.warning("%s: out of memory on %s; from now on %s.", self.name, self.device, remedy)
-            self.log.emit("out_of_memory", block=self.name, remedy=remedy)
+            self.log.emit(OutOfMemory(block=self.name, remedy=remedy))
 
     def _make_room(self) -> str | None:
         """Free some memory, in a way that changes no result; how, or None."""
@@ -206,7 +215,7 @@ class BlockWork:
         reached = {view.name for stage in stages for view in stage.views}
         for name in scheme_of.keys() - reached:
             logger.warning("%s stays in full precision: the calibration data never reaches it.", name)
-            self.log.emit("unreached", block=self.name, linear=name)
+            self.log.emit(Unreached(block=self.name, linear=name))
         solved: list[Solved] = []
         outputs: dict[int, Any] = {}
         groups = independent_groups(stages)
@@ -344,7 +353,7 @@ class BlockWork:
                 " and ".join(name.rpartition(".")[2] for name in family),
                 tokens.count(0),
             )
-            self.log.emit("starved_experts", block=self.name, family=family, tokens=tokens)
+            self.log.emit(StarvedExperts(block=self.name, family=list(family), tokens=tokens))
 
     def _watch(
         self,
@@ -448,25 +457,26 @@ class BlockWork:
         solved = []
         for view, quantized, loss, rtn_loss, energy in parts:
             total = float(energy.sum())
-            loss, nearest_loss = (float(part.sum()) / total if total > 0 else 0.0 for part in (loss, rtn_loss))
+            loss, rtn_relative_loss = (float(part.sum()) / total if total > 0 else 0.0 for part in (loss, rtn_loss))
             solved.append(Solved(view=view, quantized=quantized, relative_loss=loss))
             self.log.emit(
-                "linear",
-                block=self.name,
-                linear=view.name,
-                family=view.family,
-                shape=list(view.shape),
-                bits=scheme.bits,
-                group_size=scheme.group_size,
-                stored_bits=scheme.stored_bits(*view.shape),
-                relative_loss=loss,
-                nearest_relative_loss=nearest_loss,
-                damping=solution.damping,
-                damping_asked=scheme.damping,
-                dead_columns=solution.dead_columns,
-                tokens=tokens,
-                seconds=round(seconds_per_row * view.shape[0], 4),
-                peak_gib=rounded(peak_gib(self.device)),
+                LinearQuantized(
+                    block=self.name,
+                    linear=view.name,
+                    family=view.family,
+                    shape=list(view.shape),
+                    bits=scheme.bits,
+                    group_size=scheme.group_size,
+                    stored_bits=scheme.stored_bits(*view.shape),
+                    relative_loss=loss,
+                    rtn_relative_loss=rtn_relative_loss,
+                    damping=solution.damping,
+                    damping_asked=scheme.damping,
+                    dead_columns=solution.dead_columns,
+                    tokens=tokens,
+                    seconds=round(seconds_per_row * view.shape[0], 4),
+                    peak_gib=rounded(peak_gib(self.device)),
+                )
             )
         return solved
 
@@ -503,12 +513,13 @@ class BlockWork:
             pieces=self._pieces,
         )
         self.log.emit(
-            "polished",
-            block=self.name,
-            held_out_loss_before=reconstructed.loss_before,
-            held_out_loss=reconstructed.loss,
-            passes=reconstructed.passes,
-            seconds=round(time.monotonic() - started, 2),
+            BlockReconstructed(
+                block=self.name,
+                held_out_loss_before=reconstructed.loss_before,
+                held_out_loss=reconstructed.loss,
+                passes=reconstructed.passes,
+                seconds=round(time.monotonic() - started, 2),
+            )
         )
         return [
             replace(done, quantized=quantized) for done, quantized in zip(solved, reconstructed.quantized, strict=True)
@@ -536,21 +547,22 @@ class BlockWork:
         scheme_of = {target.view: target.scheme for target in self.targets}
         shapes = {done.view: done.view.shape for done in solved}
         stored_bits = sum(scheme_of[view].stored_bits(*shape) for view, shape in shapes.items())
-        facts = {
-            "relative_loss": sum(done.relative_loss for done in solved) / len(solved),
-            "bits_per_weight": round(stored_bits / sum(map(math.prod, shapes.values())), 4),
-            "seconds": round(seconds, 2),
-            "observing_seconds": round(self._observing_seconds, 2),
-            "peak_gib": rounded(peak_gib(self.device)),
-        }
-        self.log.emit("block", block=self.name, **facts)
+        done = BlockQuantized(
+            block=self.name,
+            relative_loss=sum(done.relative_loss for done in solved) / len(solved),
+            bits_per_weight=round(stored_bits / sum(map(math.prod, shapes.values())), 4),
+            seconds=round(seconds, 2),
+            observing_seconds=round(self._observing_seconds, 2),
+            peak_gib=rounded(peak_gib(self.device)),
+        )
+        self.log.emit(done)
         logger.info(
             "%s: relative loss %.2e, %.2f bits per weight, %.1f s, peak %.2f GiB; %s left, about %s",
             self.name,
-            facts["relative_loss"],
-            facts["bits_per_weight"],
-            facts["seconds"],
-            facts["peak_gib"] or math.nan,
+            done.relative_loss,
+            done.bits_per_weight,
+            done.seconds,
+            done.peak_gib or math.nan,
             counted(self.log.blocks_left, "block"),
             timedelta(seconds=round(self.log.seconds_left)),
         )

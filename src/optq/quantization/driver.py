@@ -29,7 +29,7 @@ from optq.device.placement import execution_device, placed, tensors_outside, wor
 from optq.distributed import ALONE, Ranks
 from optq.errors import CalibrationError, CheckpointError, ModelError, counted
 from optq.evaluation import Comparer, Comparison, Overflow
-from optq.events import Load, RunLog, rounded
+from optq.events import BlockRestored, Load, Quality, RunFinished, RunLog, Started, rounded
 from optq.layers import QuantLinear
 from optq.model import LinearView
 
@@ -91,16 +91,17 @@ def quantize_model(
     names, blocks = list(plan.blocks), list(plan.blocks.values())
     named = str(getattr(model, "name_or_path", ""))
     log.emit(
-        "started",
-        utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model=named or type(model).__name__,
-        from_folder=Path(named).is_dir(),
-        blocks=len(blocks) - (plan.head is not None),
-        linears=sum(map(len, plan.targets.values())),
-        skipped=plan.skipped,
-        calibration=calibration.info,
-        weaknesses=list(calibration.weak_for(plan.widest)),
-        device=str(device),
+        Started(
+            utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            model=named or type(model).__name__,
+            from_folder=Path(named).is_dir(),
+            blocks=len(blocks) - (plan.head is not None),
+            linears=sum(map(len, plan.targets.values())),
+            skipped=plan.skipped,
+            calibration=calibration.info,
+            weaknesses=list(calibration.weak_for(plan.widest)),
+            device=str(device),
+        )
     )
     started = time.monotonic()
     calibration = _share_of(calibration, ranks)
@@ -149,7 +150,7 @@ def quantize_model(
             for view, weight in packed.items():
                 _replace(model, view, QuantLinear(weight, view.bias, backend).to(view.weight.device))
             if recorded is not None:
-                log.emit("restored", block=name, seconds=round(time.monotonic() - block_started, 2))
+                log.emit(BlockRestored(block=name, seconds=round(time.monotonic() - block_started, 2)))
             elif sink is not None and ranks.is_first:
                 sink.write(name)
             if sink is not None and source is not None:
@@ -158,8 +159,8 @@ def quantize_model(
             del work, solved, outputs, ahead, packed, recorded
             bound_free_memory()
     if comparison is not None:
-        log.emit("quality", held_out=calibration.truly_held_out, **comparison.facts())
-    log.emit("finished", seconds=round(time.monotonic() - started, 3), peak_gib=rounded(peak_gib(device)))
+        log.emit(Quality(held_out=calibration.truly_held_out, **comparison.facts()))
+    log.emit(RunFinished(seconds=round(time.monotonic() - started, 3), peak_gib=rounded(peak_gib(device))))
     return comparison
 
 

@@ -24,8 +24,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from optq.errors import counted
+from optq.events import BlockQuantized, BlockReconstructed, LinearQuantized
 
-from .run import Linear, Run, bits_per_weight, percent
+from .run import Run, bits_per_weight, percent
 
 BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#BBBBBB"
 ABSENT = "#EEEEEE"  # of a heat map: nothing was quantized there
@@ -85,9 +86,11 @@ def _label_blocks(axes: Axes, blocks: Sequence[str], *, vertical: bool = False) 
         (axes.axhline if vertical else axes.axvline)(position - 0.5, color="white", linewidth=2)
 
 
-def _table(linears: Iterable[Linear], value: Callable[[list[Linear]], float]) -> dict[tuple[str, str], float]:
+def _table(
+    linears: Iterable[LinearQuantized], value: Callable[[list[LinearQuantized]], float]
+) -> dict[tuple[str, str], float]:
     """By kind and block: `value` of the linears there, of which experts have many."""
-    cells: dict[tuple[str, str], list[Linear]] = {}
+    cells: dict[tuple[str, str], list[LinearQuantized]] = {}
     for linear in linears:
         cells.setdefault((linear.kind, linear.block), []).append(linear)
     return {cell: value(members) for cell, members in cells.items()}
@@ -160,7 +163,7 @@ def draw_loss(run: Run, file: Path) -> Picture:
     with _drawing(file, 2.9 + 0.24 * len(kinds)) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=(1.5, 0.24 * len(kinds)))
         for attribute, name, style in (
-            ("nearest_relative_loss", "rounded to nearest", {"color": GREY, "linestyle": "--"}),
+            ("rtn_relative_loss", "rounded to nearest", {"color": GREY, "linestyle": "--"}),
             ("relative_loss", "this run", {"color": BLUE, "marker": "o", "markersize": 3}),
         ):
             means = [
@@ -333,23 +336,23 @@ def draw_experts(run: Run, file: Path) -> Picture:
 
 def draw_time_and_memory(run: Run, file: Path) -> Picture:
     """Where the seconds of every block went, and the peak of memory so far."""
-    done = {event["block"]: event for event in run.events_of("block")}
-    reconstructed = {event["block"]: event["seconds"] for event in run.events_of("polished")}
+    done = {event.block: event for event in run.events_of(BlockQuantized)}
+    reconstructed = {event.block: event.seconds for event in run.events_of(BlockReconstructed)}
     blocks = list(done)
     solving = dict.fromkeys(blocks, 0.0)
     for linear in run.linears:
         if linear.block in solving:
             solving[linear.block] += linear.seconds
     parts = {
-        "running the data, summing Hessians": (BLUE, [done[block]["observing_seconds"] for block in blocks]),
+        "running the data, summing Hessians": (BLUE, [done[block].observing_seconds for block in blocks]),
         "solving": (ORANGE, list(solving.values())),
-        "polishing": (GREEN, [reconstructed.get(block, 0.0) for block in blocks]),
+        "block reconstruction": (GREEN, [reconstructed.get(block, 0.0) for block in blocks]),
     }
     parts = {name: part for name, part in parts.items() if any(part[1])}
     known = [sum(seconds) for seconds in zip(*(seconds for _, seconds in parts.values()), strict=True)]
-    rest = [max(done[block]["seconds"] - seconds, 0.0) for block, seconds in zip(blocks, known, strict=True)]
+    rest = [max(done[block].seconds - seconds, 0.0) for block, seconds in zip(blocks, known, strict=True)]
     parts["reading, running to the next block, packing, writing"] = (GREY, rest)
-    peaks = [done[block]["peak_gib"] for block in blocks]
+    peaks = [done[block].peak_gib for block in blocks]
     measured = any(peak is not None for peak in peaks)
     with _drawing(file, 4.2 if measured else 2.8) as figure:
         above, *below = np.atleast_1d(figure.subplots(1 + measured, sharex=True, height_ratios=(2, 1)[: 1 + measured]))
@@ -367,13 +370,13 @@ def draw_time_and_memory(run: Run, file: Path) -> Picture:
             axes.set_ylim(0, 1.15 * max(peak for peak in peaks if peak is not None))
             axes.set_ylabel("peak GiB so far")
         _label_blocks(figure.axes[-1], blocks)
-    slowest = max(done.values(), key=lambda event: event["seconds"])
-    share = sum(solving.values()) / sum(event["seconds"] for event in done.values())
+    slowest = max(done.values(), key=lambda event: event.seconds)
+    share = sum(solving.values()) / sum(event.seconds for event in done.values())
     return Picture(
         file=file,
         title="Time and memory by block",
-        alt=f"Stacked bars of the seconds of {counted(len(blocks), 'block')}; the slowest is {slowest['block']} with "
-        f"{slowest['seconds']:.1f} s; solving takes {share:.0%} in all."
+        alt=f"Stacked bars of the seconds of {counted(len(blocks), 'block')}; the slowest is {slowest.block} with "
+        f"{slowest.seconds:.1f} s; solving takes {share:.0%} in all."
         + (f" Below, the peak of memory, {max(filter(None, peaks)):.2f} GiB at the end." if measured else ""),
         caption="Peak memory is that of the whole process so far (on an accelerator: what torch allocated there). It "
         "cannot fall, and should hardly rise from block to block.",

@@ -10,8 +10,9 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from optq.errors import OutputError, ReportError, counted
+from optq.events import BlockQuantized, Failed, Gate, LinearQuantized, Quality, RunFinished
 
-from .run import Linear, Run, bits_per_weight, notes_on, percent, read_run
+from .run import Run, bits_per_weight, notes_on, percent, read_run
 
 if TYPE_CHECKING:
     from .figures import Picture
@@ -95,7 +96,7 @@ def _draw(run: Run, output: Path, number: int) -> list["Picture"]:
         "experts": (any(linear.expert is not None for linear in linears), figures.draw_experts),
         "damping": (any(linear.is_damped for linear in linears), figures.draw_damping),
         "dead-columns": (any(linear.dead_columns for linear in linears), figures.draw_dead_columns),
-        "time": (bool(run.events_of("block")), figures.draw_time_and_memory),
+        "time": (bool(run.events_of(BlockQuantized)), figures.draw_time_and_memory),
     }
     return [draw(run, output / f"run{number}-{name}.png") for name, (is_wanted, draw) in wanted.items() if is_wanted]
 
@@ -103,11 +104,11 @@ def _draw(run: Run, output: Path, number: int) -> list["Picture"]:
 def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
     """What the template shows of a run."""
     started = run.started
-    calibration = started["calibration"]
+    calibration = started.calibration
     return {
         "name": run.name,
-        "subtitle": f"{started['utc'].replace('T', ' ').replace('+00:00', ' UTC')} · "
-        f"{started['device']} · calibrated on {counted(calibration['samples'], 'sample')}, "
+        "subtitle": f"{started.utc.replace('T', ' ').replace('+00:00', ' UTC')} · "
+        f"{started.device} · calibrated on {counted(calibration['samples'], 'sample')}, "
         f"{counted(calibration['tokens'], 'token')} ({calibration['source']})",
         "verdict": _verdict(run),
         "hurting": _hurting(run),
@@ -119,7 +120,7 @@ def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
             [
                 linear.linear,
                 percent(linear.relative_loss),
-                percent(linear.nearest_relative_loss),
+                percent(linear.rtn_relative_loss),
                 linear.bits,
                 linear.group_size,
                 f"{linear.damping:g}",
@@ -139,24 +140,24 @@ def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
 
 def _verdict(run: Run) -> dict[str, str]:
     """How the run ended, and whether its result is good, in plain words."""
-    quality, gate, failed = run.last("quality"), run.last("gate"), run.last("failed")
+    quality, gate, failed = run.last(Quality), run.last(Gate), run.last(Failed)
     if quality is not None and gate is not None:
-        where = "held-out rows" if quality["held_out"] else "calibration rows (too few to hold some out)"
-        ratio = quality["perplexity_ratio"]
+        where = "held-out rows" if quality.held_out else "calibration rows (too few to hold some out)"
+        ratio = quality.perplexity_ratio
         found = (
             "its outputs are not all finite"
-            if not quality["finite"]
+            if not quality.finite
             else ("" if ratio is None else f"perplexity is {ratio:.3f} times the original's, and ")
-            + f"both models think the same token most likely {quality['agreement']:.0%} of the time"
+            + f"both models think the same token most likely {quality.agreement:.0%} of the time"
         )
-        limit = f" The limit is a perplexity ratio of {gate['max_perplexity_ratio']:g}." if ratio is not None else ""
-        opening = "Good enough to use" if gate["green"] else "Not good enough to use"
-        text = f"{opening}: on {counted(quality['tokens'], 'token')} of {where}, {found}.{limit}"
-        return {"tone": "good" if gate["green"] else "bad", "text": text}
-    done = f"{len(run.finished_blocks)} of {counted(run.started['blocks'], 'block')}"
+        limit = f" The limit is a perplexity ratio of {gate.max_perplexity_ratio:g}." if ratio is not None else ""
+        opening = "Good enough to use" if gate.green else "Not good enough to use"
+        text = f"{opening}: on {counted(quality.tokens, 'token')} of {where}, {found}.{limit}"
+        return {"tone": "good" if gate.green else "bad", "text": text}
+    done = f"{len(run.finished_blocks)} of {counted(run.started.blocks, 'block')}"
     if failed is not None:
-        return {"tone": "bad", "text": f"Failed after {done}: {failed['error']}"}
-    if run.last("finished") is None:
+        return {"tone": "bad", "text": f"Failed after {done}: {failed.error}"}
+    if run.last(RunFinished) is None:
         text = f"Not finished: the log ends after {done}. The run goes on, or was killed; the same call continues it."
         return {"tone": "open", "text": text}
     text = "Finished, but not judged: the quality gate was off, or the model returns no logits."
@@ -176,14 +177,14 @@ def _hurting(run: Run) -> str:
 
 
 def _tiles(run: Run) -> list[tuple[str, str]]:
-    quality = run.last("quality") or {}
+    quality = run.last(Quality)
     return _known(
         [
             ("bits per weight", run.bits_per_weight, "{:.2f}"),
             ("size of the files", run.size_gib, "{:.3g} GiB"),
-            ("perplexity ratio", quality.get("perplexity_ratio"), "{:.3f}"),
-            ("KL, nats", quality.get("divergence"), "{:.4f}"),
-            ("same top token", quality.get("agreement"), "{:.1%}"),
+            ("perplexity ratio", quality.perplexity_ratio if quality else None, "{:.3f}"),
+            ("KL, nats", quality.divergence if quality else None, "{:.4f}"),
+            ("same top token", quality.agreement if quality else None, "{:.1%}"),
             ("time", run.seconds / 60, "{:.1f} min"),
             ("peak memory", run.peak_gib, "{:.2f} GiB"),
         ]
@@ -195,13 +196,13 @@ def _known(facts: list[tuple[str, float | None, str]]) -> list[tuple[str, str]]:
 
 
 def _block_rows(run: Run) -> list[list[Any]]:
-    of_block: dict[str, list[Linear]] = {}
+    of_block: dict[str, list[LinearQuantized]] = {}
     for linear in run.linears:
         of_block.setdefault(linear.block, []).append(linear)
-    done = {event["block"]: event for event in run.events_of("block")}
+    done = {event.block: event for event in run.events_of(BlockQuantized)}
     rows = []
     for block, linears in of_block.items():
-        event = done.get(block, {})
+        event = done.get(block)
         worst = max(linears, key=lambda linear: linear.relative_loss)
         rows.append(
             [
@@ -210,15 +211,15 @@ def _block_rows(run: Run) -> list[list[Any]]:
                 percent(fmean(linear.relative_loss for linear in linears)),
                 f"{worst.kind} {percent(worst.relative_loss)}",
                 f"{bits_per_weight(linears):.2f}",
-                _or_dash(event.get("seconds"), "{:.1f}"),
-                _or_dash(event.get("peak_gib"), "{:.2f}"),
+                _or_dash(event.seconds if event else None, "{:.1f}"),
+                _or_dash(event.peak_gib if event else None, "{:.2f}"),
             ]
         )
     return rows
 
 
 def _expert_rows(run: Run) -> list[list[Any]]:
-    of_layer: dict[str, dict[int, Linear]] = {}
+    of_layer: dict[str, dict[int, LinearQuantized]] = {}
     for linear in run.linears:
         if linear.experts is not None and linear.expert is not None:
             seen = of_layer.setdefault(linear.experts, {})
@@ -236,17 +237,17 @@ def _comparison(runs: list[Run], picture: "Picture | None") -> dict[str, Any]:
     """The table of all runs, and whether they are comparable."""
     rows = []
     for number, run in enumerate(runs, 1):
-        quality, gate = run.last("quality") or {}, run.last("gate")
+        quality, gate = run.last(Quality), run.last(Gate)
         rows.append(
             [
                 f"{number}. {run.name}",
                 run.model,
                 _or_dash(run.bits_per_weight, "{:.2f}"),
                 _or_dash(run.size_gib, "{:.3g}"),
-                _or_dash(quality.get("divergence"), "{:.4f}"),
-                _or_dash(quality.get("agreement"), "{:.1%}"),
-                _or_dash(quality.get("perplexity_ratio"), "{:.3f}"),
-                "–" if gate is None else "good" if gate["green"] else "not good",
+                _or_dash(quality.divergence if quality else None, "{:.4f}"),
+                _or_dash(quality.agreement if quality else None, "{:.1%}"),
+                _or_dash(quality.perplexity_ratio if quality else None, "{:.3f}"),
+                "–" if gate is None else "good" if gate.green else "not good",
                 f"{run.seconds / 60:.1f}",
             ]
         )
@@ -261,7 +262,7 @@ def _comparison(runs: list[Run], picture: "Picture | None") -> dict[str, Any]:
         "gate",
         "min",
     ]
-    judged = {(run.model, run.started["calibration"]["sha256"], run.started["calibration"]["seed"]) for run in runs}
+    judged = {(run.model, run.started.calibration["sha256"], run.started.calibration["seed"]) for run in runs}
     caution = "The runs differ in model or calibration data, so their figures are not measured on the same tokens."
     return {"picture": picture, "columns": columns, "rows": rows, "caution": caution if len(judged) > 1 else ""}
 

@@ -12,7 +12,6 @@ went on, so the blocks that follow get the same inputs and the checkpoint the sa
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from optq.checkpoint import PackedWeight, find_quantized_linears, read_headers
 from optq.compat import transformers as compat
 from optq.config.gptq import GPTQConfig
 from optq.errors import CheckpointError, OutputError, RankError, counted
+from optq.events import Started, read_events
+from optq.files.output import write_index, write_whole
 from optq.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -134,16 +135,11 @@ class Journal:
         finals = {
             shard.name: f"model-{number:05}-of-{len(shards):05}.safetensors" for number, shard in enumerate(shards, 1)
         }
-        weight_map: dict[str, str] = {}
+        tensors = {}
         for shard in shards:
             with safe_open(shard, framework="pt") as opened:
-                weight_map |= dict.fromkeys(opened.keys(), finals[shard.name])
-        size = sum(shard.stat().st_size for shard in shards)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_whole(
-            self._folder / "model.safetensors.index.json",
-            lambda target: target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8"),
-        )
+                tensors[finals[shard.name]] = list(opened.keys())
+        write_index(self._folder, tensors, sum(shard.stat().st_size for shard in shards))
         return finals
 
 
@@ -228,12 +224,10 @@ def differences_to_finished(log: Path, asked: dict[str, Any]) -> list[str] | Non
     Args:
         asked: a part of what `described` returns.
     """
-    found = None
-    for line in log.read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        found = event.get("run", found) if event["event"] == "started" else found
-    if found is None:
+    runs = [event.run for event in read_events(log) if isinstance(event, Started) and event.run is not None]
+    if not runs:
         return None
+    found = runs[-1]
     asked = json.loads(json.dumps(asked, default=str))
     return _differences({key: value for key, value in found.items() if key in asked}, asked)
 
@@ -299,25 +293,3 @@ def _differences(
         elif before != now:
             differences.append(told.format(f"{prefix}{key}", before, now))
     return differences
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """All of a file, on the disk, or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} could not be written: {error}. What was finished before is whole; once there is space, the same "
-            "command goes on from there."
-        ) from error

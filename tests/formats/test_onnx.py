@@ -8,7 +8,7 @@ import torch
 
 from optq.checkpoint import PackedWeight, pack, pack_codes
 from optq.errors import CheckpointError
-from optq.formats.matmul_nbits import to_blocks
+from optq.formats.onnx import to_blocks
 from optq.gptq import round_to_nearest
 from optq.scheme import LayerScheme
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that optq changes in other libraries, in one place. `optq.unregister()` takes it back.
+
+Each function below is called when the module that it is about has been loaded, which may be while transformers is
+still importing itself; so what needs more of it is imported when it is first used.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from optq.compat.call import NAME, called_with
+from optq.patching import assign, put, wrap
+
+
+def read_old_folders() -> None:
+    """`PreTrainedConfig.get_config_dict` reads what is beside config.json, too (optq.files.legacy)."""
+    from transformers.configuration_utils import PreTrainedConfig
+
+    def make(read: Callable[..., Any]) -> Callable[..., Any]:
+        def get_config_dict(cls: type[Any], /, source: Any, **kwargs: Any) -> Any:
+            from optq.files.legacy import complete_config
+
+            config, unused = read(cls, source, **kwargs)
+            complete_config(config, str(source), kwargs)
+            return config, unused
+
+        return get_config_dict
+
+    wrap(PreTrainedConfig, "get_config_dict", classmethod, make)
+
+
+def remember_calls() -> None:
+    """`PreTrainedModel.from_pretrained` remembers its arguments while it runs (optq.compat.call)."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    def make(load: Callable[..., Any]) -> Callable[..., Any]:
+        def from_pretrained(cls: type[Any], /, *args: Any, **kwargs: Any) -> Any:
+            with called_with({**kwargs, NAME: args[0] if args else kwargs.get(NAME)}):
+                return load(cls, *args, **kwargs)
+
+        return from_pretrained
+
+    wrap(PreTrainedModel, "from_pretrained", classmethod, make)
+
+
+def quantize_with_optq() -> None:
+    """transformers' tables name our config and quantizer for quant_method "gptq".
+
+    `register_quantizer("gptq")` refuses names that are taken, so the tables are assigned; they are read at call time,
+    which covers transformers' own `GPTQConfig` and checkpoints from the Hub as well. A model that says itself how it
+    is quantized never reaches them when it is to be quantized with GPTQ, so we also stand where both are compared.
+    """
+    from transformers import GPTQConfig as StockConfig
+    from transformers.quantizers import auto
+
+    from optq.config.gptq import GPTQConfig
+
+    put(auto.AUTO_QUANTIZER_MAPPING, "gptq", make_quantizer, "AUTO_QUANTIZER_MAPPING")
+    put(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "gptq", GPTQConfig, "AUTO_QUANTIZATION_CONFIG_MAPPING")
+
+    def make_merge(merge: Callable[..., Any]) -> Callable[..., Any]:
+        def merge_quantization_configs(cls: type[Any], stated: Any, asked: Any) -> Any:
+            found = merged(stated, asked) if isinstance(asked, StockConfig) else None
+            return merge(cls, stated, asked) if found is None else found
+
+        return merge_quantization_configs
+
+    def make_supports(supports: Callable[..., Any]) -> Callable[..., Any]:
+        def supports_quant_method(stated: Any) -> Any:
+            from .bases import check_says_something
+
+            check_says_something(stated)  # here transformers fails at it, whatever is asked for
+            return supports(stated)
+
+        return supports_quant_method
+
+    wrap(auto.AutoHfQuantizer, "merge_quantization_configs", classmethod, make_merge)
+    wrap(auto.AutoHfQuantizer, "supports_quant_method", staticmethod, make_supports)
+
+
+def adapt_packed_layers() -> None:
+    """PEFT's table of methods, and its mixed model, get subclasses that know packed layers."""
+    from peft import mixed_model
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    from optq.integrations.peft import MixedModel, packed_tuners
+
+    for method, tuner in packed_tuners().items():
+        put(PEFT_TYPE_TO_TUNER_MAPPING, method, tuner, "PEFT_TYPE_TO_TUNER_MAPPING")
+    assign(mixed_model, "MixedModel", MixedModel)
+
+
+def make_quantizer(quantization_config: Any, **kwargs: Any) -> Any:
+    """An `OptqHfQuantizer`. transformers' table wants what makes one, and the class needs parts that load later."""
+    from .quantizer import OptqHfQuantizer
+
+    return OptqHfQuantizer(quantization_config, **kwargs)
+
+
+def merged(stated: Any, asked: Any) -> Any:
+    """The config for a model that is quantized already, and is to be quantized with GPTQ.
+
+    None if it is a GPTQ checkpoint, and all that is asked is how to load it.
+
+    Raises:
+        ModelError: it cannot be quantized again.
+    """
+    from optq.compat.call import name_told
+    from optq.config.gptq import GPTQConfig
+    from optq.errors import ModelError
+
+    from .bases import method_of, why_no_base
+
+    if method_of(stated) == "gptq" and getattr(asked, "dataset", None) is None:
+        return None
+    if reason := why_no_base(stated, name_told()):
+        as_it_is = " To load it as it is, leave out dataset=." if method_of(stated) == "gptq" else ""
+        raise ModelError(reason + as_it_is)
+    config = copy.copy(GPTQConfig.from_stock(asked))
+    config.base = stated if isinstance(stated, dict) else stated.to_dict()
+    return config
+
+
+HOSTS: dict[str, tuple[str, Callable[[], None]]] = {
+    "transformers.configuration_utils": ("PreTrainedConfig", read_old_folders),
+    "transformers.quantizers.auto": ("get_hf_quantizer", quantize_with_optq),
+    "transformers.modeling_utils": ("PreTrainedModel", remember_calls),
+    "peft.helpers": ("rescale_adapter_scale", adapt_packed_layers),  # by then, all of its methods are there
+}
+"""A module of another library -> a name that it has once it is loaded, and what we change then."""

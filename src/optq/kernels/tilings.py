@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the Triton product is cut into programs: the tilings that are there from the start, and those that were tuned.
+
+What `tune` found is kept in a file for later processes: below OPTQ_CACHE, by default `optq` in the user's cache.
+"""
+
+import json
+import logging
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .prepared import Prepared
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 1024  # of activations; with more, the weight is dequantized into memory and multiplied by torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How `product` cuts its work, for up to `most_rows` rows of activations.
+
+    Args:
+        rows, outputs: of the result per program.
+        warps, stages: Triton's own: of 32 threads, and loads in flight.
+        scale_sums: scale sums instead of weights where groups are at least this wide; 0: never.
+        programs_per_processor: at most, by splitting the sum; so many find room in shared memory.
+        registers: at most, for each thread on NVIDIA's GPUs. 0: as many as its assembler likes; that may be too few,
+            and then it spills some.
+        split_fully: always into so many, and not only where an estimate says that it pays.
+    """
+
+    most_rows: int
+    rows: int
+    outputs: int
+    warps: int
+    stages: int
+    scale_sums: int
+    programs_per_processor: int
+    registers: int = 0
+    split_fully: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What decides which tilings are fast, on one GPU."""
+
+    bits: int
+    group_width: int
+    columns: int
+    outputs: int
+    dtype: torch.dtype
+
+    @property
+    def words(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.bits} bits, groups of {self.group_width}, {self.columns} x {self.outputs}, {dtype}"
+
+    @classmethod
+    def of(cls, words: str) -> "Problem":
+        """The inverse of `words`. Raises ValueError if they are none."""
+        found = re.fullmatch(r"(\d+) bits, groups of (\d+), (\d+) x (\d+), (float16|bfloat16)", words)
+        if found is None:
+            raise ValueError(f"{words!r} does not name a problem")
+        bits, group_width, columns, outputs = map(int, found.groups()[:4])
+        dtype = getattr(torch, found[5])
+        return cls(bits=bits, group_width=group_width, columns=columns, outputs=outputs, dtype=dtype)
+
+
+def problem_of(prepared: Prepared, dtype: torch.dtype) -> Problem:
+    return Problem(
+        bits=prepared.bits,
+        group_width=prepared.group_width,
+        columns=prepared.in_features,
+        outputs=prepared.out_features,
+        dtype=dtype,
+    )
+
+
+TILINGS = (
+    # Not tuned on any GPU yet: chosen by the instructions of the loop (with few rows they must not take longer than
+    # the weights' way from memory; docs/kernels.md), registers and shared memory (at most 96 KiB, what small GPUs
+    # have), all as compiled ahead of time for sm_80 and sm_90.
+    Tiling(
+        most_rows=8, rows=8, outputs=32, warps=1, stages=5, scale_sums=32, programs_per_processor=12, registers=255
+    ),
+    Tiling(
+        most_rows=16, rows=16, outputs=64, warps=2, stages=5, scale_sums=64, programs_per_processor=4, registers=255
+    ),
+    Tiling(
+        most_rows=32, rows=32, outputs=128, warps=4, stages=4, scale_sums=0, programs_per_processor=3, registers=255
+    ),
+    Tiling(
+        most_rows=64, rows=64, outputs=64, warps=4, stages=4, scale_sums=0, programs_per_processor=2, registers=255
+    ),
+    Tiling(
+        most_rows=MOST_ROWS,
+        rows=128,
+        outputs=128,
+        warps=8,
+        stages=2,
+        scale_sums=0,
+        programs_per_processor=2,
+        registers=255,
+    ),
+)
+
+
+@cache
+def tuned(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
+    """What was remembered for a device, read once; `tuned.cache_clear()` after something was remembered."""
+    return remembered(device) if device.type == "cuda" else {}
+
+
+def remembered(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
+    """The tilings that were found for such a GPU with this Triton."""
+    found: dict[Problem, tuple[Tiling, ...]] = {}
+    for words, tilings in _read().get(_kind_of(device), {}).items():
+        try:
+            found[Problem.of(words)] = tuple(Tiling(**tiling) for tiling in tilings)
+        except (TypeError, ValueError) as error:
+            logger.warning("%s: %r is not understood and left out (%s).", _file(), words, error)
+    return found
+
+
+def remember(device: torch.device, problem: Problem, tilings: tuple[Tiling, ...]) -> None:
+    content = _read()
+    content.setdefault(_kind_of(device), {})[problem.words] = [asdict(tiling) for tiling in tilings]
+    file = _file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as temporary:
+        json.dump(content, temporary, indent=1)
+    os.replace(temporary.name, file)  # all of it or nothing, whoever else writes
+
+
+def _read() -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(_file().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read, so no tuned tilings are used (%s). Delete it.", _file(), error)
+        return {}
+    return content
+
+
+def _file() -> Path:
+    folder = os.environ.get("OPTQ_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder, "optq", "tilings.json")
+
+
+def _kind_of(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, triton {version('triton')}"
