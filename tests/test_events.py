@@ -20,7 +20,6 @@ from optq.events import (
     read_events,
     to_dict,
 )
-from optq.quantization.driver import COMPARISON
 
 
 def linear_done(block, seconds):
@@ -93,25 +92,41 @@ def test_nothing_is_estimated_before_the_first_block():
         _ = log_of(ALIKE, [], restored=20).seconds_left
 
 
-def test_a_run_says_what_its_blocks_have_to_do(tiny_llama, token_rows, monkeypatch):
-    def loads(**settings):
-        expected, expect = [], RunLog.expect
-        monkeypatch.setattr(RunLog, "expect", lambda log, loads: (expected.append(loads), expect(log, loads)))
-        config = GPTQConfig(bits=4, group_size=32, dataset=token_rows, **settings)
-        AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
-        return expected[0]
+@pytest.fixture
+def loads(tiny_llama, token_rows, monkeypatch):
+    """loads(settings) -> what a run with these settings says that its blocks have to do, in order."""
+    announced, expect = [], RunLog.expect
+    monkeypatch.setattr(RunLog, "expect", lambda log, loads: (announced.append(loads), expect(log, loads)))
 
-    fitted, probed, head = 15 * 48, 2 * 48, VOCABULARY * 64
-    weights, inputs = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96, 64**2 + 96**2
-    norms, compared = 2 * 64, VOCABULARY * COMPARISON
-    solving = (2 * 64 + 2 * 32 + 2 * 96) * 64**2 + 64 * 96**2
-    one, last = loads(effort="fast").values()
-    assert one == Load(solving=solving, running=fitted * (weights + norms + inputs) + probed * (weights + norms))
-    assert last == Load(solving=solving, running=one.running + probed * (head + compared))
-    *blocks, of_head = loads(lm_head=True).values()
-    running = 2 * fitted * (weights + norms + inputs) + probed * (weights + norms)
-    assert blocks == [Load(solving=solving, running=running)] * 2
-    assert of_head == Load(solving=head * 64, running=2 * fitted * 64**2 + probed * (head + compared))
+    def run(rows=token_rows, **settings):
+        config = GPTQConfig(**{"bits": 4, "group_size": 32, "effort": "fast", "dataset": rows, **settings})
+        AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+        return list(announced[-1].values())
+
+    return run
+
+
+def test_the_last_block_runs_longer_than_those_before_as_the_models_are_compared_after_it(loads):
+    first, last = loads()
+    assert last.solving == first.solving
+    assert last.running > first.running
+    assert len(set(loads(quality_gate="off"))) == 1
+
+
+def test_running_takes_as_long_as_there_are_tokens_and_streams_of_them_and_solving_does_not(loads, token_rows):
+    (once, _), (twice, _) = loads(quality_gate="off"), loads(token_rows * 2, quality_gate="off")
+    (both, _) = loads(quality_gate="off", effort="default")
+    assert once.solving == twice.solving == both.solving
+    assert twice.running == pytest.approx(2 * once.running, rel=0.15)
+    assert both.running == pytest.approx(2 * once.running, rel=0.15)
+
+
+def test_a_head_is_solved_row_by_row_like_a_block_and_no_block_runs_for_it(loads):
+    first, *_, head = loads(lm_head=True)
+    rows_of_64, rows_of_96 = 2 * 64 + 2 * 32 + 2 * 96, 64
+    of_block = rows_of_64 * 64**2 + rows_of_96 * 96**2  # rounding a column moves all that follow
+    assert head.solving / first.solving == pytest.approx(VOCABULARY * 64**2 / of_block)
+    assert head.running < first.running
 
 
 def test_events_are_in_the_file_as_they_happen(tmp_path):

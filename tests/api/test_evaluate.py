@@ -5,10 +5,18 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Llam
 
 import optq
 from optq import GPTQConfig
+from optq.api import evaluate as evaluating
 from optq.api.evaluate import Evaluation
 from optq.errors import CalibrationError, ConfigError
 
-KWARGS = {"window": 64, "stride": 16, "dtype": torch.float32, "device": "cpu"}
+KWARGS = {"window": 64, "stride": 32, "dtype": torch.float32, "device": "cpu"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_answers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optq.api.evaluate.ANSWER", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +39,26 @@ def table(tiny_llama, quantized, text):
     return optq.compare(models, baseline=tiny_llama, dataset=text, batch_sizes=(1, 2), answers=True, **KWARGS)
 
 
+@pytest.mark.slow
 def test_every_model_is_measured_by_the_same_protocols(table):
     assert len({tuple(row.perplexities) for row in table}) == 1
-    assert list(table[0].perplexities) == ["consecutive windows of 64", "sliding window of 64, stride 16"]
+    assert list(table[0].perplexities) == ["consecutive windows of 64", "sliding window of 64, stride 32"]
     assert len({tuple(p.tokens for p in row.perplexities.values()) for row in table}) == 1
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_models_themselves(table, quantized, text):
     model = AutoModelForCausalLM.from_pretrained(quantized[2], dtype=torch.float32)
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(quantized[2])(text.read_text(), return_tensors="pt").input_ids
     for (_, found), protocol in zip(table[2].perplexities.items(), ("consecutive", "sliding"), strict=True):
-        alone = optq.perplexity(model, ids, 64, protocol=protocol, stride=16)
+        alone = optq.perplexity(model, ids, 64, protocol=protocol, stride=32)
         assert found.perplexity == pytest.approx(alone.perplexity, rel=1e-6)
         assert found.tokens == alone.tokens
 
 
+@pytest.mark.slow
 def test_the_original_is_compared_with_nothing_and_the_others_with_it(table):
     original, eight, two = table
     assert original.comparison is None
@@ -60,6 +71,7 @@ def test_the_original_is_compared_with_nothing_and_the_others_with_it(table):
     assert sum(eight.kernels.values()) == 14
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_files(table):
     original, eight, two = table
     assert original.bits_per_weight == 32
@@ -67,12 +79,14 @@ def test_sizes_are_those_of_the_files(table):
     assert two.size_gib < eight.size_gib < original.size_gib
 
 
+@pytest.mark.slow
 def test_speed_is_measured_for_every_batch_size_and_prompts_are_answered(table):
     assert [[speed.batch for speed in row.speeds] for row in table] == [[1, 2]] * 3
     assert [len(row.answers) for row in table] == [5] * 3
     assert table[0].answers != table[2].answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ratio", "verdict"),
     [(0.99, "as good as the original"), (1.03, "good"), (1.2, "usable"), (1.3, "poor"), (float("nan"), "poor")],
@@ -84,6 +98,7 @@ def test_verdicts_follow_the_perplexity(table, ratio, verdict):
     assert replace(table[1], comparison=comparison).verdict == verdict
 
 
+@pytest.mark.slow
 def test_evaluating_one_is_a_row_of_the_table(table, tiny_llama, quantized, text):
     found = optq.evaluate(quantized[2], baseline=tiny_llama, dataset=text, **KWARGS)
     assert isinstance(found, Evaluation)
@@ -138,13 +153,15 @@ def test_an_original_with_another_vocabulary_is_refused_before_it_is_loaded(tiny
         optq.evaluate(tiny_llama, baseline=tmp_path, dataset=["a text"], **KWARGS)
 
 
+@pytest.mark.slow
 def test_what_a_tokenizer_returns_is_judged_on_as_the_text_is(quantized, text, tiny_llama):
     from transformers import AutoTokenizer
 
-    expected = optq.evaluate(quantized[2], dataset=text, **KWARGS).perplexities
+    settings = {**KWARGS, "protocols": ("consecutive",)}
+    expected = optq.evaluate(quantized[2], dataset=text, **settings).perplexities
     encoded = AutoTokenizer.from_pretrained(tiny_llama)([text.read_text()], return_tensors="pt")
     for dataset in (encoded, encoded["input_ids"], encoded["input_ids"].numpy(), iter([text.read_text()])):
-        assert optq.evaluate(quantized[2], dataset=dataset, **KWARGS).perplexities == expected
+        assert optq.evaluate(quantized[2], dataset=dataset, **settings).perplexities == expected
 
 
 def test_tokens_bound_the_text(quantized, text):
@@ -152,18 +169,35 @@ def test_tokens_bound_the_text(quantized, text):
     assert [p.tokens for p in found.perplexities.values()] == [2 * 63, 127]
 
 
+@pytest.mark.slow
 def test_the_original_can_write_the_text_itself(tiny_llama, quantized):
-    settings = {"dataset": "self", "tokens": 256, **KWARGS}
+    settings = {"dataset": "self", "tokens": 128, **KWARGS}
     found = optq.compare([tiny_llama, quantized[2]], baseline=tiny_llama, **settings)
     again = optq.evaluate(quantized[2], baseline=tiny_llama, **settings)
     assert found[1].comparison == again.comparison  # the same text every time
-    assert found[1].comparison.tokens == 4 * 63
+    assert found[1].comparison.tokens == 2 * 63
     # A model finds its own text likelier than random tokens.
     assert found[0].perplexities["consecutive windows of 64"].perplexity < 0.8 * 128
     with pytest.raises(CalibrationError, match="name it as the baseline"):
         optq.evaluate(quantized[2], **settings)
 
 
+def test_no_more_is_written_than_asked_for(tiny_llama, monkeypatch):
+    written, write = [], evaluating.write_samples
+
+    def noted(*arguments, **settings):
+        written.extend(write(*arguments, **settings))
+        return written
+
+    monkeypatch.setattr(evaluating, "write_samples", noted)
+    settings = {"baseline": tiny_llama, "dataset": "self", "protocols": ("consecutive",), **KWARGS}
+    optq.evaluate(tiny_llama, tokens=80, **settings)
+    assert [len(sample) for sample in written] == [80]
+    with pytest.raises(CalibrationError, match="has 1 token"):
+        optq.evaluate(tiny_llama, tokens=1, **settings)
+
+
+@pytest.mark.slow
 def test_writing_leaves_the_original_as_it_was(tiny_llama, quantized, text):
     """Its generation config is needed for what it answers."""
     settings = {"tokens": 128, "answers": True, **KWARGS}

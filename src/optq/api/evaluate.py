@@ -263,7 +263,8 @@ def _own_text(original: Any, tokens: int | None) -> list[list[int]]:
     if original is None:
         raise CalibrationError(f"dataset={SELF!r} is text that the original writes: name it as the baseline.")
     generation_config, wanted = original.generation_config, OWN_TOKENS if tokens is None else tokens
-    length = min(LONGEST_WRITTEN, positions_of(original) or LONGEST_WRITTEN)
+    # No longer than what is read of it; two tokens are the shortest text, and refused later, with what to do.
+    length = min(LONGEST_WRITTEN, positions_of(original) or LONGEST_WRITTEN, max(wanted, 2))
     count = -(-wanted // length)
     try:
         return write_samples(
