@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -151,12 +151,7 @@ def compare(
         _check_predicts(name, config)
         if origin is not None:
             _check_comparable(name, config, origin, configs[origin])
-    stated = {name: stated_positions(config) for name, config in configs.items()}
-    shortest = min(stated, key=lambda name: stated[name] or window)
-    if (limit := stated[shortest] or window) < window:
-        positions = counted(limit, "position")
-        logger.warning("window=%d: %s has %s, so windows are cut to %d.", window, shortest, positions, limit)
-        window = limit
+    window = _common_window(configs, window)
     encoder = cache(lambda: load_tokenizer(tokenizer, reference, where_in(kwargs)))
     original = None if origin is None else _load(origin, device, kwargs)
     if original is not None:
@@ -217,6 +212,17 @@ def _room(model: Any, prompt: int, new: int) -> int:
             "with the prompt. Ask for fewer."
         )
     return room
+
+
+def _common_window(configs: Mapping[str, Any], window: int) -> int:
+    """`window`, or as much of it as all models have positions for; what differs is said in the log."""
+    stated = {name: stated_positions(config) for name, config in configs.items()}
+    shortest = min(stated, key=lambda name: stated[name] or window)
+    limit = stated[shortest] or window
+    if limit < window:
+        positions = counted(limit, "position")
+        logger.warning("window=%d: %s has %s, so windows are cut to %d.", window, shortest, positions, limit)
+    return min(limit, window)
 
 
 def _check_predicts(name: str, config: Any) -> None:

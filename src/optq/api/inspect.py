@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from optq.checkpoint import find_quantized_linears, read_headers
+from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.config.gptq import GPTQConfig
 from optq.config.metadata import ambiguity, groups_contradict, scope_contradicts, zeros_are_ambiguous, zeros_contradict
 from optq.device.memory import GIB
@@ -89,21 +89,7 @@ def inspect(
             f"{source} has packed GPTQ tensors, but its config.json says nothing about quantization. "
             "Add its quantization_config: bits, group_size, desc_act, sym and checkpoint_format at least."
         )
-    plan = parallel_plan_of(described)
-    linears = {
-        name: Linear(
-            name=name,
-            out_features=tensors.out_features,
-            in_features=tensors.in_features,
-            scheme=config.scheme_for(name) or LayerScheme(bits=tensors.bits),
-            split=split_of(name, plan),
-            head_width=head_width_of(name, described),
-            checkpoint_format=config.format,
-            by_gptqmodel=config.by_gptqmodel,
-        )
-        for name, tensors in quantized.items()
-        if config is not None
-    }
+    linears = {} if config is None else _linears_of(quantized, config, described)
     dense = {
         name: header
         for name, header in headers.items()
@@ -126,16 +112,28 @@ def inspect(
             *(_contradictions(files, linears.values(), config.zero_format) if config is not None else ()),
         ),
         refused={
-            reader: refusals(
-                reader,
-                linears.values(),
-                tensor_parallel,
-                _modules_of(dense),
-                version,
-            )
+            reader: refusals(reader, linears.values(), tensor_parallel, _modules_of(dense), version)
             for reader, version in readers.items()
         },
     )
+
+
+def _linears_of(quantized: Mapping[str, QuantizedTensors], config: GPTQConfig, described: Any) -> dict[str, Linear]:
+    """The packed linears as readers see them, by name."""
+    plan = parallel_plan_of(described)
+    return {
+        name: Linear(
+            name=name,
+            out_features=tensors.out_features,
+            in_features=tensors.in_features,
+            scheme=config.scheme_for(name) or LayerScheme(bits=tensors.bits),
+            split=split_of(name, plan),
+            head_width=head_width_of(name, described),
+            checkpoint_format=config.format,
+            by_gptqmodel=config.by_gptqmodel,
+        )
+        for name, tensors in quantized.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

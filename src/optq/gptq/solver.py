@@ -89,16 +89,7 @@ def solve(
     order, group_of_column = _order_and_groups(energy, scheme)
     inverted = _invert(hessian, dead, order, scheme.damping, name)
 
-    def round_on(grid: Grid, target: Tensor) -> QuantizedWeight:
-        columns = Columns(
-            matrix=inverted.factor,
-            scales=grid.scales.T.contiguous(),
-            zeros=grid.zeros.T.contiguous(),
-            groups=group_of_column[order],
-            max_code=grid.max_code,
-        )
-        codes = in_order(round_columns(target.T[order].contiguous(), columns, column_block), order)
-        return _on_grid(codes, grid, group_of_column, scheme)
+    round_on = partial(_round_on, inverted.factor, order, group_of_column, scheme, column_block)
 
     def solve_again(target: Tensor, present: Attempt) -> QuantizedWeight:
         scales, zeros = present.quantized.scales, present.quantized.zeros.float()
@@ -130,6 +121,27 @@ def solve(
             )
         )
     return stacked(parts)
+
+
+def _round_on(
+    factor: Tensor,
+    order: Tensor,
+    group_of_column: Tensor,
+    scheme: LayerScheme,
+    column_block: int | None,
+    grid: Grid,
+    target: Tensor,
+) -> QuantizedWeight:
+    """GPTQ itself: `target` (rows, in) float32 rounded to `grid` column by column, in `order`."""
+    columns = Columns(
+        matrix=factor,
+        scales=grid.scales.T.contiguous(),
+        zeros=grid.zeros.T.contiguous(),
+        groups=group_of_column[order],
+        max_code=grid.max_code,
+    )
+    codes = in_order(round_columns(target.T[order].contiguous(), columns, column_block), order)
+    return _on_grid(codes, grid, group_of_column, scheme)
 
 
 def stacked(parts: list[Solution]) -> Solution:
