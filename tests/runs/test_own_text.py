@@ -184,7 +184,7 @@ class TestInterruptedWriting:
     def test_a_killed_process_leaves_it_there_too(self, source, tmp_path, monkeypatch):
         code = (
             "import os, signal, sys, optq\n"
-            "from optq.hf import journal\n"
+            "from optq.runs import journal\n"
             "whole = journal.write_whole\n"
             "def write(path, content):\n"
             "    whole(path, content)\n"
