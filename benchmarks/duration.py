@@ -121,7 +121,7 @@ def watched(before_and_after: Callable[[], None] = lambda: None) -> dict[str, fl
     Args:
         before_and_after: waits for what still runs elsewhere.
     """
-    import optq.hf.quantizer
+    import optq.hf.quantizing
     import optq.quantization.bit_allocation
     import optq.quantization.block
     import optq.quantization.driver
@@ -151,7 +151,7 @@ def watched(before_and_after: Callable[[], None] = lambda: None) -> dict[str, fl
 
         setattr(owner, name, timed)
 
-    watch(optq.hf.quantizer, "allocate", "search of the best bits")
+    watch(optq.hf.quantizing, "allocate", "search of the best bits")
     watch(StreamedBlocks, "read", "reading and writing")
     watch(optq.quantization.driver, "pack", "reading and writing")
     watch(Journal, "write", "reading and writing")

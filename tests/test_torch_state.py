@@ -128,7 +128,7 @@ def test_planning_gives_the_same(tiny_llama, token_rows):
 
 def test_weights_that_are_read_in_inference_mode_can_be_polished(tiny_llama, token_rows, tmp_path, monkeypatch):
     """Of a model that is read as a whole, also the blocks."""
-    monkeypatch.setattr("optq.hf.quantizer.why_not_streamed", lambda *_: "this test wants it")
+    monkeypatch.setattr("optq.hf.quantizing.why_not_streamed", lambda *_: "this test wants it")
     config = GPTQConfig(bits=4, group_size=32, polish=1, dataset=token_rows[:4])
     expected = words(AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config))
     with torch.inference_mode():

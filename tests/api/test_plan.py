@@ -109,7 +109,7 @@ def test_the_dtype_counts(without_weights, token_rows):
 def test_a_budget_that_no_scheme_fits_is_refused_before_the_work(
     tiny_llama, without_weights, token_rows, tmp_path, monkeypatch, target
 ):
-    monkeypatch.setattr("optq.hf.quantizer.allocate", None)
+    monkeypatch.setattr("optq.hf.quantizing.allocate", None)
     config = GPTQConfig(bits=4, group_size=32, dataset=token_rows, **target)
     for call in (
         lambda: optq.plan(without_weights, config),

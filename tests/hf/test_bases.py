@@ -20,7 +20,7 @@ from conftest import interrupted_after, rewritten, save_tiny_tokenizer, tiny_lla
 from optq import GPTQConfig
 from optq.errors import CheckpointError, ModelError, OptqError
 from optq.files.source import forget_nested_quantization, nested_quantization
-from optq.hf import quantizer
+from optq.hf import quantizing
 from optq.hf.bases import check_base
 from optq.quantization.cost_estimate import Duration
 
@@ -169,7 +169,7 @@ def test_a_base_is_quantized_block_by_block_and_goes_on_after_an_interruption(ba
 def test_a_base_that_is_read_at_once_is_dequantized_as_well(bases, config, monkeypatch):
     stored, dense = bases["fp8"]
     expected = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config())
-    monkeypatch.setattr(quantizer, "why_not_streamed", lambda *arguments: "the test wants it")
+    monkeypatch.setattr(quantizing, "why_not_streamed", lambda *arguments: "the test wants it")
     model = AutoModelForCausalLM.from_pretrained(stored, quantization_config=config())
     assert same_tensors(model.state_dict(), expected.state_dict())
 

@@ -229,7 +229,7 @@ def test_a_run_that_fails_leaves_no_files(tiny_llama, config, tmp_path, monkeypa
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("optq.hf.quantizer.quantize_model", fail)
+    monkeypatch.setattr("optq.hf.quantizing.quantize_model", fail)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with pytest.raises(KeyboardInterrupt):
         optq.quantize(model, config, output_dir=tmp_path / "out")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, GPT2Config, GPTJC
 
 from optq import GPTQConfig, QuantLinear
 from optq.errors import ModelError
-from optq.hf import quantizer
+from optq.hf import quantizing
 from optq.hf.streaming import StreamedBlocks, why_not_streamed
 from optq.model import find_blocks
 
@@ -90,7 +90,7 @@ def test_what_is_read_is_what_from_pretrained_reads(kind, token_rows, tmp_path, 
 def test_the_bytes_are_those_of_a_model_read_whole(tiny_llama, token_rows, tmp_path, monkeypatch, settings, reads):
     quantize(tiny_llama, token_rows, **settings).save_pretrained(tmp_path / "streamed")
     assert reads
-    monkeypatch.setattr(quantizer, "why_not_streamed", lambda *arguments: "asked for")
+    monkeypatch.setattr(quantizing, "why_not_streamed", lambda *arguments: "asked for")
     quantize(tiny_llama, token_rows, **settings).save_pretrained(tmp_path / "whole")
     streamed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
     assert streamed.keys() == whole.keys()

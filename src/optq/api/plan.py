@@ -25,7 +25,7 @@ from optq.quantization.cost_estimate import Duration, estimate
 from optq.quantization.plan import Plan, Target
 from optq.quantization.run import Run
 from optq.readers import Linear, refusals, split_of
-from optq.runs.preparation import budget_of, dense_bytes, prepare, prepare_data, vocabulary_of
+from optq.runs.preparation import budget_of, dense_bytes, prepare, vocabulary_of
 from optq.runs.validation import check_kernels, check_request
 from optq.scheme import LayerScheme
 from optq.torch_state import default_torch_state
@@ -135,11 +135,10 @@ def plan(
     check_request(config, device_map, kwargs.get("offload_folder"))
     model = model_without_weights(place_of(model_id_or_dir), kwargs)
     check_files(place_of(model_id_or_dir), kwargs)
-    where = where_in(kwargs)
-    prepared = prepare(model, config, where)
+    prepared = prepare(model, config, where_in(kwargs))
     planned = prepared.plan
     check_kernels(model, planned, config, device_map, placed=False)
-    calibration = prepared.calibration or prepare_data(model, config, where, partial(_stand_in, vocabulary_of(model)))
+    calibration = prepared.calibration or prepared.calibration_with(partial(_stand_in, vocabulary_of(model)))
     put_split(model, prepared.experts)
     device = execution_device(config.device)
     targets = planned.all_targets

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,18 +30,24 @@ MIXTURE = re.compile(r"expert|moe", re.IGNORECASE)  # in the name of a class
 LONGEST_WRITTEN = 512  # of one that the model writes itself: each takes a forward pass
 
 
+Write = Callable[[int, int], list[list[int]]]
+"""Has the model write: so many samples of so many tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
     """What was decided before any work.
 
     Args:
         calibration: None if the model has to write some of it first.
+        calibration_with: the data once it can.
         experts: by name, those that will be split into linears; the plan's targets are among these. The model still
             holds them in fused form.
     """
 
     plan: Plan
     calibration: Calibration | None
+    calibration_with: Callable[[Write | None], Calibration]
     experts: dict[str, Experts]
 
 
@@ -59,14 +66,19 @@ def prepare(model: Any, config: GPTQConfig, where: Mapping[str, Any]) -> Prepara
         )
     plan, experts = plan_for(model, config)
     with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
-        calibration = None if config.own_text else prepare_data(model, config, where)
-    return Preparation(plan=plan, calibration=calibration, experts=experts)
+        prepared = _data_for(model, config, where)
+        calibration = None if config.own_text else prepared(None)
+    return Preparation(plan=plan, calibration=calibration, calibration_with=prepared, experts=experts)
 
 
 def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
     """Which linears are quantized and how; and by name the experts that some of them are split from."""
     blocks = find_blocks(model, config.block_name_to_quantize)
-    head = _find_head(model) if config.lm_head else {}
+    head = _head(model)
+    if config.lm_head and not any(map(find_linears, head.values())):
+        raise ConfigError(
+            f"lm_head=True was asked for, but {type(model).__name__} has no linear output head; leave it False."
+        )
     experts = {
         f"{block_name}.{name}": Experts(fused, compat.expert_names(model, f"{block_name}.{name}"))
         for block_name, block in blocks.items()
@@ -75,33 +87,28 @@ def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
     put_split(model, experts)
     try:
         names = [name for block_name, block in blocks.items() for name in find_linears(block, block_name)]
-        idle = without_effect(config, [*names, *_head_names(model)])
+        idle = without_effect(config, [*names, *head])
+        named = next(iter(head)) if config.lm_head else None
         try:
-            plan = plan_quantization({**blocks, **head}, config.scheme_for, next(iter(head), None))
+            plan = plan_quantization({**blocks, **head} if named else blocks, config.scheme_for, named)
         except ConfigError as error:
             raise ConfigError(" ".join((str(error), *idle))) from error
+        for sentence in idle:
+            logger.warning("%s", sentence)
+        if named and not plan.targets[named]:
+            logger.warning(
+                "lm_head=True was asked for, but %s stays as it is, and config.json will say lm_head=false: %s.",
+                named,
+                plan.skipped[named],
+            )
+            plan = plan.without_head()
+        if config.has_budget:
+            budget_of(model, config, plan)
+        _refuse_shared(model, plan)
     finally:
         put_fused(model, experts)
-    for sentence in idle:
-        logger.warning("%s", sentence)
-    if plan.head is not None and not plan.targets[plan.head]:
-        logger.warning(
-            "lm_head=True was asked for, but %s stays as it is, and config.json will say lm_head=false: %s.",
-            plan.head,
-            plan.skipped[plan.head],
-        )
-        plan = plan.without_head()
     planned = {target.view.name for target in plan.all_targets}
-    experts = {
-        name: module for name, module in experts.items() if any(linear.startswith(f"{name}.") for linear in planned)
-    }
-    if config.has_budget:
-        put_split(model, experts)
-        try:
-            budget_of(model, config, plan)
-        finally:
-            put_fused(model, experts)
-    _refuse_shared(model, plan)
+    experts = {name: one for name, one in experts.items() if any(linear.startswith(f"{name}.") for linear in planned)}
     for module in experts.values():
         module.every_token = config.calibrate_all_experts
     return plan, experts
@@ -201,34 +208,15 @@ def vocabulary_of(model: Any) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)  # some have an embedding per codebook
 
 
-def _head_names(model: Any) -> list[str]:
-    """The name of the output head, if there is one."""
+def _head(model: Any) -> dict[str, nn.Module]:
+    """The output head by name, if there is one."""
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if head is not None and module is head][:1]
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    return {} if name is None else {name: head}
 
 
-def _find_head(model: Any) -> dict[str, nn.Module]:
-    """The output head by name."""
-    head, name = model.get_output_embeddings(), next(iter(_head_names(model)), None)
-    if head is None or name is None or not find_linears(head):
-        raise ConfigError(
-            f"lm_head=True was asked for, but {type(model).__name__} has no linear output head; leave it False."
-        )
-    return {name: head}
-
-
-def prepare_data(
-    model: Any,
-    config: GPTQConfig,
-    where: Mapping[str, Any],
-    write: Callable[[int, int], list[list[int]]] | None = None,
-) -> Calibration:
-    """The calibration data.
-
-    Args:
-        where: arguments of `from_pretrained` with which the model is found, and its tokenizer.
-        write: has the model write: so many samples of so many tokens.
-    """
+def _data_for(model: Any, config: GPTQConfig, where: Mapping[str, Any]) -> Callable[[Write | None], Calibration]:
+    """What makes the calibration data: all that the model has to say about it is asked here."""
     compat.check_tokenizer(config.tokenizer)
     text_config = model.config.get_text_config(decoder=True)
     if config.model_seqlen is not None:
@@ -237,9 +225,10 @@ def prepare_data(
         longest = min(LONGEST, stated_positions(model.config) or LONGEST, positions_of(model) or LONGEST)
     length = longest if config.model_seqlen is not None else min(longest, LONGEST_WRITTEN)
     padding = config.pad_token_id
-    return prepare_calibration(
+    prepared = partial(
+        prepare_calibration,
         config.calibration_data,
-        lambda: compat.load_tokenizer(config.tokenizer, model.config.name_or_path, where),
+        partial(compat.load_tokenizer, config.tokenizer, model.config.name_or_path, where),
         vocabulary=vocabulary_of(model),
         window=longest,
         samples=config.num_samples,
@@ -251,9 +240,9 @@ def prepare_data(
         dtype=model.dtype,
         micro_batch_tokens=TOKENS_PER_STEP if config.reconstruction_passes else TOKENS_PER_MICRO_BATCH,
         separator=_end_of_text(text_config) if config.packing else None,
-        write=None if write is None else lambda count: write(count, length),
         padded=_may_be_padded(model),
     )
+    return lambda write: prepared(write=None if write is None else lambda count: write(count, length))
 
 
 def _may_be_padded(model: Any) -> bool:

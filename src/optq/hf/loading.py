@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a packed checkpoint: *before* the weights are read, an empty `QuantLinear` is put wherever the checkpoint has
+packed words; *after* that, each completes what the checkpoint left out and chooses its kernel.
+"""
+
+import copy
+import logging
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+
+from optq.checkpoint import find_quantized_linears, read_headers
+from optq.compat import transformers as compat
+from optq.config.gptq import GPTQConfig
+from optq.config.metadata import ambiguity, check_label, zeros_are_ambiguous, zeros_contradict
+from optq.device.memory import release_free_memory
+from optq.errors import CheckpointError, counted
+from optq.files.legacy import UNPICKLE
+from optq.integrations import tensor_parallel as parallel
+from optq.integrations.tensor_parallel import ParallelLinear
+from optq.kernels import tune
+from optq.layers import QuantLinear, fuse_experts, fuse_projections
+from optq.model import LINEAR_TYPES, ROLES, Experts, find_fused_experts, put_fused, put_split
+from optq.readers import kind_of
+from optq.scheme import LayerScheme
+
+logger = logging.getLogger(__name__)
+
+ONE_EXPERT = re.compile(r"(?P<experts>.+)\.\d+\.(?P<linear>\w+)\.(?P<kind>\w+)$")
+"""The name of a tensor of one expert's linear."""
+
+PREPARED_AT_ONCE = 16
+"""Layers, until the heap pages that their words and the kernels' packing have left free are handed back."""
+
+
+class PackedLoad:
+    """A model that is packed, or is going to be once its checkpoint has been read.
+
+    Args:
+        config: how it is quantized.
+        experts: by name, those that are split into linears.
+    """
+
+    def __init__(self, config: GPTQConfig, experts: dict[str, Experts] | None = None) -> None:
+        self.config = config
+        self.experts = experts or {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._packed: list[str] = []  # names of linears
+        self._without_g_idx: set[str] = set()
+        self._weights_only = True
+
+    def validate(self, device_map: Any, weights_only: bool) -> None:
+        """Nothing can be refused yet; remember whether files that may hold code are refused."""
+        self._weights_only = weights_only
+
+    def device_map(self, asked: Any) -> Any:
+        return asked
+
+    def element_size(self, param_name: str, param: Any) -> float:
+        """Bytes per weight."""
+        return float(param.element_size())
+
+    def weight_conversions(self, conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """While the checkpoint is read, experts that were split stay split, and packed words are only renamed."""
+        if self.experts:
+            conversions = compat.without_fusing_experts(conversions)
+        return compat.without_converting(conversions, self._packed)
+
+    def before(self, model: Any, files: list[str], quantizer: Any) -> None:
+        """Put empty layers into the model.
+
+        Args:
+            model: on the meta device.
+            files: the checkpoint's.
+        Raises:
+            CheckpointError: the checkpoint has none, has them for another model, or contradicts its config.
+        """
+        self._dtypes = compat.asked_dtypes(model)  # transformers leaves some tensors in the dtype of the file
+        pickled = model.config.__dict__.pop(UNPICKLE, False) and self._weights_only
+        on_disk = read_headers(files, pickled=pickled)
+        headers = compat.renamed(on_disk, model)
+        self._split_experts(model, headers)
+        found = find_quantized_linears(headers)
+        if not found:
+            raise CheckpointError(
+                f"{model.config.name_or_path} says that it is quantized with GPTQ, but none of its tensors is named "
+                "*.qweight. It is not a GPTQ checkpoint, or its config.json belongs to another one."
+            )
+        modules = dict(model.named_modules())
+        fitting = {name: tensors for name, tensors in found.items() if isinstance(modules.get(name), LINEAR_TYPES)}
+        strangers = found.keys() - fitting.keys()
+        strangers -= compat.left_out(strangers - modules.keys(), model, on_disk)
+        if strangers:
+            raise CheckpointError(
+                f"{counted(len(strangers), 'quantized tensor')} of the checkpoint, such as {min(strangers)}, "
+                f"{'belongs' if len(strangers) == 1 else 'belong'} to no linear layer of "
+                f"{type(model).__name__}. The checkpoint was made for another architecture."
+            )
+        self._packed = list(fitting)
+        if self.config.lm_head and not any(kind_of(name) == name for name in fitting):  # this model has no head
+            self.config = copy.copy(self.config)
+            self.config.lm_head = False
+            model.config.quantization_config = self.config
+        dtype, zero_format, backend = model.dtype, self.config.zero_format, self.config.backend
+        layer_type = ParallelLinear if parallel.wants_parallel(model) else QuantLinear
+        for name, tensors in fitting.items():
+            check_label(tensors, self.config.scheme_for(name))
+            if "g_idx" not in tensors.headers:
+                self._without_g_idx.add(name)
+            model.set_submodule(name, layer_type.empty(tensors, zero_format, backend, dtype))
+        if layer_type is ParallelLinear:
+            parallel.make_ready(model, self.experts)
+
+    def _split_experts(self, model: Any, headers: Iterable[str]) -> None:
+        """Split the experts that the checkpoint has one by one, if any of them is packed.
+
+        Then also those that are not: transformers' conversions, which would fuse them, hold for all layers.
+        """
+        found = [match for match in map(ONE_EXPERT.match, headers) if match is not None]
+        if not any(match["kind"] == "qweight" for match in found):
+            return
+        linears: dict[str, set[str]] = {}
+        for match in found:
+            linears.setdefault(match["experts"], set()).add(match["linear"])
+        self.experts = {
+            # GPTQModel gives them transformers' names whatever the original has.
+            name: Experts(fused, ROLES if linears[name] <= set(ROLES) else compat.expert_names(model, name))
+            for name, fused in find_fused_experts(model).items()
+            if name in linears
+        }
+        put_split(model, self.experts)
+
+    def after(self, model: Any, quantizer: Any) -> None:
+        """Complete the layers, and let each choose its kernel."""
+        compat.cast(model, self._dtypes)
+        for name, layer in _quantized_layers(model).items():
+            if name in self._without_g_idx:  # left uninitialised by the loader
+                scheme = self.config.scheme_for(name) or LayerScheme(group_size=self.config.group_size)
+                layer.fill_trivial_groups(scheme.group_width(layer.in_features))
+            if isinstance(layer, ParallelLinear):
+                layer.take_part()  # drops what belongs to other processes
+        self._doubt_labels(model)
+        self.make_ready(model)
+
+    def _doubt_labels(self, model: Any) -> None:
+        """Warn where the first layer of a kind has zeros that its label does not explain, or any has unclear ones."""
+        layers = {name: x for name, x in _quantized_layers(model).items() if x.qzeros.device.type != "meta"}
+        zero_format = self.config.zero_format
+        for name, layer in {kind_of(name): (name, layer) for name, layer in reversed(layers.items())}.values():
+            if (scheme := self.config.scheme_for(name)) is not None:
+                for contradiction in zeros_contradict(name, scheme, zero_format, layer.qzeros):
+                    logger.warning(contradiction)
+        unclear = [name for name, x in layers.items() if zeros_are_ambiguous(x.bits, zero_format, x.qzeros)]
+        if unclear:
+            logger.warning("%s", ambiguity(unclear))
+
+    def make_ready(self, model: Any) -> None:
+        """Let every layer choose its kernel; layers that are offloaded do it when they are called."""
+        fuse_projections(model)
+        for experts in self.experts.values():
+            experts.grouped_gemm = fuse_experts(*experts.linears()) if experts.layout.routed else None
+        kernels: dict[str, int] = {}
+        for number, layer in enumerate(_quantized_layers(model).values()):
+            if number % PREPARED_AT_ONCE == 0:
+                release_free_memory()
+            if layer.scales.device.type != "meta":
+                layer.prepare(model.dtype)
+                kernels[layer.kernel_name or ""] = kernels.get(layer.kernel_name or "", 0) + 1
+        release_free_memory()
+        if os.environ.get("OPTQ_AUTOTUNE") == "1":
+            tune(model)
+        logger.info(
+            "Kernels: %s.", ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in kernels.items())
+        )
+
+    def place(self, model: Any, asked: compat.Placement, quantizer: Any) -> None:
+        """Make a model that has just been quantized ready where it was asked for.
+
+        What fails here costs the place, not the work: then the model stays as it is, and a warning says why.
+        """
+        try:
+            compat.dispatch(model, asked, quantizer)
+            self.make_ready(model)
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
+            logger.warning(
+                "The model is quantized, but could not be made ready where device_map=%r and backend=%r ask for it: "
+                "%s: %s. It is returned as it is; save it with save_pretrained(), and load it as there is room.",
+                asked.device_map,
+                self.config.backend,
+                type(error).__name__,
+                error,
+            )
+
+    def dequantize(self, model: Any, dtype: torch.dtype) -> None:
+        """Put dense linears into the places of the packed ones, and fuse the experts again."""
+        for name, layer in _quantized_layers(model).items():
+            with align_module_device(layer):  # offloaded ones come back
+                dense = layer.dense(dtype)
+            model.set_submodule(name, dense)
+        for experts in self.experts.values():
+            experts.return_weights()
+        put_fused(model, self.experts)
+        self.experts = {}
+
+
+def _quantized_layers(model: Any) -> dict[str, QuantLinear]:
+    """The packed linears of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
