@@ -50,6 +50,8 @@ def test_a_slip_in_a_rule_gets_the_nearest_setting(setting, near, sign):
 
 
 def test_a_name_that_is_like_none_gets_them_all():
+    with pytest.raises(ConfigError, match="5=1 was asked for; there is no such field"):
+        GPTQConfig.from_stock({"bits": 4, 5: 1})
     with pytest.raises(ConfigError, match="xyzzy=1 was asked for; there is no such field; there are bits, tokenizer"):
         GPTQConfig(bits=4, xyzzy=1)
 
@@ -101,3 +103,13 @@ def test_attributes_of_the_stock_class_that_are_new_to_us_are_no_slips():
     stock = transformers.GPTQConfig(bits=4)
     stock.of_a_later_version = 1
     assert GPTQConfig.from_stock(stock).to_dict()["of_a_later_version"] == 1
+
+
+def test_a_derived_class_may_have_arguments_of_its_own():
+    class Noted(GPTQConfig):
+        def __init__(self, bits, note):
+            super().__init__(bits)
+            self.note = note
+
+    assert Noted(8, note="x").bits == 8
+    assert "note" not in Noted(8, note="x").to_dict()

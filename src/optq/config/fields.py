@@ -284,7 +284,8 @@ class Fields:
         """Refuses names that are no fields; all else is up to the dataclass's own `__init__`."""
         if "quant_method" in given:  # of another method, every name is another
             FIELDS["quant_method"].checked(given["quant_method"])
-        refuse_unknown(given)
+        if cls.__init__ is Fields.__init__:  # a class that is derived may have more
+            refuse_unknown(given)
         formats = [given[name] for name in ("format", "checkpoint_format") if given.get(name) is not None]
         if len({str(getattr(name, "value", name)).lower() for name in formats}) > 1:
             raise ConfigError(
@@ -322,7 +323,7 @@ def refuse_unknown(given: Mapping[str, Any]) -> None:
     """
     for name, value in given.items():
         if name not in FIELDS:
-            raise ConfigError(f"{name}={short(value)} was asked for; {why_unknown(name, FIELDS)}")
+            raise ConfigError(f"{name}={short(value)} was asked for; {why_unknown(str(name), FIELDS)}")
 
 
 def read_file(stated: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

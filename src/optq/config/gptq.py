@@ -120,6 +120,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
             ours = cls(**{name: value for name, value in fields.items() if name in FIELDS})
             ours.unknown = {name: value for name, value in fields.items() if name not in FIELDS}
             return ours
+        refuse_unknown(fields)  # also names that are no text
         return cls(**fields)
 
     from_dict_optimum = from_dict
