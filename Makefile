@@ -1,16 +1,23 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both create .venv with the versions in constraints.txt.
+# `make check` is the part of `make test` that takes minutes less, for in between.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # `make gpu` is for machines that have one.
-.PHONY: demo test test-min test-latest test-versions gpu lint format clean
+.PHONY: demo check test test-min test-latest test-versions gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
+# What two cores do in 12 minutes, the environment included.
 test: lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest $(AT_ONCE)
+
+# And in 3.
+check: lint
+	$(BIN)/pytest $(AT_ONCE) -m "not slow and not minutes"
 
 # The same tests with the oldest and the newest versions that are supported, each in an environment of its own. The
 # interpreter of Triton 3.6, which torch 2.11 comes with, does not know NumPy 2.4.
@@ -22,7 +29,7 @@ test-latest:
 	$(MAKE) test-versions VENV=.venv-latest UNPINNED="==" VERSIONS="torch==2.13.0 'transformers>=5.24'"
 
 test-versions: $(VENV)/.installed-versions
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest $(AT_ONCE)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import logging
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -124,6 +126,17 @@ def transformers_adapters() -> None:
         check_peft_version(min_version=MIN_PEFT_VERSION)
     except (ImportError, ValueError) as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def optqs_logging_as_before() -> Iterator[None]:
+    """For tests that call the command line in this process: it sets up logging, and what happens at SIGTERM."""
+    logger, handler = logging.getLogger("optq"), signal.getsignal(signal.SIGTERM)
+    before = logger.level, logger.propagate, logger.handlers
+    yield
+    level, logger.propagate, logger.handlers = before
+    logger.setLevel(level)
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

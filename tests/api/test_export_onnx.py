@@ -11,12 +11,14 @@ import optq
 from conftest import save_tiny_tokenizer, tiny_llama_config
 from optq import GPTQConfig
 from optq.api import export_onnx as exporting
+from optq.cli import main
 from optq.errors import CheckpointError, ConfigError, ModelError, OutputError
 
 onnx = pytest.importorskip("onnx", reason="exporting needs the package onnx")
 pytest.importorskip("onnxscript", reason="exporting needs the package onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", reason="exported models are run in onnxruntime")
 
+pytestmark = pytest.mark.slow
 MIXED = {
     "sym": False,
     "lm_head": True,
@@ -71,7 +73,6 @@ def test_logits_are_ours(checkpoint, exported, probe_ids):
     assert_same_logits(exported, checkpoint, probe_ids)
 
 
-@pytest.mark.slow
 def test_logits_of_2_4_and_8_bits_with_a_group_per_row_a_quantized_head_and_a_dense_layer_are_ours(
     tiny_llama, token_rows, probe_ids, tmp_path
 ):
@@ -81,7 +82,6 @@ def test_logits_of_2_4_and_8_bits_with_a_group_per_row_a_quantized_head_and_a_de
     assert_same_logits(folder, checkpoint, probe_ids)
 
 
-@pytest.mark.slow
 def test_asymmetric_grids_in_the_second_format_and_activation_order_biases_and_an_untied_head_are_kept(
     token_rows, probe_ids, tmp_path
 ):
@@ -138,10 +138,13 @@ def test_nothing_of_this_machine_is_in_the_files(exported):
         assert b".py" not in (exported / file).read_bytes()
 
 
-def test_exporting_again_gives_the_same_bytes(checkpoint, exported, tmp_path):
-    again = optq.export_onnx(checkpoint, output_dir=tmp_path / "again")
+def test_exporting_again_from_the_command_line_gives_the_same_bytes_and_says_where(
+    checkpoint, exported, tmp_path, capsys, optqs_logging_as_before
+):
+    assert main(["onnx", str(checkpoint), str(tmp_path / "again")]) == 0
+    assert f"{tmp_path / 'again'} holds model.onnx" in capsys.readouterr().out
     for file in FILES:
-        assert (again / file).read_bytes() == (exported / file).read_bytes()
+        assert (tmp_path / "again" / file).read_bytes() == (exported / file).read_bytes()
 
 
 def test_a_layer_that_the_operator_cannot_compute_is_named_and_nothing_is_left(tiny_llama, token_rows, tmp_path):
@@ -152,7 +155,6 @@ def test_a_layer_that_the_operator_cannot_compute_is_named_and_nothing_is_left(t
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_model_whose_path_depends_on_its_data_is_refused(token_rows, tmp_path):
     settings = {**tiny_llama_config(num_hidden_layers=1).to_dict(), "model_type": "qwen3_moe", "head_dim": 16}
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

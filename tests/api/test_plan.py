@@ -24,12 +24,19 @@ def without_weights(tiny_llama, tmp_path):
     return folder
 
 
+@pytest.fixture
+def untimed(monkeypatch):
+    """Measuring how fast this machine is takes longer than all the rest."""
+    monkeypatch.setattr("optq.api.plan._duration", lambda *arguments: Duration(seconds={}))
+
+
 SETTINGS = [{}, {"bits": 2, "sym": False}, {"bits": 3, "lm_head": True}, {"dynamic": {"-:.*o_proj": {}}}]
 
 
+@pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_it_says_what_the_checkpoint_will_be(tiny_llama, without_weights, token_rows, tmp_path, settings):
-    config = GPTQConfig(**{"bits": 4, "group_size": 32, "dataset": token_rows, **settings})
+    config = GPTQConfig(**{"bits": 4, "group_size": 32, "effort": "fast", "dataset": token_rows, **settings})
     found = optq.plan(without_weights, config)
     output = optq.quantize(tiny_llama, config, output_dir=tmp_path / "out")
     written = sum(tensor.nbytes for path in output.glob("*.safetensors") for tensor in load_file(path).values())
@@ -41,6 +48,7 @@ def test_it_says_what_the_checkpoint_will_be(tiny_llama, without_weights, token_
     assert "result:" in str(found)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_memory_grows_with_the_data_and_not_with_depth(without_weights, token_rows):
     few, many = (
         optq.plan(without_weights, GPTQConfig(bits=4, group_size=32, dataset=rows, quality_gate="off"))
@@ -80,6 +88,7 @@ def test_times_are_rounded(seconds, words):
     assert plan_module._rounded(seconds) == words
 
 
+@pytest.mark.usefixtures("untimed")
 def test_what_vllm_will_refuse_is_said(without_weights, token_rows):
     def reasons(parts=1, **settings):
         config = GPTQConfig(**{"bits": 4, "group_size": 32, "dataset": token_rows, **settings})
@@ -97,6 +106,7 @@ def test_what_cannot_work_is_refused_as_by_the_run(without_weights, token_rows):
         optq.plan(without_weights, GPTQConfig(bits=4, group_size=100, dataset=token_rows))
 
 
+@pytest.mark.usefixtures("untimed")
 def test_the_dtype_counts(without_weights, token_rows):
     config = GPTQConfig(bits=4, group_size=32, dataset=token_rows)
     whole, half = (optq.plan(without_weights, config, dtype=dtype) for dtype in (torch.float32, "bfloat16"))
@@ -119,11 +129,9 @@ def test_a_budget_that_no_scheme_fits_is_refused_before_the_work(
             call()
 
 
+@pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize("target", [{"target_bits_per_weight": 3.5}, {"target_bits_per_weight": 30.0}])
-def test_a_budget_is_what_the_plan_says_and_what_the_checkpoint_has(
-    tiny_llama, token_rows, tmp_path, monkeypatch, target
-):
-    monkeypatch.setattr("optq.api.plan._duration", lambda *arguments: Duration(seconds={}))
+def test_a_budget_is_what_the_plan_says_and_what_the_checkpoint_has(tiny_llama, token_rows, tmp_path, target):
     config = GPTQConfig(bits=4, group_size=32, effort="fast", dataset=token_rows, **target)
     planned = optq.plan(tiny_llama, config).bits_per_weight
     folder = optq.quantize(tiny_llama, config, output_dir=tmp_path / "out")

@@ -81,6 +81,7 @@ print(AutoTokenizer.from_pretrained("user/tiny-4bit").chat_template)
 """
 
 
+@pytest.mark.slow
 def test_what_was_pushed_is_what_is_loaded_elsewhere(hub, made, probe_ids, tmp_path, tiny_llama):
     before = bytes_in(made)
     assert optq.push(made, "user/tiny-4bit") == f"{hub.url}/user/tiny-4bit"

@@ -38,6 +38,7 @@ def test_the_commands_are_found():
     assert "--group-size" in optimum_cli("export", "gptq", "--help").stdout
 
 
+@pytest.mark.slow
 def test_json_is_all_that_is_printed_and_errors_reach_the_shell_with_their_exit_codes(tiny_llama, tmp_path):
     calls = [["gptq", "inspect", str(tiny_llama), "--json"], ["gptq", "inspect", str(tmp_path / "nowhere")]]
     ended = subprocess.run(  # one process: it takes seconds to import what they need
@@ -56,6 +57,7 @@ def test_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_help_takes_no_longer_than_optimums_own():
     def cpu_seconds(*arguments):
         def spent():
@@ -78,6 +80,7 @@ def test_nothing_of_ours_makes_optimum_a_package():
     assert not list(register.parent.glob("__init__.py"))
 
 
+@pytest.mark.slow
 def test_python_m_optq_is_the_same(tiny_llama):
     ended = subprocess.run(
         [sys.executable, "-m", "optq", "inspect", str(tiny_llama)], capture_output=True, text=True, check=True

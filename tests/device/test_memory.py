@@ -21,6 +21,7 @@ def test_peak_follows_an_allocation():
     assert block.sum() > 0
 
 
+@pytest.mark.slow
 def test_a_child_process_does_not_inherit_the_peak_of_its_parent():
     code = "import torch; from optq.device.memory import peak_gib; print(peak_gib('cpu'))"
     block = torch.ones(500_000_000)
@@ -73,6 +74,7 @@ def pages_taken_with_and_without_reuse() -> tuple[int, int]:
     return again, pages_taken_twice_in_turn()
 
 
+@pytest.mark.slow
 @glibc_only
 def test_free_memory_is_used_again_and_only_for_the_while():
     # In a new process: which block glibc takes depends on the holes that all tests before have left in its heap.

@@ -71,6 +71,7 @@ def test_it_loads_as_it_is(old, today):
     assert torch.equal(logits_of(old), logits_of(today))
 
 
+@pytest.mark.slow
 def test_it_loads_where_optq_is_not_imported(old):
     script = (
         "import sys; from transformers import AutoModelForCausalLM\n"

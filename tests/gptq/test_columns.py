@@ -45,6 +45,7 @@ def solved(problem, scheme):
     return solve(*problem, scheme, drift=problem[1] / 50).quantized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", CASES, ids=lambda scheme: f"{scheme.bits} bits, {scheme.act_order}")
 def test_fused_loops_choose_the_codes_of_single_operations(scheme, request):
     problem = random_problem(OUT + FUSED_ROWS if scheme.act_order == "none" else OUT)  # two tiles in the cheapest case
@@ -55,6 +56,7 @@ def test_fused_loops_choose_the_codes_of_single_operations(scheme, request):
     assert torch.equal(found.scales, expected.scales)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("at_once", [1, 33])
 def test_blocks_of_columns_change_nothing_but_speed(problem, at_once):
@@ -63,6 +65,7 @@ def test_blocks_of_columns_change_nothing_but_speed(problem, at_once):
     assert torch.equal(solve(*problem, scheme, column_block=at_once).quantized.codes, expected)
 
 
+@pytest.mark.slow
 def test_the_trial_on_a_device_is_passed():
     assert loops._why_wrong(torch.device("cpu")) is None
 
@@ -77,6 +80,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_device_whose_codes_are_wrong_is_given_single_operations_and_that_is_said(
     fault, monkeypatch, planted, caplog

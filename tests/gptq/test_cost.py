@@ -10,6 +10,7 @@ from optq.scheme import LayerScheme
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [LayerScheme(group_size=32), LayerScheme(bits=3, group_size=64, refinement=2)])
 def test_what_is_predicted_is_about_what_solving_takes(correlated_problem, scheme):
     weight, hessian = correlated_problem(1024, 640)

@@ -16,6 +16,7 @@ import transformers.modeling_utils
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 print(AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"].__module__)
 """
+pytestmark = pytest.mark.slow
 OURS, THEIRS = "optq.config.gptq", "transformers.utils.quantization_config"
 
 
@@ -69,7 +70,7 @@ print(sorted(optq.__all__), optq.QuantLinear.__name__, [*optq.kernels.KERNELS][-
         "import torch",
         "import transformers, torch",
         "import transformers.modeling_utils",
-        "import optq",
+        "import optq; optq.convert",
         "import optq, torch",
         "import transformers.quantizers.auto, optq",
     ],

@@ -198,6 +198,7 @@ def test_a_base_writes_its_text_in_the_dtype_that_is_asked_for(bases, config):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_a_base_writes_the_text_that_it_stands_for(bases, config):
     settings = config(dataset="self", num_samples=2, model_seqlen=64)
     found, expected = (

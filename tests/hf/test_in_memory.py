@@ -124,6 +124,7 @@ def test_an_encoder_in_bfloat16(token_rows):
     assert model(torch.tensor([[5, 6, 7]])).last_hidden_state.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_it_writes_its_own_calibration_text_itself(tiny_llama):
     config = GPTQConfig(bits=4, group_size=32, effort="fast", num_samples=4, model_seqlen=16)
     expected = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)

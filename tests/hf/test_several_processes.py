@@ -19,6 +19,8 @@ from optq import GPTQConfig
 from optq.checkpoint import unpack_codes
 from optq.errors import OptqError
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "default": {"bits": 4, "group_size": 32, "batch_size": 2},
     "max": {"bits": 3, "group_size": 32, "batch_size": 2, "effort": "max", "sym": False},
@@ -72,15 +74,36 @@ def said_by(folder, *runs, processes=2):
 
 
 @pytest.fixture(scope="module")
-def both(tiny_llama, mixtral, token_rows, tmp_path_factory):
-    """Every run, by one process and by two: its name -> two folders."""
+def deep(tmp_path_factory):
+    """A model whose run takes long enough to be killed in."""
+    folder = tmp_path_factory.mktemp("deep")
+    AutoModelForCausalLM.from_config(tiny_llama_config(num_hidden_layers=12)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_two(tiny_llama, mixtral, deep, token_rows, tmp_path_factory):
+    """All runs that two processes do from start to end, and those that they refuse: their folder, runs, and words."""
     folder = tmp_path_factory.mktemp("runs")
     runs = []
     for name, settings in SETTINGS.items():
         data = {} if name == "written" else {"dataset": token_rows}
         runs.append((mixtral if name == "mixtral" else tiny_llama, folder / name, {**settings, **data}))
-    said = said_by(folder, *runs)
-    assert "Error" not in said, said
+    settings, refused = {**SETTINGS["default"], "dataset": token_rows}, folder / "refused"
+    others = [
+        (deep, folder / "deep", {**settings, "batch_size": 1}),
+        (tiny_llama, refused / "different", {**settings, "only_in_process_1": {"bits": 8}}),
+        (tiny_llama, refused / "few", {**settings, "batch_size": 16}),
+        (tiny_llama, refused, settings),
+    ]
+    return folder, runs, said_by(folder, *runs, *others)
+
+
+@pytest.fixture(scope="module")
+def both(by_two):
+    """Every run, by one process and by two: its name -> two folders."""
+    _, runs, said = by_two
+    assert said.count("Error: ") == 3 * 2, said  # what is refused, by each
     for source, output, settings in runs:
         optq.quantize(source, GPTQConfig(**settings), output_dir=output.with_suffix(".alone"))
     return {output.name: (output.with_suffix(".alone"), output) for _, output, _ in runs}
@@ -145,26 +168,17 @@ def test_what_the_model_writes_is_the_same(both):
     )
 
 
-def test_processes_that_were_asked_for_different_things_are_refused(tiny_llama, token_rows, tmp_path):
-    settings = {"bits": 4, "group_size": 32, "dataset": token_rows, "batch_size": 2}
-    said = said_by(
-        tmp_path,
-        (tiny_llama, tmp_path / "different", {**settings, "only_in_process_1": {"bits": 8}}),
-        (tiny_llama, tmp_path / "few", {**settings, "batch_size": 16}),
-        (tiny_llama, tmp_path, settings),
-    )
+def test_processes_that_were_asked_for_different_things_are_refused(by_two):
+    folder, _, said = by_two
     assert said.count("settings.bits is 4 in the first and 8 in the other") == 2
     assert said.count("2 processes share the run, but the calibration data makes only 1 micro-batch") == 2
     assert said.count("OutputError") == said.count("is not empty: it holds different, few") == 2
-    assert [file.name for file in (tmp_path / "few").iterdir()] == ["quantization_log.jsonl"]
+    assert [file.name for file in (folder / "refused/few").iterdir()] == ["quantization_log.jsonl"]
 
 
-def test_a_run_goes_on_and_a_lost_process_ends_the_others(tmp_path, token_rows):
-    source = tmp_path / "source"
-    AutoModelForCausalLM.from_config(tiny_llama_config(num_hidden_layers=12)).save_pretrained(source)
-    settings = {"bits": 4, "group_size": 32, "dataset": token_rows, "batch_size": 1}
-    said_by(tmp_path, (source, tmp_path / "whole", settings))
-    run = started(tmp_path, (source, tmp_path / "out", settings))
+def test_a_run_goes_on_and_a_lost_process_ends_the_others(by_two, deep, tmp_path, token_rows):
+    settings = {**SETTINGS["default"], "dataset": token_rows, "batch_size": 1}
+    run = started(tmp_path, (deep, tmp_path / "out", settings))
     while not list((tmp_path / "out").rglob("block-00003.safetensors")):
         assert run.poll() is None
         time.sleep(0.01)
@@ -172,9 +186,9 @@ def test_a_run_goes_on_and_a_lost_process_ends_the_others(tmp_path, token_rows):
     os.kill(second, signal.SIGKILL)
     assert run.wait(timeout=60) != 0
     assert not (tmp_path / "out/config.json").exists()
-    said_by(tmp_path, (source, tmp_path / "out", settings))
+    said_by(tmp_path, (deep, tmp_path / "out", settings))
     assert 4 <= len(events(tmp_path / "out", "restored")) < 12
-    whole, out = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
+    whole, out = tensors_of(by_two[0] / "deep"), tensors_of(tmp_path / "out")
     assert all(torch.equal(tensor, out[name]) for name, tensor in whole.items())
 
 

@@ -20,6 +20,8 @@ from optq.model import Experts, find_fused_experts
 from optq.readers import why_not_in_parts
 from optq.scheme import trivial_groups
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 192,

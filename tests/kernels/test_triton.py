@@ -194,6 +194,7 @@ def test_scales_that_its_arithmetic_does_not_hold_are_refused(monkeypatch):
     assert "float32" in triton_gpu.why_not_laid_out(wide, torch.float16)
 
 
+@pytest.mark.slow
 def test_later_launches_are_like_the_first_and_not_looked_at_again():
     script = Path(__file__).with_name("launch_again.py")
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True)

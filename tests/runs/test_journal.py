@@ -22,16 +22,31 @@ from optq.runs import journal
 BLOCKS = 4
 
 
-@pytest.fixture
-def source(tmp_path):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Not to be changed."""
+    folder = tmp_path_factory.mktemp("source")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_llama_config(num_hidden_layers=BLOCKS))
-    model.save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
+    AutoModelForCausalLM.from_config(tiny_llama_config(num_hidden_layers=BLOCKS)).save_pretrained(folder)
+    return folder
 
 
 def config(rows, **settings):
     return GPTQConfig(**{"bits": 4, "group_size": 32, "dataset": rows, **settings})
+
+
+@pytest.fixture(scope="module")
+def whole(source, token_rows, tmp_path_factory):
+    """whole(settings) -> the folder of a run that nothing interrupted; each is made once."""
+    made, parent = {}, tmp_path_factory.mktemp("whole")
+
+    def run(**settings):
+        key = repr(settings)
+        if key not in made:
+            made[key] = optq.quantize(source, config(token_rows, **settings), output_dir=parent / str(len(made)))
+        return made[key]
+
+    return run
 
 
 def weights(folder):
@@ -42,10 +57,13 @@ def events(folder):
     return [json.loads(line) for line in (folder / api.LOG_NAME).read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"effort": "max", "bits": 2, "sym": False}, {"target_bits_per_weight": 4.5}])
 @pytest.mark.parametrize("blocks", [1, 3, BLOCKS])
-def test_a_run_goes_on_and_ends_with_the_same_bytes(source, token_rows, tmp_path, monkeypatch, settings, blocks):
-    expected = weights(optq.quantize(source, config(token_rows, **settings), output_dir=tmp_path / "whole"))
+def test_a_run_goes_on_and_ends_with_the_same_bytes(
+    source, whole, token_rows, tmp_path, monkeypatch, settings, blocks
+):
+    expected = weights(whole(**settings))
     assert len(expected) == BLOCKS + 1
     output = tmp_path / "out"
 
@@ -59,14 +77,16 @@ def test_a_run_goes_on_and_ends_with_the_same_bytes(source, token_rows, tmp_path
     assert found.count("restored") == blocks
     assert found.count("block") == BLOCKS - 1  # the last before the end was written, but not reported
     quality = [
-        [event for event in events(folder) if event["event"] == "quality"] for folder in (tmp_path / "whole", output)
+        [event for event in events(folder) if event["event"] == "quality"] for folder in (whole(**settings), output)
     ]
     assert quality[0][-1]["divergence"] == quality[1][-1]["divergence"]
 
 
-def test_the_inputs_of_the_block_that_goes_on_are_those_of_the_first_run(source, token_rows, tmp_path, monkeypatch):
+def test_the_inputs_of_the_block_that_goes_on_are_those_of_the_first_run(
+    source, whole, token_rows, tmp_path, monkeypatch
+):
     """Negative control: had the finished blocks been run with their original weights, the bytes would differ."""
-    expected = weights(optq.quantize(source, config(token_rows), output_dir=tmp_path / "whole"))
+    expected = weights(whole())
     output = tmp_path / "out"
     interrupted_after(2, monkeypatch, lambda: optq.quantize(source, config(token_rows), output_dir=output))
     monkeypatch.setattr("optq.quantization.runner.LinearView.write", lambda self, values: None)
@@ -90,7 +110,7 @@ def test_another_run_does_not_go_on_here(source, token_rows, tmp_path, monkeypat
     assert sorted(path.name for path in (output / api.PARTIAL).iterdir()) == before
 
 
-def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_space(source, token_rows, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_space(source, whole, token_rows, tmp_path, monkeypatch):
     output = tmp_path / "out"
     save, files = journal.save_file, []
 
@@ -106,7 +126,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_space(source, tok
         with pytest.raises(OutputError, match=r"No space left.*same command goes on"):
             optq.quantize(source, config(token_rows), output_dir=output)
     assert len(list((output / api.PARTIAL).glob("block-*"))) == 2
-    expected = weights(optq.quantize(source, config(token_rows), output_dir=tmp_path / "whole"))
+    expected = weights(whole())
     assert weights(optq.quantize(source, config(token_rows), output_dir=output)) == expected
 
 
@@ -129,8 +149,8 @@ optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, group_size=32, dataset=rows),
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_killed_at_any_time_it_goes_on(source, token_rows, tmp_path):
-    expected = weights(optq.quantize(source, config(token_rows), output_dir=tmp_path / "whole"))
+def test_killed_at_any_time_it_goes_on(source, whole, token_rows, tmp_path):
+    expected = weights(whole())
     (tmp_path / "rows.json").write_text(json.dumps(token_rows))
     output = tmp_path / "out"
     command = [sys.executable, "-c", SCRIPT, str(source), str(output), str(tmp_path / "rows.json")]

@@ -181,6 +181,7 @@ class TestInterruptedWriting:
         assert sizes == [8]
         assert "Going on with the 24 samples, of 32, that the model has written before" in caplog.text
 
+    @pytest.mark.slow
     def test_a_killed_process_leaves_it_there_too(self, source, tmp_path, monkeypatch):
         code = (
             "import os, signal, sys, optq\n"
