@@ -11,7 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from optq.calibration import DATASETS, DEFAULT_SAMPLES, check_sources, prepare_calibration, read_for_evaluation
+from optq.calibration import (
+    DATASETS,
+    DEFAULT_SAMPLES,
+    Sampling,
+    check_sources,
+    prepare_calibration,
+    read_for_evaluation,
+)
 from optq.calibration.sources import read
 from optq.errors import CalibrationError
 
@@ -22,9 +29,11 @@ VOCABULARY = 128
 def prepare(tiny_llama):
     from transformers import AutoTokenizer
 
-    def run(dataset, **changes):
+    def run(dataset, write=None, **changes):
         settings = {"vocabulary": VOCABULARY, "window": 16, **changes}
-        return prepare_calibration(dataset, lambda: AutoTokenizer.from_pretrained(tiny_llama), **settings)
+        return prepare_calibration(
+            dataset, lambda: AutoTokenizer.from_pretrained(tiny_llama), Sampling(**settings), write
+        )
 
     return run
 
@@ -182,7 +191,7 @@ def test_every_window_of_a_long_text_begins_as_the_tokenizer_begins_texts(prepar
     assert rows_of(prepare([text])) == [encoded(text[:16]), encoded(text[16:])]
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    found = prepare_calibration([text], lambda: tokenizer, vocabulary=VOCABULARY, window=16)
+    found = prepare_calibration([text], lambda: tokenizer, Sampling(vocabulary=VOCABULARY, window=16))
     assert rows_of(found) == [[1, *encoded(text[:15])], [1, *encoded(text[15:])]]
 
 
@@ -393,7 +402,7 @@ def test_chats_without_a_template_are_refused(tiny_llama):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.chat_template = None
     with pytest.raises(CalibrationError, match="no chat template"):
-        prepare_calibration([CHAT], lambda: tokenizer, vocabulary=VOCABULARY, window=16)
+        prepare_calibration([CHAT], lambda: tokenizer, Sampling(vocabulary=VOCABULARY, window=16))
 
 
 def test_samples_that_are_too_short_are_counted(prepare, caplog):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optq
 from optq import GPTQConfig
-from optq.calibration import prepare_calibration
+from optq.calibration import Sampling, prepare_calibration
 from optq.errors import LONGEST_MESSAGE, CalibrationError, OutputError, counted
 
 TEXTS = ["hello you", "good day all", "abc def"]
@@ -34,7 +34,7 @@ def samples(tokenizer):
     def run(dataset, tokenizer=tokenizer, **settings):
         settings = {"vocabulary": 128, "window": 512, "hold_out": False, **settings}
         rows = []
-        for batch in prepare_calibration(dataset, lambda: tokenizer, **settings).batches:
+        for batch in prepare_calibration(dataset, lambda: tokenizer, Sampling(**settings)).batches:
             mask = batch.attention_mask if batch.attention_mask is not None else torch.ones_like(batch.input_ids)
             rows += [ids[keep.bool()].tolist() for ids, keep in zip(batch.input_ids, mask, strict=True)]
         return sorted(rows)

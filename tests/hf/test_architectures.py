@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AlbertConfig, AlbertForMaskedLM
 
 from optq import GPTQConfig
-from optq.calibration import prepare_calibration
+from optq.calibration import Sampling, prepare_calibration
 from optq.errors import CalibrationError
 from optq.evaluation import Comparer
 from optq.model import find_blocks
@@ -222,12 +222,14 @@ def test_images_reach_the_language_model_and_on_request_the_vision_tower(tmp_pat
 def test_samples_that_do_not_fit_the_others_are_refused(row, message):
     good = {"input_ids": torch.arange(5)[None], "pixel_values": torch.randn(1, 3, 32, 32)}
     with pytest.raises(CalibrationError, match=message):
-        prepare_calibration([good, row], lambda: None, vocabulary=100, window=64)
+        prepare_calibration([good, row], lambda: None, Sampling(vocabulary=100, window=64))
 
 
 def test_sound_without_text_is_refused_for_models_that_decode():
     with pytest.raises(CalibrationError, match="nothing for the decoder to read"):
-        prepare_calibration([{"input_features": torch.randn(1, 4, 8)}], None, vocabulary=9, window=9, decoded=True)
+        prepare_calibration(
+            [{"input_features": torch.randn(1, 4, 8)}], None, Sampling(vocabulary=9, window=9, decoded=True)
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM
 
 from conftest import VOCABULARY
-from optq.calibration import prepare_calibration
+from optq.calibration import Sampling, prepare_calibration
 from optq.errors import CalibrationError, ConfigError, ModelError
 from optq.evaluation import Comparer
 from optq.events import BlockQuantized, BlockReconstructed, LinearQuantized, Quality, RunLog, Unreached, to_dict
@@ -34,7 +34,7 @@ def model(tiny_llama):
 
 def calibrate(rows, **changes):
     settings = {"vocabulary": VOCABULARY, "window": 64, **changes}
-    return prepare_calibration(rows, lambda: pytest.fail("no text, no tokenizer"), **settings)
+    return prepare_calibration(rows, lambda: pytest.fail("no text, no tokenizer"), Sampling(**settings))
 
 
 def plan(model, scheme_for=lambda name: SCHEME):

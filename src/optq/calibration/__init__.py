@@ -11,6 +11,7 @@ from .batches import TOKENS_PER_MICRO_BATCH as TOKENS_PER_MICRO_BATCH
 from .batches import TOKENS_PER_STEP as TOKENS_PER_STEP
 from .batches import Calibration as Calibration
 from .batches import MicroBatch as MicroBatch
+from .batches import Sampling as Sampling
 from .batches import bytes_of as bytes_of
 from .batches import check_vocabulary as check_vocabulary
 from .batches import prepare_calibration as prepare_calibration

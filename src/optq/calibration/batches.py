@@ -104,23 +104,51 @@ class Calibration:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How data becomes micro-batches for one model.
+
+    Args:
+        vocabulary: rows of the model's input embedding; every token id must be below.
+        window: longest sequence, in tokens.
+        samples: windows to use at most, drawn with `seed`; by default all of a list, and 128 of anything else. Of
+            several sources, each gives its share by weight.
+        batch_size: samples per micro-batch; by default as many as fit in `micro_batch_tokens`.
+        pad_token_id: fills up shorter samples; they are masked, so any id does, and what is none stands for 0.
+        hold_out: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
+            samples none is held out; the longest is then used for both.
+        decoded: of a model with an encoder and a decoder: both read the text.
+        dtype: of images and sound, the model's.
+        separator: join the samples of each source, with this token at the end of each, before they are cut into
+            windows; None: nothing is joined.
+        padded: whether samples of unequal length may run together.
+    """
+
+    vocabulary: int
+    window: int
+    samples: int | None = None
+    batch_size: int | None = None
+    pad_token_id: int | None = None
+    seed: int = 0
+    hold_out: bool = True
+    decoded: bool = False
+    micro_batch_tokens: int = TOKENS_PER_MICRO_BATCH
+    dtype: torch.dtype = torch.float32
+    separator: int | None = None
+    padded: bool = True
+
+    @property
+    def padding(self) -> int:
+        """Some models name -1, or an id that only their tokenizer has; embeddings take ids of the vocabulary."""
+        asked = self.pad_token_id
+        return asked if isinstance(asked, int) and 0 <= asked < self.vocabulary else 0
+
+
 def prepare_calibration(
     dataset: Any,
     load_tokenizer: Callable[[], Any],
-    *,
-    vocabulary: int,
-    window: int,
-    samples: int | None = None,
-    batch_size: int | None = None,
-    pad_token_id: int | None = None,
-    seed: int = 0,
-    hold_out: bool = True,
-    decoded: bool = False,
-    micro_batch_tokens: int = TOKENS_PER_MICRO_BATCH,
-    dtype: torch.dtype = torch.float32,
-    separator: int | None = None,
+    how: Sampling,
     write: Callable[[int], list[list[int]]] | None = None,
-    padded: bool = True,
 ) -> Calibration:
     """Turn whatever `GPTQConfig.dataset` accepts into micro-batches.
 
@@ -129,40 +157,30 @@ def prepare_calibration(
             with images or sound; what a tokenizer returns for texts; a `datasets.Dataset`, a DataLoader or another
             iterable of these; a path; a name; or several of these with weights.
         load_tokenizer: called only if there is text to encode.
-        vocabulary: rows of the model's input embedding; every token id must be below.
-        window: longest sequence, in tokens.
-        samples: windows to use at most, drawn with `seed`; by default all of a list, and 128 of anything else. Of
-            several sources, each gives its share by weight.
-        batch_size: samples per micro-batch; by default as many as fit in `micro_batch_tokens`.
-        pad_token_id: fills up shorter samples; they are masked, so any id does, and what is none stands for 0.
-        padded: whether samples of unequal length may run together.
-        hold_out: set samples apart to judge the result with: one in 16, at most 8, drawn with `seed`. Of fewer than 16
-            samples none is held out; the longest is then used for both.
-        decoded: of a model with an encoder and a decoder: both read the text.
-        dtype: of images and sound, the model's.
-        separator: join the samples of each source, with this token at the end of each, before they are cut into
-            windows; None: nothing is joined.
         write: has the model write so many samples, for dataset="self".
     Raises:
         CalibrationError: the data is missing, empty, too short, of an unknown form, or does not fit the vocabulary.
     """
     check_sources(dataset)
-    limit = DEFAULT_SAMPLES if samples is None and not is_in_memory(dataset) else samples
+    limit = DEFAULT_SAMPLES if how.samples is None and not is_in_memory(dataset) else how.samples
     dataset, whole = _peeked(dataset)
     if whole:
-        found = read(dataset, limit, seed)[0]
-        rows = [_whole(row, decoded, dtype) for row in islice(found, None if is_in_memory(dataset) else limit)]
-        return _prepare_whole(dataset, rows, vocabulary, window, samples, seed, hold_out)
+        found = read(dataset, limit, how.seed)[0]
+        rows = [_whole(row, how.decoded, how.dtype) for row in islice(found, None if is_in_memory(dataset) else limit)]
+        return _prepare_whole(dataset, rows, how)
     windows_of = partial(
-        _windows, encode=Encoder(load_tokenizer), window=window, separator=separator, seed=seed, write=write
+        _windows,
+        encode=Encoder(load_tokenizer),
+        window=how.window,
+        separator=how.separator,
+        seed=how.seed,
+        write=write,
     )
-    chosen, sources, unmet = _gather(mixture(dataset), limit, seed, windows_of)
-    check_vocabulary(max(max(ids) for ids in chosen), vocabulary)
-    fitted, held_out = _set_apart(chosen, seed) if hold_out else (chosen, [])
+    chosen, sources, unmet = _gather(mixture(dataset), limit, how.seed, windows_of)
+    check_vocabulary(max(max(ids) for ids in chosen), how.vocabulary)
+    fitted, held_out = _set_apart(chosen, how.seed) if how.hold_out else (chosen, [])
     tokens = sum(map(len, fitted))
     held_out_samples = len(chosen) - len(fitted)
-    # Some models name -1, or an id that only their tokenizer has; embeddings take ids of the vocabulary.
-    padding = pad_token_id if isinstance(pad_token_id, int) and 0 <= pad_token_id < vocabulary else 0
     info = {
         "source": ", ".join(source["name"] for source in sources),
         "sources": sources,
@@ -170,7 +188,7 @@ def prepare_calibration(
         "held_out": held_out_samples,
         "tokens": tokens,
         "longest": max(map(len, fitted)),
-        "seed": seed,
+        "seed": how.seed,
         "sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
     }
     logger.info(
@@ -182,11 +200,11 @@ def prepare_calibration(
         counted(held_out_samples, "more sample is", "more samples are"),
     )
     return Calibration(
-        batches=tuple(_batches(fitted, batch_size, padding, micro_batch_tokens, decoded, padded)),
+        batches=tuple(_batches(fitted, how.batch_size, how.padding, how.micro_batch_tokens, how.decoded, how.padded)),
         info=info,
-        held_out=tuple(_batches([ids[:HELD_OUT_TOKENS] for ids in held_out], 1, padding, decoded=decoded)),
+        held_out=tuple(_batches([ids[:HELD_OUT_TOKENS] for ids in held_out], 1, how.padding, decoded=how.decoded)),
         truly_held_out=held_out_samples > 0,
-        weaknesses=(*unmet, *_weaknesses(chosen, window, samples)),
+        weaknesses=(*unmet, *_weaknesses(chosen, how.window, how.samples)),
     )
 
 
@@ -265,13 +283,11 @@ def _windows(
     return long_enough, facts
 
 
-def _prepare_whole(
-    dataset: Any, rows: list[MicroBatch], vocabulary: int, window: int, limit: int | None, seed: int, hold_out: bool
-) -> Calibration:
+def _prepare_whole(dataset: Any, rows: list[MicroBatch], how: Sampling) -> Calibration:
     """Samples that are more than text: each is run as it is, by itself."""
-    chosen = _draw(rows, limit, seed, _length)
-    check_vocabulary(max(int(row.input_ids.max()) for row in chosen), vocabulary)
-    fitted, held_out = _set_apart(chosen, seed, _length) if hold_out else (chosen, [])
+    chosen = _draw(rows, how.samples, how.seed, _length)
+    check_vocabulary(max(int(row.input_ids.max()) for row in chosen), how.vocabulary)
+    fitted, held_out = _set_apart(chosen, how.seed, _length) if how.hold_out else (chosen, [])
     held_out_samples = len(chosen) - len(fitted)
     digest = hashlib.sha256()
     for row in chosen:
@@ -286,7 +302,7 @@ def _prepare_whole(
         "tokens": sum(lengths),
         "longest": max(lengths),
         "inputs": names,
-        "seed": seed,
+        "seed": how.seed,
         "sha256": digest.hexdigest(),
     }
     logger.info("Calibration: %s with %s, as they are.", counted(len(fitted), "sample"), ", ".join(names))
@@ -295,7 +311,7 @@ def _prepare_whole(
         info=info,
         held_out=tuple(held_out),
         truly_held_out=held_out_samples > 0,
-        weaknesses=tuple(_weaknesses([row.input_ids.flatten().tolist() for row in chosen], window, limit)),
+        weaknesses=tuple(_weaknesses([row.input_ids.flatten().tolist() for row in chosen], how.window, how.samples)),
     )
 
 

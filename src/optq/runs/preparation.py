@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from optq.calibration import TOKENS_PER_MICRO_BATCH, TOKENS_PER_STEP, Calibration, accepted, prepare_calibration
+from optq.calibration import (
+    TOKENS_PER_MICRO_BATCH,
+    TOKENS_PER_STEP,
+    Calibration,
+    Sampling,
+    accepted,
+    prepare_calibration,
+)
 from optq.compat import transformers as compat
 from optq.config.gptq import GPTQConfig
 from optq.config.metadata import without_effect
@@ -229,18 +236,20 @@ def _data_for(model: Any, config: GPTQConfig, where: Mapping[str, Any]) -> Calla
         prepare_calibration,
         config.calibration_data,
         partial(compat.load_tokenizer, config.tokenizer, model.config.name_or_path, where),
-        vocabulary=vocabulary_of(model),
-        window=longest,
-        samples=config.num_samples,
-        batch_size=config.batch_size,
-        pad_token_id=padding if padding is not None else getattr(text_config, "pad_token_id", None),
-        seed=config.seed,
-        hold_out=config.quality_gate != "off",
-        decoded=_has_decoder_inputs(model),
-        dtype=model.dtype,
-        micro_batch_tokens=TOKENS_PER_STEP if config.reconstruction_passes else TOKENS_PER_MICRO_BATCH,
-        separator=_end_of_text(text_config) if config.packing else None,
-        padded=_may_be_padded(model),
+        Sampling(
+            vocabulary=vocabulary_of(model),
+            window=longest,
+            samples=config.num_samples,
+            batch_size=config.batch_size,
+            pad_token_id=padding if padding is not None else getattr(text_config, "pad_token_id", None),
+            seed=config.seed,
+            hold_out=config.quality_gate != "off",
+            decoded=_has_decoder_inputs(model),
+            dtype=model.dtype,
+            micro_batch_tokens=TOKENS_PER_STEP if config.reconstruction_passes else TOKENS_PER_MICRO_BATCH,
+            separator=_end_of_text(text_config) if config.packing else None,
+            padded=_may_be_padded(model),
+        ),
     )
     return lambda write: prepared(write=None if write is None else lambda count: write(count, length))
 
