@@ -125,8 +125,8 @@ class TestQuantizing:
             ({"bits": 5}, "bits=5"),
             ({"group_size": 0}, "group_size=0"),
             ({"group_size": -2}, "group_size=-2"),
-            ({"damp_percent": 1.5}, "damping=1.5"),
-            ({"damp_percent": -0.1}, "damping=-0.1"),
+            ({"damp_percent": 1.5}, "damp_percent=1.5"),
+            ({"damp_percent": -0.1}, "damp_percent=-0.1"),
         ],
     )
     def test_impossible_arguments_are_refused_at_once(self, settings, message):
