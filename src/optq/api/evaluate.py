@@ -146,12 +146,7 @@ def compare(
     names = [place_of(model) for model in models]
     origin = None if baseline is None else place_of(baseline)
     reference = origin or names[0]
-    configs = {name: model_config_of(name, kwargs) for name in dict.fromkeys([reference, *names])}
-    for name, config in configs.items():
-        _check_predicts(name, config)
-        if origin is not None:
-            _check_comparable(name, config, origin, configs[origin])
-    window = _common_window(configs, window)
+    window = _common_window(_checked_configs(names, origin, kwargs), window)
     encoder = cache(lambda: load_tokenizer(tokenizer, reference, where_in(kwargs)))
     original = None if origin is None else _load(origin, device, kwargs)
     if original is not None:
@@ -212,6 +207,16 @@ def _room(model: Any, prompt: int, new: int) -> int:
             "with the prompt. Ask for fewer."
         )
     return room
+
+
+def _checked_configs(names: list[str], origin: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The models' configs by name, if all can be measured and compared."""
+    configs = {name: model_config_of(name, kwargs) for name in dict.fromkeys([origin or names[0], *names])}
+    for name, config in configs.items():
+        _check_predicts(name, config)
+        if origin is not None:
+            _check_comparable(name, config, origin, configs[origin])
+    return configs
 
 
 def _common_window(configs: Mapping[str, Any], window: int) -> int:

@@ -121,8 +121,7 @@ def plan(
 ) -> Estimate:
     """Say what `optq.quantize` with the same arguments will take and give. Reads the config and the data, no weights.
 
-    The time is estimated from what this machine does in a few seconds, which this takes, with memory for one block and
-    for what lies outside of the blocks.
+    The time is estimated from what this machine does in some seconds, with memory for a block and what lies outside.
 
     Args:
         tensor_parallel: over how many GPUs vLLM will split the model.
@@ -131,13 +130,12 @@ def plan(
         ConfigError, CalibrationError, CheckpointError, ModelError: whatever would stop the run before its work.
     """
     config = GPTQConfig.from_stock(config)
-    device_map = kwargs.get("device_map")
-    check_request(config, device_map, kwargs.get("offload_folder"))
+    check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"))
     model = model_without_weights(place_of(model_id_or_dir), kwargs)
     check_files(place_of(model_id_or_dir), kwargs)
     prepared = prepare(model, config, where_in(kwargs))
     planned = prepared.plan
-    check_kernels(model, planned, config, device_map, placed=False)
+    check_kernels(model, planned, config, kwargs.get("device_map"), placed=False)
     calibration = prepared.calibration or prepared.calibration_with(partial(_stand_in, vocabulary_of(model)))
     put_split(model, prepared.experts)
     device = execution_device(config.device)

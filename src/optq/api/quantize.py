@@ -87,11 +87,8 @@ def quantize(
     Every decoder block is read from disk when its turn comes, and written as a file of its own as soon as it is done.
     So the memory needed does not grow with the number of blocks; and a run that was interrupted, even by a power cut,
     goes on from its last finished block when the same call is made again, and ends with the same bytes. The folder
-    gets its config.json last, so an unfinished one is never taken for a model. The run's events are in
-    quantization_log.jsonl beside the weights, and what they come to in a model card, README.md.
-
-    Called in every process that torchrun or accelerate launch started, the processes share the work, and the first one
-    writes.
+    gets its config.json last, and has the run's events in quantization_log.jsonl and a model card. Processes that
+    torchrun or accelerate launch started share the work, and the first one writes.
 
     Args:
         model: what `from_pretrained` takes; or a model of transformers with its weights in memory, on the CPU or on
