@@ -140,7 +140,7 @@ def _say_started(model: nn.Module, plan: Plan, calibration: Calibration, run: Ru
         utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=named or type(model).__name__,
         from_folder=Path(named).is_dir(),
-        blocks=len(plan.blocks) - (plan.head is not None),
+        blocks=len(plan.without_head().blocks),
         linears=len(plan.all_targets),
         skipped=plan.skipped,
         calibration=calibration.info,
