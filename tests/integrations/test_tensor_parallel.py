@@ -88,7 +88,7 @@ from transformers.distributed import DistributedConfig
 import optq
 from optq import GPTQConfig
 from optq.errors import OptqError
-from optq.hf import parallel
+from optq.integrations import tensor_parallel as parallel
 from optq.integrations.tensor_parallel import ParallelLinear
 from peft import LoraConfig, get_peft_model
 
