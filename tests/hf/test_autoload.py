@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(model.model.layers[0].mlp.up_proj).__module__, "peft" in sys.modules)
 """
-    assert run(code, str(checkpoint)) == "optq.layers False"
+    assert run(code, str(checkpoint)) == "optq.layers.linear False"
 
 
 @pytest.mark.parametrize(
