@@ -153,7 +153,7 @@ def plan(
     estimate = Estimate(
         model=place_of(model_id_or_dir),
         device=str(device),
-        blocks=len(planned.blocks) - (planned.head is not None),
+        blocks=len(planned.without_head().blocks),
         linears=dict(Counter((*target.view.shape, target.scheme) for target in targets)),
         skipped=planned.skipped,
         tokens=calibration.info["tokens"],

@@ -113,7 +113,7 @@ class QuantizingLoad:
         if placed:
             check_placement(model, plan, compat.automatic_map(model, asked, quantizer), asked.offload_folder)
         check_kernels(model, plan, config, asked.device_map, placed=placed)
-        blocks = {name: block for name, block in plan.blocks.items() if name != plan.head}
+        blocks = plan.without_head().blocks
         if reason := why_not_streamed(model, blocks, files):
             logger.info("The whole model is read into memory: %s.", reason)
         else:

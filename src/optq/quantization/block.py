@@ -32,7 +32,13 @@ PAUSED_SHARE = 0.5  # of the free memory, for what forwards hold while they wait
 
 
 class OrdinaryBlock:
-    """A block that each forward calls once, and how it is quantized."""
+    """A block that each forward calls once, and how it is quantized.
+
+    Attributes:
+        reconstructs: it is of use to reconstruct it.
+    """
+
+    reconstructs = True
 
     def solve(
         self, runner: BlockRunner, stages: list[Stage], streams: Streams, run: Run, *, last: bool
@@ -48,7 +54,7 @@ class OrdinaryBlock:
             ModelError: processes see different stages.
             SolveError: the Hessian of a linear cannot be inverted.
         """
-        data, reconstructs = streams.calibration(), run.reconstruction_passes > 0
+        data, reconstructs = streams.calibration(), self.reconstructs and run.reconstruction_passes > 0
         originals: dict[int, Any] | None = {} if reconstructs or not last else None
         own: dict[int, Any] | None = {} if not reconstructs and not last else None  # reconstruction would change them
         solved = _solve(runner, stages, data, run, originals, own)
@@ -66,10 +72,7 @@ class OrdinaryBlock:
 class OutputHead(OrdinaryBlock):
     """The linear after the last block, which makes the logits: there is nothing in it to reconstruct."""
 
-    def solve(
-        self, runner: BlockRunner, stages: list[Stage], streams: Streams, run: Run, *, last: bool
-    ) -> tuple[list[Solved], dict[int, Any]]:
-        return super().solve(runner, stages, streams, replace(run, reconstruction_passes=0), last=last)
+    reconstructs = False
 
 
 class RepeatedBlock(OrdinaryBlock):
@@ -102,7 +105,7 @@ class RepeatedBlock(OrdinaryBlock):
         return solved, {}
 
 
-def kind_of(name: str, plan: Plan, *, repeats: bool) -> OrdinaryBlock:
+def kind_of(name: str, plan: Plan, *, repeats: bool = False) -> OrdinaryBlock:
     """What kind of block the one called `name` is; `repeats`: the model calls its blocks several times in a row."""
     if name == plan.head:
         return OutputHead()

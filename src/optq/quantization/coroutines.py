@@ -159,7 +159,9 @@ class SuspendedForwards:
             stack.enter_context(evaluating(self._model))
             stack.enter_context(placed(tensors_outside(self._model, self._blocks), self._device, None))
             for index, block in enumerate(self._blocks):
-                stack.callback(_restore_forward, block, block.__dict__.get("forward"))
+                overridden = block.__dict__.get("forward")  # None: inherited from the class
+                undo = (delattr, block, "forward") if overridden is None else (setattr, block, "forward", overridden)
+                stack.callback(*undo)
                 block.forward = self._stand_in(index)
             self._undo = stack.pop_all()
         return self
@@ -227,11 +229,3 @@ class SuspendedForwards:
             return thread.pause(BlockCall(batch=thread.index, block=index, args=args, kwargs=kwargs))
 
         return forward
-
-
-def _restore_forward(block: nn.Module, overridden: Any) -> None:
-    """`overridden` is the instance's own forward; None: it was inherited from the class."""
-    if overridden is None:
-        del block.forward
-    else:
-        block.forward = overridden

@@ -27,6 +27,7 @@ from optq.model import LinearView, Stage, hidden_states, independent_groups
 from optq.scheme import LayerScheme
 
 from .bit_allocation import JUDGED_TOKENS, MEASURED_TOKENS
+from .block import kind_of
 from .block_reconstruction import Example, reconstruct
 from .coroutines import BlockCall, SuspendedForwards
 from .plan import Plan
@@ -136,7 +137,7 @@ def estimate(
     seconds[FORWARDS] += probed * comparing
     if candidates is not None:
         seconds = {SEARCHING: _searching(plan, blocks, speed, candidates), **seconds}
-    reconstructed = [seen for name, seen in blocks.items() if plan.targets[name] and name != plan.head]
+    reconstructed = [seen for name, seen in blocks.items() if plan.targets[name] and kind_of(name, plan).reconstructs]
     if not passes:
         return Duration(seconds=seconds)
     if any(seen.step is None for seen in reconstructed):
@@ -152,19 +153,16 @@ def estimate(
 
 def _runs(seen: _Seen, run: Run, follows: bool, last: bool) -> float:
     """How often the calibration data runs through a block, in both streams together."""
-    groups, sequential, reconstructed = (
-        len(independent_groups(seen.stages)),
-        run.sequential,
-        run.reconstruction_passes > 0,
-    )
+    groups = len(independent_groups(seen.stages))
     if seen.calls > 1:
         return 3.0  # to find the calls, to solve, and on to the next block
     if not groups:
         return 1.0 + follows
-    if sequential and groups > 1 and all(stage.orderly for stage in seen.stages):
-        return 1.0 + follows + (reconstructed and not last)  # they wait inside; reconstruction changes what came out
-    before = (groups - 1) / 2 if sequential else 1.0  # anew for every stage, up to there
-    return before + follows * before + (0 if last else 1 + follows * sequential)
+    if run.sequential and groups > 1 and all(stage.orderly for stage in seen.stages):
+        again = run.reconstruction_passes > 0 and not last  # reconstruction changes what came out
+        return 1.0 + follows + again  # they wait inside
+    before = (groups - 1) / 2 if run.sequential else 1.0  # anew for every stage, up to there
+    return before + follows * before + (0 if last else 1 + follows * run.sequential)
 
 
 def _products(stage: Stage, seen: _Seen, tokens: int) -> float:
@@ -184,7 +182,7 @@ def _solving(stage: Stage, scheme_of: dict[str, LayerScheme], speed: _Speed, *, 
 def _searching(
     plan: Plan, blocks: dict[str, _Seen], speed: _Speed, candidates: Callable[[LinearView], Sequence[LayerScheme]]
 ) -> float:
-    """Seconds of `allocation.measure`."""
+    """Seconds of `bit_allocation.measure`."""
     seconds = 0.0
     for number, (name, seen) in enumerate(blocks.items()):
         # To measure and on to the next block; the judged tokens, with each of the blocks before damaged in its turn.
@@ -221,7 +219,7 @@ def _look(model: nn.Module, plan: Plan, batch: MicroBatch, run: Run, speed: _Spe
             if (kind := _kind_of(name, plan)) not in kinds:
                 _fill(block, run.device)
                 with at_block(name, plan, forwards, [call], run) as runner:
-                    kinds[kind] = _seen(runner, call, excerpt, reconstructed and name != plan.head)
+                    kinds[kind] = _seen(runner, call, excerpt, reconstructed and kind_of(name, plan).reconstructs)
                 block.to("meta")
             last = name == next(reversed(plan.blocks))
             with forwards.ending() if last else nullcontext():
