@@ -123,21 +123,17 @@ def compare(
     """Measure any number of models on the same text.
 
     Args:
-        models: ids or folders, dense or quantized by any tool.
-        baseline: the original that they are compared with: perplexity, KL divergence, how often the most likely token
-            is the same. It stays in memory beside each of them. By default nothing is compared.
+        models: ids or folders, dense or quantized.
+        baseline: the original, which stays in memory beside each of them. By default nothing is compared.
         dataset: the text, in any form that `GPTQConfig.dataset` takes; of a named dataset its part for evaluation;
-            "self": text that the baseline writes, not what it writes to be calibrated on. Samples are read one after
-            another, as one text.
-        tokenizer: object, processor, id or folder; by default that of the baseline, else of the first model.
-        protocols: see `optq.evaluation.Protocol`; not "rolling", which wants a token before the text.
-        window: tokens that a model reads at once, at most what all of the models can.
-        stride: of the protocol "sliding"; by default 512, or half of a window that is shorter than 1024.
+            "self": text that the baseline writes, not what it writes to be calibrated on. Samples are one text.
+        tokenizer: object, id or folder; by default the baseline's, else the first model's.
+        protocols: see `optq.evaluation.Protocol`; not "rolling".
+        window, stride: tokens read at once, at most what all models can; the step of "sliding", by default up to 512.
         tokens: how many of the text to use at most, from its start.
         batch_sizes: for which the speed of generation is measured, after a prompt from the text.
         answers: have each model continue a few prompts.
-        device: where models run; by default the accelerator, if there is one.
-        kwargs: for `from_pretrained` of every model: dtype, revision, token, trust_remote_code, …
+        device, kwargs: by default the accelerator; for `from_pretrained`: dtype, revision, token, trust_remote_code, …
     Raises:
         CalibrationError: the text cannot be read, or is shorter than a window.
         ConfigError: one of the models does not predict the next token, or has another vocabulary than the baseline.

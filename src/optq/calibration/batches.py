@@ -153,9 +153,9 @@ def prepare_calibration(
     """Turn whatever `GPTQConfig.dataset` accepts into micro-batches.
 
     Args:
-        dataset: a list of strings, of chats, of dicts with input_ids, or of what a processor returns for one sample
-            with images or sound; what a tokenizer returns for texts; a `datasets.Dataset`, a DataLoader or another
-            iterable of these; a path; a name; or several of these with weights.
+        dataset: a list of strings, chats, dicts with input_ids, or of what a processor returns for images or sound;
+            what a tokenizer returns; a `datasets.Dataset`, DataLoader or other iterable of these; a path; a name; or
+            several of these with weights.
         load_tokenizer: called only if there is text to encode.
         write: has the model write so many samples, for dataset="self".
     Raises:
@@ -179,14 +179,12 @@ def prepare_calibration(
     chosen, sources, unmet = _gather(mixture(dataset), limit, how.seed, windows_of)
     check_vocabulary(max(max(ids) for ids in chosen), how.vocabulary)
     fitted, held_out = _set_apart(chosen, how.seed) if how.hold_out else (chosen, [])
-    tokens = sum(map(len, fitted))
-    held_out_samples = len(chosen) - len(fitted)
-    info = {
+    info: dict[str, Any] = {
         "source": ", ".join(source["name"] for source in sources),
         "sources": sources,
         "samples": len(fitted),
-        "held_out": held_out_samples,
-        "tokens": tokens,
+        "held_out": len(chosen) - len(fitted),
+        "tokens": sum(map(len, fitted)),
         "longest": max(map(len, fitted)),
         "seed": how.seed,
         "sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
@@ -195,15 +193,15 @@ def prepare_calibration(
         "Calibration: %s (%s), %s, at most %d each; %s held out to judge the result.",
         counted(len(fitted), "sample"),
         ", ".join(f"{source['samples']} of {source['name']}" for source in sources),
-        counted(tokens, "token"),
+        counted(info["tokens"], "token"),
         info["longest"],
-        counted(held_out_samples, "more sample is", "more samples are"),
+        counted(info["held_out"], "more sample is", "more samples are"),
     )
     return Calibration(
         batches=tuple(_batches(fitted, how.batch_size, how.padding, how.micro_batch_tokens, how.decoded, how.padded)),
         info=info,
         held_out=tuple(_batches([ids[:HELD_OUT_TOKENS] for ids in held_out], 1, how.padding, decoded=how.decoded)),
-        truly_held_out=held_out_samples > 0,
+        truly_held_out=info["held_out"] > 0,
         weaknesses=(*unmet, *_weaknesses(chosen, how.window, how.samples)),
     )
 
