@@ -226,8 +226,8 @@ def test_compiles_for_gpus_that_are_not_there():
             assert facts["loop_instructions"] > 0, facts
             assert facts["loop_waits_for_loads"] == 0, facts  # all are made some turns ahead
             if facts["rows"] == 8:
-                # Memory of an H200 brings a weight of 4 bits in the time of 3.6 instructions.
-                most = {2: 3.2, 3: 4.5, 4: 3.1, 8: 3.7}[facts["bits"]]
+                # Memory of an H200 brings a weight of 4 bits in the time of 3.6 instructions. Triton 3.6 takes 3.2.
+                most = {2: 3.2, 3: 4.5, 4: 3.3, 8: 3.7}[facts["bits"]]
                 assert facts["loop_instructions"] / facts["weights_per_thread"] <= most, facts
 
 
