@@ -51,17 +51,18 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Compiling 19,000 modules takes a minute, and the tests import a part of them.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev,demo]"
 	touch $@
 
 # What is not in VERSIONS is as in constraints.txt with the oldest, and the newest that there is with the newest.
 $(VENV)/.installed-versions: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	grep -vE '$(UNPINNED)' constraints.txt > $(VENV)/constraints.txt || true
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt $(VERSIONS) --editable ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt $(VERSIONS) --editable ".[dev,demo]"
 	touch $@
 
 clean:
