@@ -5,11 +5,16 @@ Exact: weights are dequantized in float32 and cast to the activations' dtype, as
 have them; on CPUs without instructions for 16-bit products, those are made in float32.
 """
 
+import torch
 from torch import Tensor
 
 from optq.checkpoint import PackedWeight, unpack_codes
 
 from .prepared import Prepared, matmul_dense, prepared_from
+
+
+def why_not(packed: PackedWeight, dtype: torch.dtype) -> None:
+    """Every layer of what the row declares is run."""
 
 
 def prepare(packed: PackedWeight) -> Prepared:
