@@ -188,7 +188,7 @@ class Fields:
         CALIBRATION, "sequences per forward", None, "as many as are 2048 tokens; 512 with `polish`", least=1
     )
     pad_token_id: int | None = declared(
-        CALIBRATION, "fills up shorter samples", None, "the model's, else 0", least=0, lenient=True
+        CALIBRATION, "fills up shorter samples; masked, so any id does", None, "the model's, else 0", lenient=True
     )
     max_input_length: int | None = declared(RUNNING, WITHOUT_EFFECT, None, least=1, lenient=True, option=False)
     cache_block_outputs: bool = declared(RUNNING, WITHOUT_EFFECT, True, lenient=True, option=False)
