@@ -73,7 +73,7 @@ OUT_OF_RANGE = {
     "batch_size": (0, -1),
     "num_samples": (0, -1),
     "max_input_length": (0, -1),
-    "pad_token_id": (-1,),
+    "pad_token_id": (1.5,),
     "seed": (2**64, -(2**64)),
     "max_perplexity_ratio": (0, -1),
     "target_bits_per_weight": (0, -4),
