@@ -5,12 +5,15 @@ from .layout import TENSOR_NAMES as TENSOR_NAMES
 from .layout import PackedWeight as PackedWeight
 from .layout import QuantizedTensors as QuantizedTensors
 from .layout import find_quantized_linears as find_quantized_linears
+from .layout import groups_of_columns as groups_of_columns
 from .layout import open_whole as open_whole
 from .layout import pack as pack
+from .layout import part_of as part_of
 from .layout import read_headers as read_headers
 from .layout import relabel as relabel
 from .layout import unpack as unpack
 from .layout import with_trivial_groups as with_trivial_groups
+from .layout import words_of as words_of
 from .packing import pack_codes as pack_codes
 from .packing import unpack_codes as unpack_codes
 from .zeros import CHECKPOINT_FORMATS as CHECKPOINT_FORMATS

@@ -5,6 +5,7 @@ The format is specified in docs/checkpoint-format.md. Outside names (qweight, qz
 `hf/config.py` only.
 """
 
+import math
 import os
 import pickle
 from dataclasses import dataclass, replace
@@ -95,6 +96,55 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
         group_of_column=packed.g_idx,
         bits=packed.bits,
     )
+
+
+def part_of(packed: PackedWeight, outputs: slice, inputs: slice) -> PackedWeight:
+    """Some neighbouring outputs and inputs of a weight, as a weight of its own: what a process of several holds.
+
+    Args:
+        packed: (in, out).
+        outputs, inputs: begin and end at whole words: see `optq.readers.why_not_in_parts`.
+    Raises:
+        CheckpointError: they cut a word.
+    """
+    rows = words_of(inputs, packed.bits, "inputs")
+    columns = words_of(outputs, packed.bits, "outputs")
+    groups, own = groups_of_columns(packed.g_idx, inputs.start, inputs.stop)
+    return replace(
+        packed,
+        qweight=packed.qweight[rows, outputs],
+        qzeros=packed.qzeros[groups][:, columns],
+        scales=packed.scales[groups][:, outputs],
+        g_idx=own,
+    )
+
+
+def words_of(codes: slice, bits: int, what: str) -> slice:
+    """Which words hold these codes."""
+    if codes.start * bits % PACKED_WORD_BITS or codes.stop * bits % PACKED_WORD_BITS:
+        raise CheckpointError(
+            f"{what} {codes.start} to {codes.stop} of {bits} bits begin or end inside of a word of {PACKED_WORD_BITS} "
+            "bits, so they cannot be had without their neighbours. Split the model over fewer processes."
+        )
+    return slice(codes.start * bits // PACKED_WORD_BITS, codes.stop * bits // PACKED_WORD_BITS)
+
+
+def groups_of_columns(group_of_column: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """The groups that columns start … stop need, and which of these each column belongs to.
+
+    Where groups are runs of columns and `start` lies inside of one, the part's groups are narrower ones, so that they
+    are of one width, as the fast kernels want them: with groups of 128, columns 192 … 384 get three groups of 64.
+
+    Returns:
+        (local groups,) int64, which may name a group twice, and (stop - start,) int32.
+    """
+    own = group_of_column[start:stop]
+    width = int((group_of_column == group_of_column[0]).sum())
+    if torch.equal(group_of_column, trivial_groups(len(group_of_column), width, own.device)):
+        width = math.gcd(start, width)
+        return own[::width].long(), trivial_groups(stop - start, width, own.device)
+    groups, own = own.unique(return_inverse=True)
+    return groups.long(), own.int()
 
 
 def as_float16(scales: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ All that depends on transformers' internals for this is here, and was read in 5.
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,12 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from optq.checkpoint import groups_of_columns
 from optq.errors import ConfigError, counted
 from optq.layers import QuantLinear
 from optq.model import Experts
 from optq.patching import put
 from optq.readers import FUSED_NAMES, kind_of, why_not_in_parts
-from optq.scheme import trivial_groups
 
 logger = logging.getLogger(__name__)
 
@@ -205,24 +204,6 @@ class ParallelLinear(QuantLinear):
     def extra_repr(self) -> str:
         part = self.part
         return super().extra_repr() + (f", part {part.rank} of {part.size} by {part.way.splits}" if part else "")
-
-
-def groups_of_columns(group_of_column: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The groups that columns start … stop need, and which of these each column belongs to.
-
-    Where groups are runs of columns and `start` lies inside of one, the part's groups are narrower ones, so that they
-    are of one width, as the fast kernels want them: with groups of 128, columns 192 … 384 get three groups of 64.
-
-    Returns:
-        (local groups,) int64, which may name a group twice, and (stop - start,) int32.
-    """
-    own = group_of_column[start:stop]
-    width = int((group_of_column == group_of_column[0]).sum())
-    if torch.equal(group_of_column, trivial_groups(len(group_of_column), width, own.device)):
-        width = math.gcd(start, width)
-        return own[::width].long(), trivial_groups(stop - start, width, own.device)
-    groups, own = own.unique(return_inverse=True)
-    return groups.long(), own.int()
 
 
 def wants_parallel(model: Any) -> bool:
