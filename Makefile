@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # `make gpu` is for machines that have one.
-.PHONY: demo check test test-min test-latest test-versions gpu lint format clean
+.PHONY: demo check test test-min test-latest test-versions gpu vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -46,6 +46,10 @@ gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/generate.py
 	PYTHONPATH=src $(PYTHON) benchmarks/solver.py
 	PYTHONPATH=src $(PYTHON) benchmarks/large.py
+
+# A real vLLM for CPUs beside ours, in .cache: 3 GB and 5 minutes the first time.
+vllm: $(VENV)/.installed
+	OPTQ_TEST_VLLM=$$(cd benchmarks && ../$(BIN)/python environments.py vllm) $(BIN)/pytest -m vllm
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

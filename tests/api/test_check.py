@@ -22,6 +22,7 @@ def linear(name="model.layers.0.mlp.up_proj", **scheme):
     [
         ({}, "vllm", ()),
         ({"bits": 3}, "vllm", ("3 bits; use 4 or 8",)),
+        ({"bits": 3, "sym": False, "desc_act": True, "dynamic": {"-:.*q_proj": {}}}, "vllm+optq", ()),
         ({"bits": 3}, "gptqmodel", ()),
         ({"bits": 2, "sym": False}, "sglang", ("2 bits; use 4 or 8",)),
         ({"desc_act": True}, "transformers", ()),
@@ -141,7 +142,7 @@ def test_linears_that_no_server_fuses_may_differ():
 
 
 def test_an_unknown_server_and_a_dense_model_are_refused(tiny_llama):
-    allowed = ", ".join(READERS)
+    allowed = re.escape(", ".join(READERS))
     with pytest.raises(ConfigError, match=f"server='tgi' was asked for; allowed are {allowed}"):
         optq.check(tiny_llama, server="tgi")
     with pytest.raises(ConfigError, match=r"is not quantized. Pass config="):
@@ -159,3 +160,12 @@ def test_gptqmodel_reads_asymmetric_grids_of_its_own_in_either_format():
     assert refusals("gptqmodel", [own]) == ()
     assert GPTQConfig(bits=4, meta={"quantizer": ["gptqmodel:7.6.0"]}).by_gptqmodel
     assert not GPTQConfig(bits=4, meta={"quantizer": "optq:0.1"}).by_gptqmodel
+
+
+def test_processes_that_share_heads_of_keys_are_as_one_head_each():
+    """vLLM gives two processes the same head where there are fewer heads than processes."""
+    scheme = LayerScheme(bits=3, group_size=32)
+    key = Linear(name="k_proj", out_features=64, in_features=256, scheme=scheme, split="colwise", head_width=32)
+    assert refusals("vllm+optq", [key], 4) == ()
+    assert "in 3 parts" in refusals("vllm+optq", [key], 3)[0]
+    assert "2 heads" in refusals("transformers", [key], 4)[0] or "in 4 parts" in refusals("transformers", [key], 4)[0]

@@ -23,6 +23,7 @@ USE = {
     "gptqmodel": '`GPTQModel.load("{model}")`',
     "sglang": "`python -m sglang.launch_server --model-path {model}`",
     "vllm": "`vllm serve {model}`",
+    "vllm+optq": "`pip install optq` beside vLLM, then `vllm serve {model}`",
 }
 """By reader: how it is told to use the checkpoint."""
 
@@ -122,6 +123,7 @@ def _usage(name: str, found: Inspection) -> str:
     lines = {
         reader: f"no: {reasons[0]}" if (reasons := found.refused[reader]) else how.format(model=name)
         for reader, how in USE.items()
+        if reader != "vllm+optq" or found.refused["vllm"]
     }
     return "## Use\n\n" + _table("with", "how", lines)
 

@@ -53,6 +53,11 @@ class Schemes(Fields):
             return self._base_scheme()
         return None if pattern.startswith("-:") else self._scheme_with(self.dynamic[pattern])
 
+    def all_schemes(self) -> list[LayerScheme]:
+        """Those that linears may have, whatever they are called."""
+        rules = [rule for pattern, rule in (self.dynamic or {}).items() if not pattern.startswith("-:")]
+        return [self._base_scheme(), *map(self._scheme_with, rules)]
+
     @property
     def listed_modules(self) -> list[str]:
         """What `modules_in_block_to_quantize` names, whatever groups it makes."""

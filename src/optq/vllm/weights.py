@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight of one linear as a server holds it: several linears of a checkpoint side by side, or a part of each.
+
+Servers make one linear of q, k and v. Its parts arrive one tensor at a time; each keeps its own scheme, and parts of
+one scheme become one product in the end. Nothing in here imports a server.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears, part_of, words_of
+from optq.checkpoint.layout import TensorHeader
+from optq.errors import CheckpointError
+from optq.kernels import Kernel, Prepared, choose_kernel, matmul
+from optq.scheme import PACKED_WORD_BITS, trivial_groups
+
+PARTS = (*TENSOR_NAMES, "weight")
+"""Last parts of the names of tensors that may arrive: of a packed linear, or of one that is not."""
+
+Origins = Callable[[int], Tensor]
+"""Outputs of a linear of the checkpoint -> (own outputs,) int64 on the CPU: which of them each own one is, or -1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Neighbouring outputs of a linear of the checkpoint, which are neighbours here, too.
+
+    Args:
+        at: the first one's place here.
+        outputs: which they are there.
+    """
+
+    at: int
+    outputs: slice
+
+
+def runs_of(origins: Tensor) -> Iterator[Run]:
+    """The runs in what `Origins` gives."""
+    here = (origins >= 0).nonzero()[:, 0].tolist()
+    there = origins[here].tolist()
+    breaks = [0, *(n for n in range(1, len(here)) if here[n] != here[n - 1] + 1 or there[n] != there[n - 1] + 1)]
+    for start, stop in pairwise([*breaks, len(here)]):
+        if stop > start:
+            yield Run(at=here[start], outputs=slice(there[start], there[stop - 1] + 1))
+
+
+@dataclass(kw_only=True)
+class _Arrived:
+    """What has come of one linear of the checkpoint.
+
+    Args:
+        large: qweight (words, outputs), or weight (outputs, inputs), of each run: what is needed of it, on the device.
+        others: the rest, by the last part of its name, whole.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    large: list[Tensor] = field(default_factory=list)
+    others: dict[str, Tensor] = field(default_factory=dict)
+    outputs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some neighbouring outputs of a linear and how they are made.
+
+    Args:
+        at: the first one.
+        outputs: how many they are.
+        kernel: multiplies by `prepared`; None of a part that is not packed.
+        weight: (outputs, in), of such a part.
+    """
+
+    at: int
+    outputs: int
+    kernel: Kernel | None = None
+    prepared: Prepared | None = None
+    weight: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The largest that it multiplies by."""
+        tensor = self.weight if self.prepared is None else self.prepared.codes
+        assert tensor is not None
+        return tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.kernel is None or self.prepared is None:
+            assert self.weight is not None
+            return linear(x, self.weight)
+        return matmul(x, self.kernel, self.prepared)
+
+
+class Product(nn.Module):
+    """x (…, in) -> (…, out) in x's dtype, by all parts of a linear; outputs that no part makes are zeros.
+
+    Args:
+        parts: in the order of their outputs.
+        outputs: of the linear.
+    """
+
+    def __init__(self, parts: Sequence[Part], outputs: int) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.outputs = outputs
+        ends = [0, *(part.at + part.outputs for part in parts)]
+        self.gaps = tuple(
+            start - end for start, end in zip([*(part.at for part in parts), outputs], ends, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = []
+        for gap, part in zip(self.gaps, (*self.parts, None), strict=True):
+            if gap:
+                made.append(x.new_zeros(*x.shape[:-1], gap))
+            if part is not None:
+                made.append(part(x))
+        return made[0] if len(made) == 1 else torch.cat(made, -1)
+
+
+class ArrivingWeight:
+    """Takes the tensors of a linear as they are read, and makes a `Product` of them.
+
+    Args:
+        name: the linear's, for errors.
+        outputs: of the linear, of this process.
+        all_inputs: of the checkpoint's linears.
+        inputs: which of these this process has.
+        zero_format: how zeros are stored, see `optq.checkpoint.zeros`.
+        device, dtype: where it multiplies, and which activations.
+        padded: outputs that do not arrive are zeros, as those of a vocabulary that is rounded up.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        outputs: int,
+        all_inputs: int,
+        inputs: slice,
+        zero_format: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        padded: bool = False,
+    ) -> None:
+        self.name, self.outputs, self.padded = name, outputs, padded
+        self.all_inputs, self.inputs = all_inputs, inputs
+        self.zero_format, self.device, self.dtype = zero_format, device, dtype
+        self._arrived: dict[Hashable, _Arrived] = {}
+
+    def take(self, part: str, tensor: Tensor, which: Hashable, origins: Origins) -> None:
+        """One tensor, whole.
+
+        Args:
+            part: of `PARTS`.
+            which: the linear of the checkpoint, among those that this one is made of.
+        Raises:
+            CheckpointError: its shape is none of this linear, or the part of this process would cut words.
+        """
+        arrived = self._arrived.setdefault(which, _Arrived())
+        if part not in ("qweight", "weight"):
+            arrived.others[part] = tensor
+            return
+        if tensor.ndim != 2:
+            raise CheckpointError(f"{self._of(which)}: {part} has shape {tuple(tensor.shape)}, not two dimensions.")
+        if part == "weight":
+            tensor = tensor.T
+        else:
+            bits, rest = divmod(tensor.shape[0] * PACKED_WORD_BITS, self.all_inputs)
+            if rest:
+                raise CheckpointError(
+                    f"{self._of(which)}: qweight has {tensor.shape[0]} rows, which are no whole bits for each of "
+                    f"{self.all_inputs} inputs."
+                )
+        rows = self.inputs if part == "weight" else words_of(self.inputs, bits, f"{self._of(which)}: inputs")
+        arrived.outputs = tensor.shape[1]
+        arrived.runs = list(runs_of(origins(tensor.shape[1])))
+        dtype = self.dtype if part == "weight" else tensor.dtype
+        arrived.large = [
+            (cut.T if part == "weight" else cut).to(self.device, dtype, copy=True).contiguous()
+            for cut in (tensor[rows, run.outputs] for run in arrived.runs)
+        ]
+
+    def product(self) -> Product:
+        """What all that has arrived makes.
+
+        Raises:
+            CheckpointError: something is missing, or contradicts the rest.
+            KernelError: no kernel multiplies it here.
+        """
+        parts = sorted(
+            (part for which, arrived in self._arrived.items() for part in self._parts(which, arrived)),
+            key=lambda part: part.at,
+        )
+        product = Product(_joined(parts), self.outputs)
+        if any(gap < 0 for gap in product.gaps) or (any(product.gaps) and not self.padded):
+            made = ", ".join(f"{part.at} … {part.at + part.outputs}" for part in parts) or "none"
+            raise CheckpointError(
+                f"{self.name} has {self.outputs} outputs; the checkpoint has weights for these of them: {made}. It is "
+                "not whole, or of another model."
+            )
+        self._arrived.clear()
+        return product
+
+    def _parts(self, which: Hashable, arrived: _Arrived) -> Iterator[Part]:
+        if not arrived.large:
+            raise CheckpointError(
+                f"{self._of(which)}: the checkpoint has {', '.join(sorted(arrived.others))}, but no qweight."
+            )
+        if not arrived.others:  # of a packed one, others would have come
+            for run, weight in zip(arrived.runs, arrived.large, strict=True):
+                yield Part(at=run.at, outputs=weight.shape[0], weight=weight)
+            return
+        bits, tensors = self._checked(which, arrived)
+        for run, qweight in zip(arrived.runs, arrived.large, strict=True):
+            # The words are cut already: what they are the rest of does not matter any more.
+            whole = PackedWeight(
+                qweight=qweight.new_empty(
+                    (self.all_inputs * bits // PACKED_WORD_BITS, arrived.outputs), device="meta"
+                ),
+                **tensors,
+                bits=bits,
+                checkpoint_format=self.zero_format,
+            )
+            cut = part_of(whole, run.outputs, self.inputs)
+            packed = PackedWeight(
+                qweight=qweight,
+                qzeros=cut.qzeros.to(self.device).contiguous(),
+                scales=cut.scales.to(self.device).contiguous(),
+                g_idx=cut.g_idx.to(self.device),
+                bits=bits,
+                checkpoint_format=self.zero_format,
+            )
+            kernel = choose_kernel(packed, self.dtype)
+            yield Part(at=run.at, outputs=packed.out_features, kernel=kernel, prepared=kernel.prepare(packed))
+
+    def _checked(self, which: Hashable, arrived: _Arrived) -> tuple[int, dict[str, Tensor]]:
+        """Bits, and the small tensors by name, once they fit one another."""
+        name, tensors = self._of(which), dict(arrived.others)
+        words = arrived.large[0].shape[0] * self.all_inputs // (self.inputs.stop - self.inputs.start)
+        headers = {
+            f"{name}.{part}": TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype)
+            for part, tensor in tensors.items()
+        }
+        headers[f"{name}.qweight"] = TensorHeader(shape=(words, arrived.outputs), dtype=torch.int32)
+        found = find_quantized_linears(headers)[name]
+        groups = len(tensors["scales"])
+        if "g_idx" not in tensors:
+            tensors["g_idx"] = trivial_groups(self.all_inputs, -(-self.all_inputs // groups), torch.device("cpu"))
+        lowest, highest = (int(group) for group in tensors["g_idx"].aminmax())
+        if lowest < 0 or highest >= groups:
+            raise CheckpointError(
+                f"{name}: g_idx names groups {lowest} to {highest}, and there are scales for {groups}. The file is "
+                "damaged; copy or download it again."
+            )
+        if not bool(tensors["scales"].isfinite().all()):
+            raise CheckpointError(
+                f"{name}: scales are not all finite. The file is damaged; copy or download it again."
+            )
+        return found.bits, {part: tensors[part] for part in ("qzeros", "scales", "g_idx")}
+
+    def _of(self, which: Hashable) -> str:
+        return self.name if which in ((), None) else f"{self.name} ({which})"
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Neighbours that one kernel can multiply at once become one."""
+    found: list[list[Part]] = []
+    for part in parts:
+        if found and _fit(found[-1], part):
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return [_one_of(group) for group in found]
+
+
+def _fit(group: Sequence[Part], part: Part) -> bool:
+    kernel, last = part.kernel, group[-1]
+    if kernel is None or last.kernel is not kernel or kernel.joint is None or last.at + last.outputs != part.at:
+        return False
+    return kernel.joint.why_not([other.prepared for other in (*group, part) if other.prepared is not None]) is None
+
+
+def _one_of(group: Sequence[Part]) -> Part:
+    first = group[0]
+    if len(group) == 1 or first.kernel is None or first.kernel.joint is None:
+        return first
+    prepared = first.kernel.joint.of([part.prepared for part in group if part.prepared is not None])
+    return Part(at=first.at, outputs=sum(part.outputs for part in group), kernel=first.kernel, prepared=prepared)
