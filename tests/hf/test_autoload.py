@@ -93,9 +93,10 @@ def test_whatever_is_imported_first(first):
     assert run(f"{first}{WHICH}") == OURS
 
 
-@pytest.mark.parametrize("first", ["import peft", "import transformers.modeling_utils, peft"])
-def test_peft_knows_packed_layers_whatever_is_imported_first(first):
+def test_peft_knows_packed_layers_whatever_is_imported_first():
+    """PEFT itself first: tests/integrations/test_peft.py."""
     pytest.importorskip("peft")
+    first = "import transformers.modeling_utils, peft"
     assert run(f"{first}{TUNER}{WHICH}").split() == ["optq.integrations.peft", OURS]
 
 
