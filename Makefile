@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+# Modules are compiled when they are first imported, and not by every process anew where the machine asks for that.
+unexport PYTHONDONTWRITEBYTECODE
+
 # `make gpu` is for machines that have one.
 .PHONY: demo check test test-min test-latest test-versions gpu vllm lint format clean
 

@@ -6,6 +6,8 @@ import os
 # Before any library reads them: tests never reach the network, and their torch threads do not fight over two cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where the machine asks for no bytecode, each of the many processes here would compile transformers anew: six seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import json
 import logging

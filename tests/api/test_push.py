@@ -70,11 +70,12 @@ def bytes_in(folder):
 
 LOAD = """
 import sys
-import torch
+import torch  # first, and nothing of optq: tests/hf/test_autoload.py has the other orders
 from transformers import AutoModelForCausalLM, AutoTokenizer
 ids, logits = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained("user/tiny-4bit", revision="main")
 torch.save(model(torch.load(ids)).logits, logits)
+assert type(model.model.layers[0].mlp.up_proj).__module__ == "optq.layers.linear"
 import optq
 assert sum(optq.inspect("user/tiny-4bit").linears.values()) == 14
 print(AutoTokenizer.from_pretrained("user/tiny-4bit").chat_template)

@@ -228,6 +228,8 @@ def hub(monkeypatch, tmp_path):
         return real("parquet", data_files=str(file), split="train", streaming=streaming, cache_dir=str(tmp_path))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    # It sleeps at the end of a stream, so that connections can close. There are none.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     monkeypatch.setattr(
         huggingface_hub.HfApi, "dataset_info", lambda self, path, revision: SimpleNamespace(sha=f"commit of {path}")
     )

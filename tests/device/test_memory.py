@@ -24,9 +24,9 @@ def test_peak_follows_an_allocation():
 @pytest.mark.slow
 def test_a_child_process_does_not_inherit_the_peak_of_its_parent():
     code = "import torch; from optq.device.memory import peak_gib; print(peak_gib('cpu'))"
-    block = torch.ones(500_000_000)
+    block = torch.ones(200_000_000)
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(child.stdout) < 1.5 < peak_gib("cpu")
+    assert 0 < float(child.stdout) < peak_gib("cpu") - 0.5
     assert block.sum() > 0
 
 

@@ -4,17 +4,27 @@
 Importing transformers and torch takes seconds, so a process is asked all that can be asked of it.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
+
+from conftest import rewritten
 
 # transformers imports `accelerate` and others lazily, so a process that only loads a checkpoint is a fair user.
 WHICH = """
 import transformers.modeling_utils
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 print(AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"].__module__)
+"""
+# Of PEFT's table, once `import peft` has filled it.
+TUNER = """
+import peft
+print(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA].__module__)
 """
 pytestmark = pytest.mark.slow
 OURS, THEIRS = "optq.config.gptq", "transformers.utils.quantization_config"
@@ -44,74 +54,78 @@ def checkpoint(tiny_llama, token_rows, tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_loads_in_a_process_that_never_imports_optq_with_neither_triton_nor_datasets_nor_optimum(
-    checkpoint,
+@pytest.fixture(scope="module")
+def of_autogptq(checkpoint, tmp_path_factory):
+    """The same in files as AutoGPTQ wrote them."""
+    folder = tmp_path_factory.mktemp("old") / "old-GPTQ"
+    shutil.copytree(checkpoint, folder)
+    with rewritten(folder / "config.json") as config:
+        stated = config.pop("quantization_config")
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": stated["bits"], "group_size": 32, "sym": True}))
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    return folder
+
+
+def test_checkpoints_load_in_a_process_that_never_imports_optq_with_neither_triton_nor_datasets_nor_optimum(
+    of_autogptq, checkpoint
 ):
     code = """
 import sys
 for name in ("triton", "datasets", "optimum"):
     sys.modules[name] = None  # as if it were not installed
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(type(model.model.layers[0].mlp.up_proj).__module__, "peft" in sys.modules)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    print(type(model.model.layers[0].mlp.up_proj).__module__, "peft" in sys.modules)
 import optq
 model.dequantize()
 config = optq.GPTQConfig(bits=4, group_size=32, dataset=[{"input_ids": [5, 6, 7, 8]}])
 print(sorted(optq.__all__), optq.QuantLinear.__name__, [*optq.kernels.KERNELS][-1])
 """
-    loaded, used = run(code, str(checkpoint)).splitlines()
-    assert loaded == "optq.layers.linear False"
+    *loaded, used = run(code, str(of_autogptq), str(checkpoint)).splitlines()
+    assert loaded == 2 * ["optq.layers.linear False"]
     assert "QuantLinear reference" in used
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import torch",
-        "import transformers, torch",
-        "import transformers.modeling_utils",
-        "import optq; optq.convert",
-        "import optq, torch",
-        "import transformers.quantizers.auto, optq",
-    ],
-)
-def test_whatever_is_imported_first(first):
-    assert run(f"{first}{WHICH}") == OURS
+def test_whatever_is_imported_first():
+    """torch, and then a checkpoint is loaded: tests/api/test_push.py. `import transformers` before it decides nothing,
+    since that loads nothing that optq waits for."""
+    assert run(f"import transformers.quantizers.auto, optq{WHICH}") == OURS
 
 
-@pytest.mark.parametrize(
-    ("first", "autoload"),
-    [("import peft", "1"), ("import transformers.modeling_utils, peft", "1"), ("import peft, optq", "0")],
-)
-def test_peft_knows_packed_layers_whatever_is_imported_first(first, autoload):
+def test_peft_knows_packed_layers_whatever_is_imported_first():
+    """PEFT itself first: tests/integrations/test_peft.py."""
     pytest.importorskip("peft")
-    code = f"{first}\nimport peft; print(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA].__module__){WHICH}"
-    assert run(code, OPTQ_AUTOLOAD=autoload).split() == ["optq.integrations.peft", OURS]
+    first = "import transformers.modeling_utils, peft"
+    assert run(f"{first}{TUNER}{WHICH}").split() == ["optq.integrations.peft", OURS]
 
 
-@pytest.mark.parametrize("switch", ["OPTQ_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-def test_it_can_be_switched_off_until_optq_is_imported(switch):
-    assert run(f"import torch{WHICH}import optq{WHICH}", **{switch: "0"}).split() == [THEIRS, OURS]
+def test_it_can_be_switched_off_until_optq_is_imported():
+    """What is loaded by then is found, PEFT too."""
+    peft, tuner = ("import peft", TUNER) if find_spec("peft") else ("", "print('optq.integrations.peft')")
+    found = run(f"{peft}{WHICH}import optq\n{tuner}{WHICH}", OPTQ_AUTOLOAD="0")
+    assert found.split() == [THEIRS, "optq.integrations.peft", OURS]
 
 
-def test_importing_optq_imports_nothing_heavy_and_is_enough():
+def test_importing_optq_first_imports_nothing_heavy_and_is_enough():
     code = """
 import sys
-import transformers
 before = set(sys.modules)
 import optq
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"torch", "triton", "datasets", "optimum", "accelerate", "numpy", "safetensors"}))
+print(sorted(new & {"torch", "transformers", "triton", "datasets", "optimum", "accelerate", "numpy", "safetensors"}))
+optq.convert
 """
-    assert run(f"{code}{WHICH}", OPTQ_AUTOLOAD="0").split() == ["[]", OURS]
+    assert run(f"{code}{WHICH}").split() == ["[]", OURS]
 
 
-def test_importing_torch_is_not_slowed():
+def test_importing_torch_is_not_slowed_and_imports_no_optq_with_torchs_own_switch():
     """The entry point's own time, not a difference of two noisy imports."""
     code = """
 import sys
 import time
 import torch
+print("optq" in sys.modules)
 for _ in range(3):
     for name in [name for name in sys.modules if name.partition(".")[0] in ("optq", "optq_autoload")]:
         del sys.modules[name]
@@ -120,4 +134,6 @@ for _ in range(3):
     autoload()
     print(time.perf_counter() - started)
 """
-    assert min(map(float, run(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").split())) < 0.005
+    imported, *seconds = run(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").split()
+    assert imported == "False"
+    assert min(map(float, seconds)) < 0.005

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import optq
+import optq.distributed
 from conftest import tiny_llama_config
 from optq import GPTQConfig
 from optq.checkpoint import unpack_codes
-from optq.errors import OptqError
+from optq.errors import OptqError, RankError
 
 pytestmark = pytest.mark.slow
 
+BLOCKS = 9  # of the run that is killed
 SETTINGS = {
     "default": {"bits": 4, "group_size": 32, "batch_size": 2},
     "max": {"bits": 3, "group_size": 32, "batch_size": 2, "effort": "max", "sym": False},
@@ -77,13 +79,28 @@ def said_by(folder, *runs, processes=2):
 def deep(tmp_path_factory):
     """A model whose run takes long enough to be killed in."""
     folder = tmp_path_factory.mktemp("deep")
-    AutoModelForCausalLM.from_config(tiny_llama_config(num_hidden_layers=12)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(tiny_llama_config(num_hidden_layers=BLOCKS)).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def by_two(tiny_llama, mixtral, deep, token_rows, tmp_path_factory):
-    """All runs that two processes do from start to end, and those that they refuse: their folder, runs, and words."""
+def lost(deep, token_rows, tmp_path_factory):
+    """A run of which one process was killed, as arguments of `started`; and what became of it, the exit status."""
+    folder = tmp_path_factory.mktemp("lost")
+    settings = {**SETTINGS["default"], "dataset": token_rows, "batch_size": 1}
+    run = started(folder, (deep, folder / "out", settings))
+    while not list((folder / "out").rglob("block-00003.safetensors")):
+        assert run.poll() is None
+        time.sleep(0.01)
+    second = next(pid for pid in workers_of(run.pid) if b"RANK=1\0" in environment_of(pid))
+    os.kill(second, signal.SIGKILL)
+    ended = run.wait(timeout=60)
+    return (deep, folder / "out", settings), ended, (folder / "out/config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def by_two(tiny_llama, mixtral, deep, lost, token_rows, tmp_path_factory):
+    """All runs that two processes do to their end, and those that they refuse: their folder, runs, and words."""
     folder = tmp_path_factory.mktemp("runs")
     runs = []
     for name, settings in SETTINGS.items():
@@ -92,6 +109,7 @@ def by_two(tiny_llama, mixtral, deep, token_rows, tmp_path_factory):
     settings, refused = {**SETTINGS["default"], "dataset": token_rows}, folder / "refused"
     others = [
         (deep, folder / "deep", {**settings, "batch_size": 1}),
+        lost[0],
         (tiny_llama, refused / "different", {**settings, "only_in_process_1": {"bits": 8}}),
         (tiny_llama, refused / "few", {**settings, "batch_size": 16}),
         (tiny_llama, refused, settings),
@@ -176,19 +194,12 @@ def test_processes_that_were_asked_for_different_things_are_refused(by_two):
     assert [file.name for file in (folder / "refused/few").iterdir()] == ["quantization_log.jsonl"]
 
 
-def test_a_run_goes_on_and_a_lost_process_ends_the_others(by_two, deep, tmp_path, token_rows):
-    settings = {**SETTINGS["default"], "dataset": token_rows, "batch_size": 1}
-    run = started(tmp_path, (deep, tmp_path / "out", settings))
-    while not list((tmp_path / "out").rglob("block-00003.safetensors")):
-        assert run.poll() is None
-        time.sleep(0.01)
-    second = next(pid for pid in workers_of(run.pid) if b"RANK=1\0" in environment_of(pid))
-    os.kill(second, signal.SIGKILL)
-    assert run.wait(timeout=60) != 0
-    assert not (tmp_path / "out/config.json").exists()
-    said_by(tmp_path, (deep, tmp_path / "out", settings))
-    assert 4 <= len(events(tmp_path / "out", "restored")) < 12
-    whole, out = tensors_of(by_two[0] / "deep"), tensors_of(tmp_path / "out")
+def test_a_lost_process_ends_the_others_and_the_run_goes_on(lost, by_two):
+    (_, output, _), status, was_finished = lost
+    assert status != 0
+    assert not was_finished
+    assert 4 <= len(events(output, "restored")) < BLOCKS
+    whole, out = tensors_of(by_two[0] / "deep"), tensors_of(output)
     assert all(torch.equal(tensor, out[name]) for name, tensor in whole.items())
 
 
@@ -204,22 +215,25 @@ def environment_of(pid):
 
 
 def test_a_process_that_quantizes_alone_among_several_ends(tiny_llama, token_rows, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import datetime, os, sys, time, optq, optq.distributed\n"
-        "optq.distributed.MEETING = datetime.timedelta(seconds=3)\n"
-        "if os.environ['RANK'] == '1': time.sleep(15), sys.exit()\n"
-        f"optq.quantize({str(tiny_llama)!r}, optq.GPTQConfig(bits=4, dataset=[]), output_dir='out')\n"
+    """Started as torchrun starts the first of two, of which the other never comes."""
+    code = (
+        "import datetime, sys, optq, optq.distributed\n"
+        "optq.distributed.MEETING = datetime.timedelta(seconds=1)\n"
+        "optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, dataset=[]), output_dir=sys.argv[2])\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert "2 processes were started together, but only 1 of them came to quantize within 0:00:03" in ended.stderr
+    torchruns_own = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    first |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(torchruns_own.port)}
+    command = [sys.executable, "-c", code, tiny_llama, tmp_path / "out"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **first})
+    assert ended.returncode != 0
+    assert "2 processes were started together, but only 1 of them came to quantize within 0:00:01" in ended.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_that_expects_others_says_what_to_do():
-    code = "import optq.distributed; optq.distributed.join()"
-    alone = {**os.environ, "WORLD_SIZE": "2"}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=alone, check=False)
-    assert "WORLD_SIZE=2 says that this is one of several processes" in ended.stderr
-    assert issubclass(optq.errors.RankError, OptqError)
+def test_a_process_that_expects_others_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RankError, match="WORLD_SIZE=2 says that this is one of several processes"):
+        optq.distributed.join()
+    assert issubclass(RankError, OptqError)

@@ -118,6 +118,7 @@ def test_a_saved_adapter_gives_the_same_outputs_in_a_process_that_never_imports_
     assert len(load_file(tmp_path / "adapter/adapter_model.safetensors")) == 2 * 3 * 2
     code = """
 import sys
+import peft
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 import torch
@@ -125,10 +126,15 @@ base, adapter, ids, logits = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
 with torch.no_grad():
     torch.save(model(torch.load(ids)).logits, logits)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+print(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA].__module__)
+print(AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"].__module__)
 """
     torch.save(probe_ids, tmp_path / "ids")
     arguments = [saved, tmp_path / "adapter", tmp_path / "ids", tmp_path / "logits"]
-    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, env=dict(os.environ))
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code, *map(str, arguments)]
+    said = subprocess.run(command, check=True, env=dict(os.environ), stdout=subprocess.PIPE, text=True).stdout
+    assert said.split() == ["optq.integrations.peft", "optq.config.gptq"]  # with PEFT imported first
     found = torch.load(tmp_path / "logits")
     assert torch.equal(found, logits(model, probe_ids))
     assert not torch.equal(found, logits(model.unload(), probe_ids))

@@ -76,9 +76,7 @@ def main() -> None:
     for bits, group_size, symmetric, act_order in (
         (4, 64, True, "static"),
         (4, 32, False, "desc_act"),
-        (4, -1, False, "static"),
         (2, 64, False, "static"),
-        (8, 64, True, "static"),
         (8, -1, False, "static"),
     ):
         packed = packed_weight(bits, group_size, symmetric, act_order, out=96)

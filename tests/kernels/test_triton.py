@@ -5,6 +5,7 @@ The interpreter's bfloat16 products and sums are wrong; the programs multiply in
 """
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -62,18 +63,27 @@ def error(packed: PackedWeight, dtype: torch.dtype, rows: int) -> float:
     return relative_error(found, exact) / relative_error(x @ dense.to(dtype), exact)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric", "act_order"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128, -1)
+# Whether zeros differ is no choice that the program knows of: it takes turns.
+ONE_BY_ONE = [
+    (BITS[i], GROUPS[j], (i + j + k) % 2 == 0, "static", DTYPES[k])
+    for i, j, k in itertools.product(*map(range, (4, 4, 3)))
+]
+ONE_BY_ONE += [(4, 32, True, "desc_act", torch.bfloat16), (3, 64, False, "desc_act", torch.float16)]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "act_order", "dtype"), ONE_BY_ONE)
 def test_kernel_error_is_at_most_twice_torchs(bits, group_size, symmetric, act_order, dtype):
     packed = packed_weight(bits, group_size, symmetric, act_order, out=OUT)
     for rows in (1, 20):  # one tile; the last tile not whole, and sums not scaled at the end for groups of 64
         assert error(packed, dtype, rows) <= 2
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group_size", [32, 128])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "dtype"),
+    [case[:3] + case[4:] for case in ONE_BY_ONE if case[1] in (32, 128) and case[4] != torch.float32],
+)
 @pytest.mark.usefixtures("assembly")
 def test_the_assembly_computes_the_same(bits, group_size, symmetric, dtype):
     for rows in (1, 33):

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,12 +19,9 @@ from optq import GPTQConfig, QuantLinear
 from optq.cli import main
 from optq.evaluation import compare_harness
 
-lm_eval = pytest.importorskip("lm_eval")
-TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
-HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
-
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(find_spec("lm_eval") is None, reason="wants lm_eval"),
     pytest.mark.filterwarnings("ignore"),  # the harness's dependencies' own
 ]
 WINDOW = 128
@@ -95,12 +93,17 @@ def tasks(text, folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def manager(tasks):
+    from lm_eval.tasks import TaskManager
+
     return TaskManager(include_path=str(tasks), include_defaults=False)
 
 
 @pytest.fixture(scope="module")
 def results(manager, folders):
     """What the harness finds of each model, with every answer of the model."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     found = {}
     for name, folder in folders.items():
         model = HFLM(pretrained=str(folder), max_length=WINDOW, dtype="float32", device="cpu", batch_size=4)
@@ -167,6 +170,8 @@ def test_its_results_are_what_the_comparison_reads(results):
 @pytest.mark.parametrize("which", ["original", "quantized"])
 def test_rolling_perplexity_is_the_harnesss_word_perplexity(which, text, manager, folders):
     """The harness is called as its users do; of a quantized model it does not know."""
+    import lm_eval
+
     arguments = {"pretrained": str(folders[which]), "max_length": WINDOW, "dtype": "float32"}
     found = lm_eval.simple_evaluate(
         "hf",
@@ -186,6 +191,8 @@ def test_rolling_perplexity_is_the_harnesss_word_perplexity(which, text, manager
 
 
 def test_tasks_are_run_from_the_command_line(manager, monkeypatch, capsys, folders):
+    import lm_eval
+
     with_task = partial(lm_eval.simple_evaluate, task_manager=manager)
     monkeypatch.setattr(lm_eval, "simple_evaluate", with_task)
     options = ["--lm-eval", "offline_sums", "--device", "cpu", "--dtype", "float32", "--json"]

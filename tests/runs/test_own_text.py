@@ -29,7 +29,7 @@ from optq.errors import CalibrationError, OutputError
 from optq.runs import own_text as writing
 from optq.runs.journal import WRITTEN, Journal
 
-LENGTH = 24
+LENGTH = 12
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,7 @@ def source(tmp_path_factory):
 
 def config(**changes):
     settings = {"bits": 4, "group_size": 32, "dataset": "self", "num_samples": 32, "model_seqlen": LENGTH}
+    settings["effort"] = "fast"
     return GPTQConfig(**{**settings, **changes})
 
 
@@ -97,18 +98,22 @@ def test_what_is_written_follows_the_models_own_distribution(source):
     assert losses[0] < losses[1] - 1
 
 
+@pytest.fixture(scope="module")
+def facts_of_seeds(source):
+    return [info(quantize(source, seed=seed)) for seed in (0, 1)]
+
+
 @pytest.mark.parametrize("dataset", ["self", None])
-def test_a_model_is_calibrated_on_its_own_text_without_any_data(source, dataset, caplog, monkeypatch):
+def test_a_model_is_calibrated_on_its_own_text_without_any_data(source, facts_of_seeds, dataset, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with caplog.at_level(logging.INFO, logger="optq"):
         model = quantize(source, dataset=dataset)
     facts = info(model)
     assert facts["source"] == "self"
     assert (facts["samples"], facts["held_out"], facts["tokens"]) == (30, 2, 30 * LENGTH)
-    assert "writes its own calibration data: 32 samples of 24 tokens, begun with token 1, seed 0" in caplog.text
+    assert f"writes its own calibration data: 32 samples of {LENGTH} tokens, begun with token 1, seed 0" in caplog.text
     assert ("No dataset= was given" in caplog.text) is (dataset is None)
-    assert info(quantize(source))["sha256"] == facts["sha256"]
-    assert info(quantize(source, seed=1))["sha256"] != facts["sha256"]
+    assert facts_of_seeds[0]["sha256"] == facts["sha256"] != facts_of_seeds[1]["sha256"]
     assert model.config.quantization_config.to_dict().get("dataset") is None  # other readers refuse unknown names
 
 
@@ -170,14 +175,14 @@ class TestInterruptedWriting:
         assert whole[:8] != whole[8:16]  # negative control: not the same part again and again
 
     def test_with_a_folder_it_is_kept_there(self, source, tmp_path, monkeypatch, caplog):
-        expected = weights(optq.quantize(source, config(effort="fast"), output_dir=tmp_path / "whole"))
+        expected = weights(optq.quantize(source, config(), output_dir=tmp_path / "whole"))
         output = tmp_path / "out"
         for most in (1, 2):
             with parts_written(monkeypatch, most) as sizes, pytest.raises(KeyboardInterrupt):
-                optq.quantize(source, config(effort="fast"), output_dir=output)
+                optq.quantize(source, config(), output_dir=output)
             assert sizes == [8] * most
         with parts_written(monkeypatch) as sizes, caplog.at_level(logging.INFO, logger="optq"):
-            assert weights(optq.quantize(source, config(effort="fast"), output_dir=output)) == expected
+            assert weights(optq.quantize(source, config(), output_dir=output)) == expected
         assert sizes == [8]
         assert "Going on with the 24 samples, of 32, that the model has written before" in caplog.text
 
@@ -192,7 +197,7 @@ class TestInterruptedWriting:
             "    os.kill(os.getpid(), signal.SIGTERM)\n"
             "journal.write_whole = write\n"
             "config = optq.GPTQConfig(\n"
-            "    bits=4, group_size=32, dataset='self', num_samples=32, model_seqlen=24, effort='fast'\n"
+            "    bits=4, group_size=32, dataset='self', num_samples=32, model_seqlen=12, effort='fast'\n"
             ")\n"
             "optq.quantize(sys.argv[1], config, output_dir=sys.argv[2])\n"
         )
@@ -200,20 +205,20 @@ class TestInterruptedWriting:
         ended = subprocess.run([sys.executable, "-c", code, source, tmp_path / "out"], env=environment)
         assert ended.returncode == -signal.SIGTERM
         with parts_written(monkeypatch) as sizes:
-            found = weights(optq.quantize(source, config(effort="fast"), output_dir=tmp_path / "out"))
+            found = weights(optq.quantize(source, config(), output_dir=tmp_path / "out"))
         assert sizes == [8] * 3
-        assert found == weights(optq.quantize(source, config(effort="fast"), output_dir=tmp_path / "whole"))
+        assert found == weights(optq.quantize(source, config(), output_dir=tmp_path / "whole"))
 
     def test_without_a_folder_it_is_kept_in_the_process(self, source, monkeypatch):
-        expected = info(quantize(source, effort="fast"))
+        expected = info(quantize(source))
         with parts_written(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
-            quantize(source, effort="fast")
+            quantize(source)
         with parts_written(monkeypatch) as sizes:
-            assert info(quantize(source, effort="fast", seed=1)) != expected  # another text, from its start
+            assert info(quantize(source, seed=1)) != expected  # another text, from its start
             assert sizes == [8] * 4
-            assert info(quantize(source, effort="fast")) == expected
+            assert info(quantize(source)) == expected
             assert sizes == [8] * 5
-            quantize(source, effort="fast")  # what is finished is not kept
+            quantize(source)  # what is finished is not kept
             assert sizes == [8] * 9
 
 
@@ -236,9 +241,9 @@ def test_without_finished_blocks_another_text_is_written(source, tmp_path, monke
 
 def test_the_variant_that_is_quantized_writes(source, tmp_path):
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path, variant="four")
-    settings = config(effort="fast", num_samples=2)
+    settings = config(num_samples=2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, variant="four", quantization_config=settings)
-    assert info(model) == info(quantize(source, effort="fast", num_samples=2))
+    assert info(model) == info(quantize(source, num_samples=2))
 
 
 def test_planning_writes_nothing(source, monkeypatch):
