@@ -230,7 +230,7 @@ def _merges_experts(entry: Any) -> bool:
 
 
 def named_as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the model under the names, and in the form, of the checkpoint that it came from."""
+    """Convert a model's tensors, of any shape (...), back to the names and form of the checkpoint it came from."""
     named: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
     return named
 

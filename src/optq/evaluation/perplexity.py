@@ -33,7 +33,7 @@ rolling      as lm-evaluation-harness does: every token is predicted once, the f
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """perplexity, and the number of predicted tokens that it is a mean over."""
+    """The perplexity of a text, and the number of predicted tokens that it is a mean over."""
 
     perplexity: float
     tokens: int
@@ -46,7 +46,7 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Tokens [start, stop) of a text are read at once; those from `first` on are predicted."""
+    """A part of a text: tokens [start, stop) are read at once, and those from `first` on are predicted."""
 
     start: int
     first: int
@@ -54,7 +54,7 @@ class Span:
 
 
 def spans(tokens: int, protocol: Protocol = "consecutive", window: int = 512, stride: int | None = None) -> list[Span]:
-    """How a text of so many tokens is cut.
+    """Cut a text of so many tokens into spans.
 
     Args:
         window: the most tokens that the model reads at once.
@@ -124,7 +124,7 @@ def perplexity(
 
 
 def no_perplexity(what: str, reason: str) -> str:
-    """The message where a model has none."""
+    """The error message for a model that has no perplexity."""
     return (
         f"{what} {reason}, so a text has no perplexity under it. Perplexity is of causal language models; judge this "
         "one by its own task."
@@ -133,7 +133,13 @@ def no_perplexity(what: str, reason: str) -> str:
 
 @torch.no_grad()
 def perplexity_on(model: Any, input_ids: Tensor, cut: Iterable[Span]) -> Perplexity:
-    """Perplexity of `model` on a text that is cut already; arguments as of `perplexity`."""
+    """Perplexity of `model` on a text that `spans` has cut.
+
+    Args:
+        input_ids: (tokens,) or (1, tokens) int64.
+    Raises:
+        ZeroDivisionError: `cut` is empty.
+    """
     ids = input_ids.reshape(-1)
     loss, tokens = 0.0, 0
     for span in cut:
@@ -148,7 +154,13 @@ def perplexity_on(model: Any, input_ids: Tensor, cut: Iterable[Span]) -> Perplex
 
 @torch.no_grad()
 def compare_on(original: Any, model: Any, input_ids: Tensor, cut: Iterable[Span]) -> Comparison:
-    """How close `model` is to `original` wherever a token of the text is predicted; arguments as of `perplexity`."""
+    """Compare the logits of `model` with those of `original` wherever a span of the text predicts a token.
+
+    Args:
+        input_ids: (tokens,) or (1, tokens) int64.
+    Raises:
+        ZeroDivisionError: `cut` is empty.
+    """
     ids, comparer = input_ids.reshape(-1), Comparer()
     for span in cut:
         comparer.add(

@@ -15,7 +15,7 @@ from optq.device.memory import peak_gib
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Medians over the runs.
+    """Speed of generation; medians over the runs.
 
     Args:
         batch: sequences at once.
