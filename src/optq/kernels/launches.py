@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Memo(dict[Any, Any]):
-    """What is remembered of calls. It belongs to this process and its devices: copies and pickles are empty."""
+    """A cache of launches that belongs to this process and its devices: copies and pickles of it are empty."""
 
     def __reduce__(self) -> tuple[type["Memo"], tuple[()]]:
         return Memo, ()
