@@ -36,7 +36,7 @@ MARGIN = 0.45  # of 0.5, where the next code begins
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One micro-batch: how the quantized model calls the block, and what the original block returns to the original.
+    """One micro-batch: the quantized model's call of the block, and the original block's output in the original model.
 
     Args:
         target: hidden states (samples, tokens, features).

@@ -21,7 +21,7 @@ PLACES = {"w13": ("w1", "w3"), "w2": ("w2",)}
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):
-    """Of all experts of a layer.
+    """vLLM's quantization method for the experts of a layer.
 
     Args:
         moe: how vLLM divides them.
@@ -41,7 +41,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Make a parameter for every tensor that may arrive: empty, since which will is not known yet."""
+        """Register an empty parameter for every tensor that the checkpoint may have; which it has is not known yet."""
         arriving = ArrivingExperts(
             layer.layer_name,
             experts=num_experts,
