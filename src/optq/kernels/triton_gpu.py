@@ -203,7 +203,12 @@ def most_tiles(rows: int, experts: int, size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A launch of `product` or `grouped_product` for one weight and number of rows, and of the sum of its splits."""
+    """A launch of `product` or `grouped_product` for one weight and number of rows, and of the sum of its splits.
+
+    Args:
+        weight: two planes of codes, (padded out, words) each, twice the same if there is one; and the grid,
+            (groups, out).
+    """
 
     shape: tuple[int, int]  # of the output
     splits: int
