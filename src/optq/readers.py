@@ -28,7 +28,7 @@ VLLM_CPU_TILE = 32  # the same, of vLLM's CPU kernel
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """What readers look at.
+    """A quantized linear, with the facts by which readers accept or refuse it.
 
     Args:
         split: how tensor parallelism splits it, as in a model's base_model_tp_plan: "colwise…", "rowwise…", or None.
@@ -58,12 +58,12 @@ class Linear:
 
     @property
     def leads_out(self) -> bool:
-        """Of an expert's linear: whether it is the last one."""
+        """Whether this is the last linear (down) of an expert."""
         return self.name.endswith((".down_proj", ".w2"))
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Of an expert's linear: how wide the layer is, and how wide the expert is inside."""
+        """(hidden size of the layer, intermediate size of the expert), of an expert's linear."""
         return (self.out_features, self.in_features) if self.leads_out else (self.in_features, self.out_features)
 
     def why_not_divided(self, parts: int, outputs: int, inputs: int) -> str | None:
@@ -80,7 +80,7 @@ class Linear:
 
 
 def kind_of(name: str) -> str:
-    """A tensor's or module's name with * for numbers: the same in all blocks."""
+    """The name of a tensor or module with * for numbers, which is the same in all blocks."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
@@ -254,7 +254,7 @@ def why_not_in_parts(size: int, what: str, parts: int, bits: int, head_width: in
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What some releases of a reader refuse.
+    """What certain releases of a reader refuse.
 
     Args:
         versions: those releases; "0.32" stands for 0.32.1, too.

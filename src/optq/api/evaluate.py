@@ -65,7 +65,7 @@ VERDICTS: dict[Verdict, float] = {"as good as the original": 1.01, "good": 1.05,
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was measured of one model.
+    """Measurements of one model.
 
     Args:
         model: its id or folder.
@@ -89,7 +89,7 @@ class Evaluation:
 
     @property
     def verdict(self) -> Verdict | None:
-        """How good it is, compared with the original; None where nothing was compared."""
+        """Quality in one word, by perplexity relative to the original's; None if no perplexity was compared."""
         if self.comparison is None or self.comparison.perplexity_ratio is None:
             return None
         ratio = self.comparison.perplexity_ratio

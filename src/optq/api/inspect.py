@@ -36,14 +36,14 @@ from optq.torch_state import default_torch_state
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Args:
         config: what config.json says about the quantization; None of a dense model.
         linears: how many quantized linears of each kind: (name with * for numbers, out_features, in_features, scheme).
         dense: how many matrices of the blocks of each kind are not quantized, by name with * for numbers.
-        bits_per_weight: of the quantized linears, scales and zeros included, as `optq.plan` and the log count them;
-            of a dense model, those of its blocks' matrices.
+        bits_per_weight: of the quantized linears, scales and zeros included, as `optq.plan` and the log count them; of
+            a dense model, those of its blocks' matrices.
         size_gib: of all files with weights.
         contradictions: where the bytes are not what config.json says.
         refused: by reader, what it does not read and why; empty where it reads all.
@@ -138,7 +138,7 @@ def _linears_of(quantized: Mapping[str, QuantizedTensors], config: GPTQConfig, d
 
 @dataclass(frozen=True, kw_only=True)
 class KernelChoice:
-    """What multiplies the linears of one kind.
+    """The kernel that runs the linears of one kind, and why others do not.
 
     Args:
         count: how many linears of this shape and kind there are.

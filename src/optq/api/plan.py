@@ -35,7 +35,7 @@ from .quantize import model_without_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run will take and give. `str()` makes a table of it.
+    """Estimated cost and result of a quantization run. `str()` formats it as a table.
 
     Args:
         linears: how many of each kind: (out_features, in_features, scheme).
@@ -76,7 +76,7 @@ class Estimate:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What would make it fit."""
+        """What to change so that the run fits into memory; empty if it fits."""
         if self.fits:
             return ()
         largest = max(self.memory_gib, key=lambda part: self.memory_gib[part])
@@ -240,7 +240,7 @@ def _hessians(targets: Sequence[Target]) -> int:
 
 
 def as_linears(model: Any, targets: Sequence[Target], checkpoint_format: str) -> list[Linear]:
-    """What readers will look at."""
+    """The planned linears in the form that `optq.readers` checks."""
     plan = parallel_plan_of(model.config)
     return [
         Linear(

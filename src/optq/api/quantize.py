@@ -271,7 +271,7 @@ def _write_rest(model: Any, companions: Path, partial: Path) -> None:
 
 
 def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
-    """The model on the meta device, in the dtype that it would be loaded in."""
+    """Build the model on the meta device, in the dtype that it would be loaded in."""
     check_dtype(kwargs.get("dtype"))
     model_config = model_config_of(source, kwargs)
     check_base(model_config, source)

@@ -395,7 +395,7 @@ def _as_tensor(row: Any, place: str, name: str) -> Tensor:
 
 
 def joined(documents: Iterable[list[int]], separator: int) -> list[int]:
-    """All documents in a row, each with the separator at its end."""
+    """Concatenate documents of token ids, each followed by the separator."""
     return [token for ids in documents for token in (ids if ids[-1:] == [separator] else [*ids, separator])]
 
 

@@ -33,7 +33,7 @@ WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>-?(?:\d+\.?\d*|\.\d+))")
 
 
 class Row(NamedTuple):
-    """What becomes one sample, or several if it holds a batch, and what errors call it."""
+    """A row of a source: one sample, or several if it holds a batch; and its name in errors."""
 
     place: str
     content: Any
@@ -162,7 +162,7 @@ def accepted() -> str:
 
 
 def mixture(dataset: Any) -> list[tuple[Any, float]]:
-    """What the data is drawn from, with weights: one source, unless `dataset` is a dict or such a string.
+    """The sources of calibration data with their weights: one, unless `dataset` is a dict or such a string.
 
     Raises:
         CalibrationError: weights that are no finite positive numbers, or all zero.

@@ -398,7 +398,7 @@ def make_generation_config_savable(model: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where `from_pretrained` was asked to place a model: its arguments of these names."""
+    """The arguments of `from_pretrained` that say where a model is placed."""
 
     device_map: Any = None
     max_memory: dict[int | str, int | str] | None = None
@@ -407,7 +407,7 @@ class Placement:
 
 
 def asked_placement(device_map: Any) -> Placement:
-    """Of the `from_pretrained` that is running, which tells its quantizer no more than `device_map`."""
+    """The placement that the running `from_pretrained` was asked for; its quantizer is told `device_map` only."""
     return Placement(device_map=device_map, **told(PLACEMENT))
 
 

@@ -107,7 +107,7 @@ GPTQ = {"fits": lambda value: str(value).lower() == "gptq", "wanted": "allowed i
 
 
 def declared(section: str, help: str, default: Any = MISSING, unset: str = "", /, **facts: Any) -> Any:
-    """A field of `Fields`; see `Field` for the facts."""
+    """Declare a field of `Fields`; `facts` are arguments of `Field`."""
     facts |= {"section": section, "help": help, "default": default, "unset": unset}
     return field(default=default, metadata=facts)
 

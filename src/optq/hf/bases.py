@@ -30,7 +30,7 @@ PACKED_NAMES = ("weight", "qweight", "weight_packed", "qdata")
 
 
 def method_of(stated: Any) -> str:
-    """What quantized a model, from its quantization_config."""
+    """The quant_method of a quantization_config."""
     entry = entry_of(stated)
     if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
         return "bitsandbytes"

@@ -42,7 +42,7 @@ JUDGED_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One scheme for a unit: the bits that all of its linears then take, and what that loses.
+    """One scheme for a unit: the bits that all of its linears then take, and the loss that it causes.
 
     Args:
         loss: the divergence of the model's predictions that it causes, in nats per token; for models without logits
@@ -168,7 +168,7 @@ def measure(
     candidates: Callable[[LinearView], Sequence[LayerScheme]],
     run: Run,
 ) -> list[Unit]:
-    """Every unit's options, measured on the original model.
+    """Measure the options of every unit on the original model.
 
     Raises:
         ConfigError: linears that share an input have no candidate in common.

@@ -49,13 +49,13 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """That count."""
+        """Number of tokens that count."""
         return self.target[..., 0].numel() if self.mask is None else int(self.mask.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """The tuned linears; and the held-out loss before and after."""
+    """Result of `reconstruct`: the tuned linears, and the held-out loss before and after."""
 
     solved: list[Solved]
     loss_before: float

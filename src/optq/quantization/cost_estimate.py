@@ -53,7 +53,7 @@ SEARCHING, READING, FORWARDS, HESSIANS, SOLVING, RECONSTRUCTING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Duration:
-    """Seconds by part, and what is not among them."""
+    """Estimated seconds by part of a run, and the parts that are not estimated."""
 
     seconds: dict[str, float]
     uncounted: tuple[str, ...] = ()

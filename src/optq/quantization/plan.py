@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def all_targets(self) -> tuple[Target, ...]:
-        """Those of all blocks."""
+        """The targets of all blocks."""
         return tuple(target for targets in self.targets.values() for target in targets)
 
     @property
@@ -58,7 +58,7 @@ class Plan:
         return any(target.scheme.propagation > 0 for target in self.all_targets)
 
     def without_head(self) -> "Plan":
-        """The same, but the output head is no block: nothing of it is quantized."""
+        """A copy of the plan without the output head: it is no block, and not quantized."""
         blocks = {name: block for name, block in self.blocks.items() if name != self.head}
         targets = {name: targets for name, targets in self.targets.items() if name != self.head}
         return replace(self, blocks=blocks, targets=targets, head=None)

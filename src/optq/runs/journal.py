@@ -250,7 +250,7 @@ def check_same(descriptions: Sequence[dict[str, Any]]) -> None:
 def described(
     files: Iterable[str], settings: dict[str, Any], calibration: Calibration, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What a run must have in common with the one that it continues."""
+    """The facts that a run must have in common with the one that it continues."""
     return {
         "journal": FORMAT,
         "optq": __version__,

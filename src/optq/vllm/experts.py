@@ -84,7 +84,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         *_: Any,
         **__: Any,
     ) -> Tensor:
-        """What the experts make of x (tokens, hidden), weighted and summed; shared experts are vLLM's to call."""
+        """The weighted sum of the experts' outputs, (tokens, hidden); shared experts are vLLM's to call."""
         chosen = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
