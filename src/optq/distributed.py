@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run. With `size` 1 nothing is sent, and every method returns its argument.
+    """This process among those of its run. With `size` 1 nothing is sent, and methods return their argument.
 
     Every process must call the same methods in the same order.
     """
@@ -131,7 +131,7 @@ def join() -> Ranks:
 
 @cache
 def _group() -> Any:
-    """Our own, whatever the patience and the backends of others that this program uses."""
+    """A process group of our own, with a timeout and backends that other users of torch.distributed do not set."""
     return dist.new_group(timeout=PATIENCE, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 

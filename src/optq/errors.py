@@ -47,7 +47,7 @@ class QualityError(OptqError, RuntimeError):
     """The finished model is too far from the original to be used.
 
     Attributes:
-        model: of `from_pretrained`, the quantized model, complete; None where a folder keeps the work.
+        model: the complete quantized model, raised by `from_pretrained`; None where a folder keeps the work.
     """
 
     model: Any = None

@@ -370,7 +370,7 @@ class RunLog:
 
     @property
     def _left(self) -> list[Load]:
-        """Of the blocks to come. One without linears has no event of its own."""
+        """The work of the blocks that are still to come. A block without linears has no event of its own."""
         done = {event.block for event in self.events if isinstance(event, (BlockQuantized, BlockRestored))}
         latest = max((number for number, name in enumerate(self._loads, 1) if name in done), default=0)
         return list(self._loads.values())[latest:]

@@ -85,7 +85,7 @@ def kind_of(name: str) -> str:
 
 
 def split_of(name: str, plan: Mapping[str, str]) -> str | None:
-    """How a model's tensor-parallel plan splits the linear of this name."""
+    """How a tensor-parallel plan splits the linear `name`, such as "colwise"; None if it does not."""
     return next((way for pattern, way in plan.items() if fnmatch(name, f"*{pattern}")), None)
 
 
@@ -100,7 +100,7 @@ def refusals(
     dense: Iterable[str] = (),
     version: str | None = None,
 ) -> tuple[str, ...]:
-    """What a reader of the table refuses, one reason per kind of linear; empty if it reads them all.
+    """Why a reader refuses a checkpoint, one reason per kind of linear; empty if it reads them all.
 
     Args:
         tensor_parallel: over how many GPUs it splits the model.
@@ -127,7 +127,7 @@ def _served_as(name: str) -> str:
 
 
 def _fused(linears: Iterable[Linear]) -> Iterator[Linear]:
-    """The same linears, which know how wide they are served."""
+    """The linears with the widths of the fused ones that a server makes of them."""
     linears = list(linears)
     outputs: Counter[str] = Counter()
     for linear in linears:
@@ -170,7 +170,7 @@ def _why_not_vllm(linear: Linear, parts: int) -> str | None:
 
 
 def _why_not_vllm_with_desc_act(linear: Linear, parts: int) -> str | None:
-    """As it was when it still read desc_act=True, which it does not pad."""
+    """Refusals of the vLLM versions that still read desc_act=True, which they do not pad."""
     if linear.scheme.act_order != "desc_act" or linear.scheme.group_size == -1:
         return _why_not_vllm(linear, parts)
     if reason := _why_not_vllm(replace(linear, scheme=replace(linear.scheme, act_order="static")), parts):
@@ -235,7 +235,7 @@ def _why_not_optq(linear: Linear, parts: int) -> str | None:
 
 
 def _why_not_vllm_with_optq(linear: Linear, parts: int) -> str | None:
-    """As optq does, but for heads of keys and values: where there are fewer than processes, several have the same."""
+    """Refusals of vLLM with the plugin: optq's own, but processes may share heads of keys and values."""
     heads = linear.out_features // linear.head_width if linear.head_width else 0
     if heads and linear.split == "colwise" and heads < parts and not parts % heads:
         return _why_not_optq(linear, heads)
@@ -283,7 +283,7 @@ installed: its plugin, `optq.vllm`, reads what vLLM by itself does not."""
 
 
 def rules_of(reader: str, version: str | None = None) -> Rules:
-    """A row of the table: of this version, or of the newest that is known.
+    """The rules of a reader, for this version of it or the newest that is known.
 
     Raises:
         ConfigError: there is no such row.

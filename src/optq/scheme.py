@@ -43,7 +43,7 @@ weighted  clipped to the span with the least squared error, each column weighted
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScheme:
-    """How one linear layer is quantized.
+    """The settings by which one linear layer is quantized.
 
     Args:
         bits: bits per weight: 2, 3, 4 or 8.
@@ -52,7 +52,7 @@ class LayerScheme:
         act_order: see `ActOrder`.
         grid: see `GridFit`.
         damping: fraction of the Hessian's mean diagonal that is added to it before it is inverted.
-        propagation: how much of the output error that earlier layers' errors cause is compensated, 0 … 1.
+        propagation: fraction of the output error caused by earlier layers' errors that is compensated, 0 … 1.
         refinement: rounds of re-fitting scales and codes after the solve.
     """
 

@@ -69,13 +69,13 @@ class Evaluation:
 
     Args:
         model: its id or folder.
-        bits_per_weight: of its quantized linears; see `optq.inspect`.
-        size_gib: of its files with weights.
-        perplexities: by protocol, in words.
-        comparison: with the original, on the tokens of the first protocol; None of the original itself.
+        bits_per_weight: bits per weight of its quantized linears; see `optq.inspect`.
+        size_gib: size of its files with weights.
+        perplexities: perplexity by protocol, which is described in words.
+        comparison: with the original, on the tokens of the first protocol; None for the original itself.
         speeds: one per batch size asked for.
-        answers: what it continues each of `PROMPTS` with, if asked for.
-        kernels: how many quantized linears are run by each.
+        answers: its continuation of each of `PROMPTS`, if asked for.
+        kernels: number of quantized linears by kernel.
     """
 
     model: str
@@ -100,7 +100,7 @@ class Evaluation:
 def evaluate(
     model: str | os.PathLike[str], *, baseline: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> Evaluation:
-    """Measure one model, and compare it with the original if that is named. Arguments as of `compare`."""
+    """Measure one model, and compare it with the original if that is named. For the arguments see `compare`."""
     return compare([model], baseline=baseline, **kwargs)[0]
 
 
@@ -130,7 +130,7 @@ def compare(
         tokenizer: object, id or folder; by default the baseline's, else the first model's.
         protocols: see `optq.evaluation.Protocol`; not "rolling".
         window, stride: tokens read at once, at most what all models can; the step of "sliding", by default up to 512.
-        tokens: how many of the text to use at most, from its start.
+        tokens: number of tokens of the text to use at most, from its start.
         batch_sizes: for which the speed of generation is measured, after a prompt from the text.
         answers: have each model continue a few prompts.
         device, kwargs: by default the accelerator; for `from_pretrained`: dtype, revision, token, trust_remote_code, …
@@ -184,8 +184,8 @@ def bench(
         model: id or folder, dense or quantized by any tool.
         batch_sizes: sequences at once.
         prompt, new: tokens of each sequence to read, seeded random ones, and to generate.
-        runs: of which medians are taken.
-        device, kwargs: as of `compare`.
+        runs: number of repetitions, whose medians are reported.
+        device, kwargs: see `compare`.
     """
     loaded = _load(place_of(model), execution_device(device), kwargs)
     generator = torch.Generator().manual_seed(0)

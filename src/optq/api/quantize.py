@@ -93,7 +93,7 @@ def quantize(
     Args:
         model: what `from_pretrained` takes; or a model of transformers with its weights in memory, on the CPU or on
             accelerators.
-        config: how to quantize, with calibration data.
+        config: settings of the quantization, with calibration data.
         output_dir: is created; must be empty or hold only what a run of the same model, settings and data has left. A
             finished one is returned as it is. Required for an id or folder.
         kwargs: passed to `from_pretrained`: dtype, revision, token, trust_remote_code, …

@@ -244,7 +244,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _in_lists(value: Any) -> Any:
-    """The same with lists for arrays of objects, which pandas makes of the lists in a column."""
+    """Convert arrays of objects, which pandas makes of the lists in a column, back to lists."""
     if getattr(getattr(value, "dtype", None), "kind", "") == "O" and getattr(value, "ndim", 0):
         return [_in_lists(part) for part in value.tolist()]
     if isinstance(value, dict):

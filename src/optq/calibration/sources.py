@@ -257,7 +257,7 @@ def shares(weights: Sequence[float], count: int) -> list[int]:
 
 
 def name_of(source: Any) -> str:
-    """How calibration info names a source: a name on the Hub, the kind of file, the type of the object; no path."""
+    """The name of a source in calibration info: its name on the Hub, kind of file or type of object; never a path."""
     if not isinstance(source, (str, Path)):
         return "iterator" if isinstance(source, Iterator) else type(source).__name__
     if source == SELF or source in DATASETS:

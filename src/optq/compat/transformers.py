@@ -37,7 +37,7 @@ Value = TypeVar("Value")
 
 
 def renamed(tensors: dict[str, Value], model: Any) -> dict[str, Value]:
-    """A packed checkpoint's tensors under the names that they have in the model."""
+    """Rename a packed checkpoint's tensors to their names in the model."""
     # They have no name in the model yet, so a linear's are renamed as its weight would be; but nothing is fused.
     weights = {key: f"{key.rpartition('.')[0]}.weight" for key in tensors}
     names = names_in_model(set(weights.values()), model, fused=False)
@@ -166,7 +166,7 @@ def forget_dequantizing(model: Any) -> None:
 
 
 def names_in_model(keys: Iterable[str], model: Any, base: Any = None, *, fused: bool = True) -> dict[str, str]:
-    """What tensors of a dense checkpoint are called in the model; of those that become one, its name if `fused`.
+    """Names in the model of tensors of a dense checkpoint; of those that become one, its name if `fused`.
 
     Args:
         base: the `dequantizer` of a checkpoint that is not dense.
@@ -179,7 +179,7 @@ def names_in_model(keys: Iterable[str], model: Any, base: Any = None, *, fused: 
 
 
 def expert_names(model: Any, fused: str) -> list[str]:
-    """What checkpoints call the linears gate, up and down of an expert in the fused module of this name.
+    """Names of the linears gate, up and down of one expert in checkpoints, for the fused module of this name.
 
     Where experts are fused on disk as well, they have the names that are usual elsewhere.
     """
@@ -431,7 +431,7 @@ def _disjoint(model: Any, placement: dict[str, Any]) -> dict[str, Any]:
 
 
 def automatic_map(model: Any, asked: Placement, quantizer: Any) -> Any:
-    """What transformers will make of a device_map such as "auto", by the sizes that `quantizer` tells; else as asked.
+    """The device_map that transformers will make of one such as "auto"; any other is returned as it is.
 
     Raises:
         ConfigError: max_memory holds sizes that are none.

@@ -104,7 +104,7 @@ NO_FIELD = {
 def why_unknown(
     name: str, known: Iterable[str], what: str = "field", shown: Callable[[str], str] = lambda name: name
 ) -> str:
-    """What to do about a name that is none of `known`: the counterpart of another tool's, or the nearest.
+    """Advice on a name that is none of `known`: the counterpart of another tool's setting, or the nearest name.
 
     Args:
         what, shown: of the place where the name was given: what names are there, and how they are written.

@@ -327,7 +327,7 @@ def refuse_unknown(given: Mapping[str, Any]) -> None:
 
 
 def read_file(stated: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a quantization_config says: of fields, as Python would say it, and what to keep as it is.
+    """Split a quantization_config into values of fields, converted from JSON, and entries to keep as they are.
 
     null is a default, and switches may be 0 and 1. What is not needed to read a checkpoint need not make sense.
     """

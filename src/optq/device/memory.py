@@ -36,7 +36,7 @@ def peak_gib(device: torch.device | str) -> float | None:
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """What can still be allocated: on an accelerator, or in the system's memory."""
+    """Bytes that can still be allocated on an accelerator, or in the system's memory."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

@@ -24,7 +24,7 @@ class Comparison:
         finite: whether all of the quantized model's outputs were.
         divergence: Kullback–Leibler divergence from the original's distribution of the next token to the quantized
             model's, in nats per token.
-        agreement: how often both think the same token most likely, 0 … 1.
+        agreement: fraction of tokens for which both predict the same most likely token, 0 … 1.
         original_perplexity, perplexity: of the original and the quantized model; None without known next tokens.
         overflows: where the quantized model's own dtype cannot hold what it computes, or None; see `Overflow`.
     """

@@ -58,7 +58,7 @@ def spans(tokens: int, protocol: Protocol = "consecutive", window: int = 512, st
 
     Args:
         window: the most tokens that the model reads at once.
-        stride: of "sliding": how far each window is ahead of the last; by default half a window.
+        stride: for "sliding", the distance between the starts of two windows; by default half a window.
     Raises:
         ValueError: the text is too short for the protocol, or the stride no positive number below `window`.
     """
@@ -108,7 +108,7 @@ def perplexity(
         model: a causal language model; its device and dtype are used, losses are summed in float64.
         input_ids: (tokens,) or (1, tokens) int64. For "rolling" with the token before the text as its first.
         window: the most tokens read at once; cut to the positions that the model has.
-        windows: how many to use at most, from the start; by default all.
+        windows: number of windows to use at most, from the start; by default all.
         protocol, stride: see `Protocol` and `spans`.
     Raises:
         ConfigError: the model does not predict the next token.
@@ -170,7 +170,7 @@ def compare_on(original: Any, model: Any, input_ids: Tensor, cut: Iterable[Span]
 
 
 def _logits(model: Any, ids: Tensor, span: Span) -> Tensor:
-    """What a model thinks of the tokens from `first` to `stop`: (stop - first, vocabulary)."""
+    """Logits of the tokens from `first` to `stop`, (stop - first, vocabulary)."""
     read = ids[None, span.start : span.stop - 1].to(model.device)
     logits: Tensor = model(input_ids=read, use_cache=False).logits[0, span.first - span.start - 1 :]
     return logits

@@ -46,7 +46,7 @@ def write_index(folder: Path, tensors: Mapping[str, Iterable[str]], total_size: 
 
     Args:
         tensors: the names of each file's tensors, by the file's.
-        total_size: of all tensors, in bytes.
+        total_size: size of all tensors, in bytes.
     """
     homes = {name: file for file, names in tensors.items() for name in names}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(homes.items()))}

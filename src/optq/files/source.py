@@ -46,7 +46,7 @@ def place_of(model: Any) -> str:
 
 
 def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = False) -> Any:
-    """The model's config, from a folder or the Hub; of `kwargs` what tells where that is.
+    """Read the model's config from a folder or the Hub; only arguments of `kwargs` that say where it is are used.
 
     Args:
         as_data: never run code of the model: if transformers does not know it, a plain config holds what is written.

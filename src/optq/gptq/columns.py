@@ -127,7 +127,7 @@ def _sweep_block(state: Tensor, codes: Tensor, columns: Columns, start: int, sto
 
 
 def _fused(name: str) -> BlockLoop:
-    """The same as one launch per block."""
+    """The loop as one Triton launch per block of columns."""
     program = getattr(_programs(), name)
 
     def run_block(state: Tensor, codes: Tensor, columns: Columns, start: int, stop: int) -> Tensor:

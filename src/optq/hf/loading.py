@@ -41,7 +41,7 @@ class PackedLoad:
     """Loading of a packed checkpoint, or of a model that is packed once it has been read.
 
     Args:
-        config: how it is quantized.
+        config: the quantization_config.
         experts: by name, those that are split into linears.
     """
 

@@ -46,7 +46,7 @@ class QuantizingLoad:
     """Loading of a model that is going to be quantized.
 
     Args:
-        config: how.
+        config: settings of the quantization.
     """
 
     def __init__(self, config: GPTQConfig) -> None:

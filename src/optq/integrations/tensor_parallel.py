@@ -293,7 +293,7 @@ class _Style:
 
 
 class _Summand(_Style):
-    """Of an expert's last linear; one that is not packed has its parameters split as in the style rowwise."""
+    """The style of an expert's last linear; one that is not packed is split as by the style rowwise."""
 
     def install_forward(self, module: Any, mesh: Any, **kwargs: Any) -> Any:
         if isinstance(module, ParallelLinear):
@@ -309,7 +309,7 @@ class _Summand(_Style):
 
 
 class _Summed(_Style):
-    """Of split experts, each of which returns a summand."""
+    """The style of split experts: sums what the processes return."""
 
     def install_forward(self, module: Any, mesh: Any, **kwargs: Any) -> Any:
         group, summands = mesh.get_group(), module.forward

@@ -21,8 +21,8 @@ class Program:
     """A Triton program for arguments of one kind.
 
     Args:
-        function: of `triton.jit`.
-        grid: how many of it run.
+        function: a function with the decorator `triton.jit`.
+        grid: number of programs that run, in up to three dimensions.
         options: Triton's own, such as num_warps.
     """
 

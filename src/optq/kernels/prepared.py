@@ -30,7 +30,7 @@ class Prepared:
         group_of_column: (in,) int32.
         bits: bits per weight.
         group_width: columns per group, once in order; only the last group may be narrower. 0: groups are uneven.
-        memo: what the kernel remembers of its calls.
+        memo: the kernel's cache of launches.
     """
 
     codes: Tensor
@@ -75,7 +75,7 @@ class Joint:
 
     Args:
         codes, extras: the dimension of each tensor that runs over outputs.
-        multiple: of outputs that lie interleaved: the number that every weight but the last must have a multiple of.
+        multiple: outputs of every weight but the last must be a multiple of it, as so many are interleaved.
     """
 
     codes: int

@@ -14,7 +14,7 @@ from .prepared import Prepared, matmul_dense, prepared_from
 
 
 def why_not(packed: PackedWeight, dtype: torch.dtype) -> None:
-    """None: this kernel runs every layer of the bits and dtypes that its row declares."""
+    """Always None: this kernel runs every layer of the bits and dtypes that its row declares."""
 
 
 def prepare(packed: PackedWeight) -> Prepared:

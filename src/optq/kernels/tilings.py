@@ -29,7 +29,7 @@ class Tiling:
     """How the fused product is divided into programs, for up to `most_rows` rows of activations.
 
     Args:
-        rows, outputs: of the result per program.
+        rows, outputs: tile of the result that one program computes.
         warps, stages: Triton's own: of 32 threads, and loads in flight.
         scale_sums: scale sums instead of weights where groups are at least this wide; 0: never.
         programs_per_processor: at most, by splitting the sum; so many find room in shared memory.

@@ -279,7 +279,7 @@ def product(
 
 @triton.jit
 def expert_of_tile(starts, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Whose rows a tile holds, and how many tiles lie before that expert's; at least `experts` for tiles beyond."""
+    """The expert of a tile, and the number of tiles before that expert's; at least `experts` for tiles beyond."""
     each = tl.arange(0, EXPERTS)
     known = each < experts
     rows = tl.load(starts + 1 + each, mask=known, other=0) - tl.load(starts + each, mask=known, other=0)

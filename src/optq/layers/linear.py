@@ -15,7 +15,7 @@ from .fused_projections import FusedProjections, find_fusable
 
 
 class QuantLinear(PackedBuffers):
-    """y = x Wᵀ + bias with a packed W.
+    """A linear layer y = x Wᵀ + bias with a packed weight W.
 
     It may be called by several threads at once, each with its own dtype: a forward reads `held`, one value, and what
     that is exchanged for stays right as well. Only moving, casting and loading want a layer that nobody is calling.
@@ -64,7 +64,7 @@ class QuantLinear(PackedBuffers):
 
     @property
     def only_multiplies(self) -> bool:
-        """Whether calling it is no more than the product and the bias."""
+        """Whether a call does no more than multiply by the weight and add the bias."""
         return True
 
     def prepare(self, dtype: torch.dtype) -> None:

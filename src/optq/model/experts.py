@@ -27,7 +27,7 @@ class Layout:
     """How a fused module stores its experts.
 
     Args:
-        count: of the experts.
+        count: number of experts.
         gated: `gate_up_proj` holds two linears; else `up_proj` holds one.
         transposed: a weight is (in, out).
         interleaved: the outputs of gate and up alternate; else all of gate come first.
@@ -133,7 +133,7 @@ class Experts(nn.Module):
     Args:
         fused: the module whose place it takes; it keeps what is not a linear, such as the activation, and stays as it
             is until `take_weights`.
-        names: of the linears gate, up and down of one expert.
+        names: names of the linears gate, up and down of one expert.
     """
 
     def __init__(self, fused: nn.Module, names: Sequence[str] = ROLES) -> None:
@@ -281,7 +281,7 @@ class Experts(nn.Module):
     def _at_once(
         self, grouped_gemm: GroupedProducts, hidden_states: Tensor, chosen: Tensor, weights: Tensor
     ) -> Tensor:
-        """The same without a look at the routing from the host, which would wait for the device."""
+        """The forward by grouped products: the host never waits for the routing."""
         count = self.layout.count
         experts, order = chosen.reshape(-1).sort(stable=True)
         starts = torch.searchsorted(

@@ -47,8 +47,8 @@ class LinearView:
     Args:
         name: the module's name in the model.
         module: `nn.Linear`, or transformers' `Conv1D`, which stores its weight transposed.
-        family: of an expert's linear: the name that it shares with its counterparts in the layer's other experts.
-        entrance: of an expert's linear: the module that the inputs of all experts' counterparts pass before any of
+        family: for an expert's linear, the name that it shares with its counterparts in the layer's other experts.
+        entrance: for an expert's linear, the module that the inputs of all experts' counterparts pass before any of
             these runs, and the expert's place among them; None if there is none.
         routes: it decides which tokens go to which expert.
     """

@@ -20,8 +20,8 @@ class Stage:
 
     Args:
         views: in the order in which the block calls them.
-        calls: how often the block calls the first of them per forward.
-        rows: how many rows the input had while the stages were observed.
+        calls: calls of the first of them per forward of the block.
+        rows: rows of the input while the stages were observed.
     """
 
     views: tuple[LinearView, ...]

@@ -126,7 +126,7 @@ class ActivationStore:
         return {place: self._tally.bytes[place] for place in ("memory", "disk")}
 
     def leave_alone(self, model: nn.Module) -> None:
-        """Never move the parameters and buffers of a model, which some models pass to their blocks."""
+        """Never move the parameters and buffers of `model`, which some models pass to their blocks."""
         self._owned = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
 
     def take(self, tree: T) -> T:

@@ -74,7 +74,7 @@ def allocate(
 
     Args:
         model: its weights loaded, but for those of the blocks that `run.source` reads; as before afterwards.
-        candidates: of a linear; those of linears that share an input are intersected.
+        candidates: schemes for a linear; those of linears that share an input are intersected.
         budget: stored bits of all planned linears together, scales and zeros included.
         run: its log receives an event `allocated`, with the schemes and errors of every unit; of several processes,
             the first one measures.

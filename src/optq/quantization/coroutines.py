@@ -99,7 +99,7 @@ class TurnThread(threading.Thread, Generic[Posted]):
         self.join()
 
     def pause(self, posted: Posted) -> Any:
-        """Called inside the thread."""
+        """Called inside the thread: post a request, and wait for the answer."""
         self._to_driver.put(posted)
         del posted  # the driver may free what is in it while this frame waits
         output = self._to_thread.get()
@@ -108,7 +108,7 @@ class TurnThread(threading.Thread, Generic[Posted]):
         return output
 
     def run(self) -> None:
-        """What `threading.Thread` calls in the new thread."""
+        """The body of the thread, called by `threading.Thread`."""
         forward, self._forward = self._forward, lambda: None  # what it holds is freed as soon as it ends
         try:
             with torch.no_grad():  # grad mode is per thread

@@ -48,7 +48,7 @@ def quantize_model(model: nn.Module, plan: Plan, calibration: Calibration, run: 
 
     Args:
         model: on any device, its weights loaded, but for those of the blocks that `run.source` reads.
-        run: how, and where.
+        run: settings of the run, and the device.
     Returns:
         How the quantized model compares with the original on `calibration.held_out`; None without these, or for
         models that return no logits.

@@ -20,7 +20,7 @@ EXCLUDED, ROUTES = "excluded by the configuration", "it routes tokens to experts
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A linear that will be quantized, and how."""
+    """A linear that will be quantized, and its scheme."""
 
     view: LinearView
     scheme: LayerScheme
@@ -28,7 +28,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be done, decided and checked before the work.
+    """Which linears of which blocks will be quantized and how, checked before the work.
 
     Args:
         blocks: name and module, in order.

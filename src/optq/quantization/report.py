@@ -49,7 +49,7 @@ class BlockReport:
     """Reports one block to the log.
 
     Attributes:
-        observing_seconds: that went into the statistics of its inputs.
+        observing_seconds: time that went into the statistics of its inputs.
     """
 
     block: str
@@ -87,9 +87,9 @@ class BlockReport:
         """Log a solved linear.
 
         Args:
-            solution: of all linears that were stacked with it.
-            rtn_loss: relative, of rounding to nearest.
-            tokens: of calibration that its inputs were summed over.
+            solution: the solution of all linears that were stacked with it.
+            rtn_loss: relative loss of rounding to nearest.
+            tokens: calibration tokens that its inputs were summed over.
         """
         self.log.emit(
             LinearQuantized(

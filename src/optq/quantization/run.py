@@ -36,7 +36,7 @@ class BlockSink(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How a model is quantized.
+    """Settings of a quantization run: where and how a model is quantized.
 
     Args:
         device: where blocks are run and solved, one at a time; by default the accelerator, if there is one.

@@ -22,7 +22,7 @@ class CalibrationCalls:
     """The calls of a block that its linears are calibrated on.
 
     Args:
-        calls: as the quantized model makes them.
+        calls: the quantized model's calls.
         references: the same micro-batches as the original model computes them, by the number of the quantized model's
             call; empty if earlier layers' errors are not to be propagated.
         masks: (samples, tokens), 0 for padding, or None; by the number of the call.

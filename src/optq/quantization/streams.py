@@ -26,7 +26,7 @@ class Streams:
 
     Args:
         forwards: has none yet.
-        device: that the model runs on.
+        device: where the model runs.
         follow_all: the original model runs all micro-batches, not only those held out.
     Attributes:
         waiting: the calls of the present block.
@@ -57,7 +57,7 @@ class Streams:
         """Find out whether the model calls its first block again once that has returned.
 
         Args:
-            output: of the block, for the first call.
+            output: the block's output for the first call.
         """
         (call,) = self.forwards.start(self._inputs[:1])
         posted = self.forwards.resume(call, output)
@@ -97,7 +97,7 @@ class Streams:
         """Run a finished block on all that waits for it, and carry the model on to the next one.
 
         Args:
-            outputs: of the block, by the number of the call, where they are known already. Emptied.
+            outputs: the block's outputs that are known already, by the number of the call. Emptied.
             watched: what the quantized block's runs on batches held out are done in.
         """
 

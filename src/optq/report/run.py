@@ -35,9 +35,9 @@ class Run:
 
     Args:
         events: of the last session, and of earlier ones those of the blocks that it did not have to do again.
-        seconds: of all sessions.
+        seconds: time of all sessions together.
         info: `quantization_config` of the finished checkpoint; empty without one.
-        size_gib: of all weight files; None while there is no finished checkpoint.
+        size_gib: size of all weight files; None while there is no finished checkpoint.
     """
 
     folder: Path
@@ -144,7 +144,7 @@ def _named(names: list[str], plural: str = "linears") -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """What `optq.quantize(..., output_dir=folder)` has written so far.
+    """Read the log and config.json that `optq.quantize(..., output_dir=folder)` has written so far.
 
     Raises:
         ReportError: there is no log, or it cannot be read.

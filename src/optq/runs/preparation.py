@@ -139,7 +139,7 @@ def _refuse_shared(model: Any, plan: Plan) -> None:
 
 
 def budget_of(model: Any, config: GPTQConfig, plan: Plan) -> float:
-    """How many bits the planned linears may take: what `target_bits_per_weight` or `target_size_gib` leaves for them.
+    """Bits that `target_bits_per_weight` or `target_size_gib` leaves for the planned linears.
 
     Args:
         model: may be on the meta device; its experts are split.

@@ -99,7 +99,7 @@ class ArrivingExperts:
             self._up[expert].take(part, tensor, which, lambda count: self._origins(count, self.firsts.index(which)))
 
     def _origins(self, count: int, place: int) -> Tensor:
-        """Of a first linear: its part of the features inside."""
+        """This process's outputs of a first linear, in the checkpoint's numbering; see `optq.vllm.weights.Origins`."""
         if count != self.inside * self.ranks:
             raise CheckpointError(f"{self.name}: an expert has {count} features, not {self.inside * self.ranks}.")
         origins = torch.full((len(self.firsts) * self.inside,), -1, dtype=torch.int64, device="cpu")
