@@ -118,7 +118,7 @@ def refusals(
 
 
 def _served_as(name: str) -> str:
-    """What a server calls the linear that it makes of this one and others; all experts of a layer are one."""
+    """The name of the linear that a server makes of this one and others; all experts of a layer are one."""
     layer, expert, _ = name.partition(".experts.")
     if expert and kind_of(name).count(".experts.*."):
         return f"{layer}.experts"

@@ -303,7 +303,7 @@ def _in_words(protocol: Protocol, window: int, stride: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Yardstick:
-    """What all models are measured by."""
+    """The text, protocols and baseline by which all models are measured."""
 
     encoder: Callable[[], Any]  # the tokenizer, loaded when it is needed
     ids: Tensor  # (tokens,)

@@ -213,7 +213,7 @@ def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, 
 
 
 def _begin(output: Path, config: GPTQConfig) -> bool:
-    """Make the folder ours; whether there is still anything to quantize."""
+    """Claim the output folder for this run; whether there is still anything to quantize."""
     _claim(output)
     partial = output / PARTIAL
     if not (partial / READY).exists():
@@ -234,7 +234,7 @@ def _end(output: Path) -> None:
 
 
 def _claim(output: Path) -> None:
-    """Create the folder, or make sure that it is ours to write to."""
+    """Create the output folder, or make sure that this run may write to it."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"output_dir={str(output)!r} is a file; name a folder that does not exist or is empty.")
     ready = output / PARTIAL / READY

@@ -193,7 +193,7 @@ def is_row(dataset: Any) -> bool:
 
 
 def is_in_memory(dataset: Any) -> bool:
-    """Whether somebody has put the samples together, so that all of them are meant."""
+    """Whether the samples are an object in memory, such as a list, so that all of them are meant to be used."""
     return (
         (isinstance(dataset, Sequence) and not isinstance(dataset, str))
         or is_row(dataset)

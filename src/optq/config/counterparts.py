@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that are no fields of ours: what other tools' settings are called here, and what is near a slip of the pen.
+"""Names that are no fields: what other tools' settings are called here, and the nearest name to a typing error.
 
 Collected from AutoGPTQ, GPTQModel 7, optimum's GPTQQuantizer, transformers' GPTQConfig since 4.32, AutoAWQ, AutoRound,
 llm-compressor, the scripts of the GPTQ paper and Qwen's.

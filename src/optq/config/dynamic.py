@@ -114,7 +114,7 @@ def pattern_of(parent: str, children: list[str]) -> str:
 
 
 def _settings_of(scheme: LayerScheme) -> dict[str, Any]:
-    """What a rule says of a scheme."""
+    """The settings by which a rule of `dynamic` states a scheme."""
     return {
         "bits": scheme.bits,
         "group_size": scheme.group_size,

@@ -267,7 +267,7 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
 
 
 class _Style:
-    """A style of transformers, but for what it does to modules of ours."""
+    """A style of transformers that treats packed linears and split experts in its own way."""
 
     def __init__(self, original: Any, name: str = "") -> None:
         self._original, self._name = original, name

@@ -124,7 +124,7 @@ def why_not_int8(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 
 
 def prepare_int8(packed: PackedWeight) -> Prepared:
-    """codes: codes minus zero, (out, in) int8; extras: scales (out,) bfloat16."""
+    """codes: the checkpoint's codes minus 128, (out, in) int8; extras: scales (out,) bfloat16."""
     codes = (unpack_codes(packed.qweight, packed.bits).T.short() - 128).to(torch.int8).contiguous()
     return prepared_from(packed, codes, packed.scales[0].to(torch.bfloat16))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The row of the package gemlite, for whoever has it and asks for it by name: Triton programs that tune themselves.
+"""The kernel of the package gemlite, Triton programs that tune themselves; it runs only when asked for by name.
 
 It packs codes along the columns just as GPTQ does, so the words on disk are read in place. Its tuning takes some
 seconds when a shape or a number of rows is first met, which is one reason why it is never chosen unasked.

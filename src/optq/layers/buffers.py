@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a packed layer holds: the tensors of the checkpoint, or what a kernel has made of them, as buffers of a module.
+"""The buffers of a packed layer: the tensors of the checkpoint, or what a kernel has made of them.
 
 The tensors are buffers under their names on disk, and saving writes back the bytes that were read. What a kernel wants
 is derived from them once and is not saved. It holds all codes, so from then on `codes` is the buffer in the place of
 the words on disk, by far the largest. Of `qweight` its shape stays, on the meta device; the words are made again from
-the codes, bit for bit, for whoever asks.
+the codes, bit for bit, when they are asked for.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -3,8 +3,7 @@
 
 Where the kernel can, the codes of all experts of a layer move into one memory, of which each linear has a view; its
 tensors and names stay as they were. With no expert called by itself, nothing has to know on the host which of them
-have tokens. What somebody wants to happen in an expert's linear, such as a hook or an adapter, would not happen then,
-so that is looked for at every call.
+have tokens. Hooks and adapters of an expert's linear would not run then, so every call looks for them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -18,7 +18,7 @@ class QuantLinear(PackedBuffers):
     """A linear layer y = x Wᵀ + bias with a packed weight W.
 
     It may be called by several threads at once, each with its own dtype: a forward reads `held`, one value, and what
-    that is exchanged for stays right as well. Only moving, casting and loading want a layer that nobody is calling.
+    that is exchanged for stays right as well. Do not move, cast or load a layer while another thread calls it.
 
     Args:
         packed: the weight; its tensors may be on the meta device.

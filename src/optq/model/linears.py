@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LinearView`: any linear layer seen as an (out, in) matrix, so that nobody else asks what kind of module it is."""
+"""`LinearView`: any linear layer seen as an (out, in) matrix, whatever kind of module it is."""
 
 from dataclasses import dataclass
 

@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def propagates(self) -> bool:
-        """Whether any layer makes up for the errors of earlier ones, so that the original model must run as well."""
+        """Whether any layer compensates the errors of earlier ones, so that the original model must run as well."""
         return any(target.scheme.propagation > 0 for target in self.all_targets)
 
     def without_head(self) -> "Plan":

@@ -165,7 +165,7 @@ def kept_samples(
     """The samples that `write` returns. They are kept in `folder`, or in this process, for a run that goes on.
 
     Args:
-        files, asked: the model's files, and whatever else decides what is written; `samples` says how many.
+        files, asked: the model's files, and the settings that decide what is written; `samples` is their number.
         write: goes on with the samples that are there; calls its second argument with all samples, after every part.
     Raises:
         OutputError: blocks were finished on samples that were written otherwise.
