@@ -81,9 +81,9 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take back all that was changed in other libraries, until `register` is called. Idempotent.
+    """Undo all changes to other libraries, until `register` is called. Idempotent.
 
-    Models that are loaded go on to work. From then on, GPTQ checkpoints are transformers' own affair.
+    Models that are loaded go on to work. From then on, transformers handles GPTQ checkpoints by itself.
     """
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
     import_module("optq.patching").undo_all()

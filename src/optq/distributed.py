@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run. With `size` 1 nothing is sent, and every method returns its argument.
+    """This process among those of its run. With `size` 1 nothing is sent, and methods return their argument.
 
     Every process must call the same methods in the same order.
     """
@@ -43,11 +43,11 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> tuple[T, ...]:
-        """This process's share; they differ by one in length at most."""
+        """This process's share of `items`: every `size`-th one, so that lengths differ by one at most."""
         return tuple(items[self.rank :: self.size])
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all processes, in place."""
+        """Sum a tensor of any shape (...) over all processes, in place."""
         if self.size > 1:
             with _in_company(self):
                 dist.all_reduce(tensor, group=_group())
@@ -58,7 +58,7 @@ class Ranks:
         return self.all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist() if self.size > 1 else list(numbers)
 
     def all_gather(self, value: T) -> list[T]:
-        """What each process has, in their order. Tensors in it should be on the CPU."""
+        """Gather `value` of every process, in the order of ranks. Tensors in it should be on the CPU."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -67,7 +67,7 @@ class Ranks:
         return found
 
     def broadcast(self, call: Callable[[], T]) -> T:
-        """What the first process gets from `call`; only it calls. What it raises is raised in all of them.
+        """Run `call` in the first process only, and return its result, or raise its error, in all of them.
 
         Errors other than `OptqError` are raised in the others by name only.
         """
@@ -131,7 +131,7 @@ def join() -> Ranks:
 
 @cache
 def _group() -> Any:
-    """Our own, whatever the patience and the backends of others that this program uses."""
+    """A process group of our own, with a timeout and backends that other users of torch.distributed do not set."""
     return dist.new_group(timeout=PATIENCE, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 

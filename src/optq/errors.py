@@ -8,14 +8,14 @@ LONGEST_MESSAGE = 2000
 
 
 class OptqError(Exception):
-    """Whatever optq refuses or cannot do; the message says what was asked, found and allowed, and what to do."""
+    """Base class of all errors of optq; the message says what was asked, found and allowed, and what to do."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(shortened(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 def shortened(message: str, longest: int = LONGEST_MESSAGE) -> str:
-    """At most so many characters: the start, which says what is wrong, and the end, which says what to do."""
+    """Cut a message to `longest` characters, keeping its start, what is wrong, and its end, what to do."""
     if len(message) <= longest:
         return message
     start, end = longest * 5 // 8, longest * 5 // 16
@@ -47,7 +47,7 @@ class QualityError(OptqError, RuntimeError):
     """The finished model is too far from the original to be used.
 
     Attributes:
-        model: of `from_pretrained`, the quantized model, complete; None where a folder keeps the work.
+        model: the complete quantized model, raised by `from_pretrained`; None where a folder keeps the work.
     """
 
     model: Any = None

@@ -23,7 +23,7 @@ LOG_NAME = "quantization_log.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened.
+    """An event of a run.
 
     Args:
         at_seconds: since the log was opened.
@@ -116,12 +116,12 @@ class LinearQuantized(Event):
 
     @property
     def is_damped(self) -> bool:
-        """More than was asked for."""
+        """Whether more damping was used than was asked for."""
         return self.damping > self.damping_asked
 
     @property
     def kind(self) -> str:
-        """Its name within the block, the same for all experts."""
+        """The linear's name within the block, with * for the expert's number."""
         return (self.family or self.linear).removeprefix(f"{self.block}.")
 
     @property
@@ -132,7 +132,7 @@ class LinearQuantized(Event):
 
     @property
     def experts(self) -> str | None:
-        """The module that holds it and the other experts."""
+        """Name of the module that holds the linear's expert and the others."""
         return None if self.family is None else self.family.partition(".*")[0]
 
 
@@ -276,7 +276,7 @@ OLD_FIELDS = {"nearest_relative_loss": "rtn_relative_loss"}
 
 
 def to_dict(event: Event) -> dict[str, Any]:
-    """As a line of a log."""
+    """The event as a line of a log, before it is written as JSON."""
     stated = {key: value for key, value in asdict(event).items() if key != "run" or value is not None}
     return {"event": event.event, **stated}
 
@@ -312,7 +312,7 @@ def read_events(log: Path) -> list[Event]:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a block has to do, in multiplications: the two kinds of it take times of their own each."""
+    """Work of a block, in multiplications; the two kinds of it take different times each."""
 
     solving: float
     running: float
@@ -370,7 +370,7 @@ class RunLog:
 
     @property
     def _left(self) -> list[Load]:
-        """Of the blocks to come. One without linears has no event of its own."""
+        """The work of the blocks that are still to come. A block without linears has no event of its own."""
         done = {event.block for event in self.events if isinstance(event, (BlockQuantized, BlockRestored))}
         latest = max((number for number, name in enumerate(self._loads, 1) if name in done), default=0)
         return list(self._loads.values())[latest:]
@@ -381,9 +381,10 @@ class RunLog:
 
     @property
     def seconds_left(self) -> float:
-        """If either kind of work goes on at its median speed so far: the first block may be slower than others.
+        """The seconds left, by the median speed of each kind of work: the first block may be slower.
 
-        Raises StatisticsError before the first.
+        Raises:
+            StatisticsError: no block is done yet.
         """
         solving, running = [], []
         linears = [event for event in self.events if isinstance(event, LinearQuantized)]
@@ -406,5 +407,5 @@ class RunLog:
 
 
 def rounded(value: float | None) -> float | None:
-    """For the log: three decimals; None where there is nothing to say."""
+    """Round a number of the log to three decimals; None stays None."""
     return None if value is None or math.isnan(value) else round(value, 3)

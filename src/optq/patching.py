@@ -81,12 +81,12 @@ def assign(module: Any, name: str, value: Any) -> None:
 
 
 def installed() -> list[str]:
-    """What is changed at present, in words."""
+    """The changes to other libraries that are in effect, in words."""
     return [name for name, _ in _UNDO.values()]
 
 
 def undo_all() -> None:
-    """Take everything back, the latest first."""
+    """Undo all changes, the latest first."""
     for _, undo in reversed(list(_UNDO.values())):
         undo()
     _UNDO.clear()

@@ -28,7 +28,7 @@ VLLM_CPU_TILE = 32  # the same, of vLLM's CPU kernel
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """What readers look at.
+    """A quantized linear, with the facts by which readers accept or refuse it.
 
     Args:
         split: how tensor parallelism splits it, as in a model's base_model_tp_plan: "colwise…", "rowwise…", or None.
@@ -58,12 +58,12 @@ class Linear:
 
     @property
     def leads_out(self) -> bool:
-        """Of an expert's linear: whether it is the last one."""
+        """Whether this is the last linear (down) of an expert."""
         return self.name.endswith((".down_proj", ".w2"))
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Of an expert's linear: how wide the layer is, and how wide the expert is inside."""
+        """(hidden size of the layer, intermediate size of the expert), of an expert's linear."""
         return (self.out_features, self.in_features) if self.leads_out else (self.in_features, self.out_features)
 
     def why_not_divided(self, parts: int, outputs: int, inputs: int) -> str | None:
@@ -80,12 +80,12 @@ class Linear:
 
 
 def kind_of(name: str) -> str:
-    """A tensor's or module's name with * for numbers: the same in all blocks."""
+    """The name of a tensor or module with * for numbers, which is the same in all blocks."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def split_of(name: str, plan: Mapping[str, str]) -> str | None:
-    """How a model's tensor-parallel plan splits the linear of this name."""
+    """How a tensor-parallel plan splits the linear `name`, such as "colwise"; None if it does not."""
     return next((way for pattern, way in plan.items() if fnmatch(name, f"*{pattern}")), None)
 
 
@@ -100,7 +100,7 @@ def refusals(
     dense: Iterable[str] = (),
     version: str | None = None,
 ) -> tuple[str, ...]:
-    """What a reader of the table refuses, one reason per kind of linear; empty if it reads them all.
+    """Why a reader refuses a checkpoint, one reason per kind of linear; empty if it reads them all.
 
     Args:
         tensor_parallel: over how many GPUs it splits the model.
@@ -118,7 +118,7 @@ def refusals(
 
 
 def _served_as(name: str) -> str:
-    """What a server calls the linear that it makes of this one and others; all experts of a layer are one."""
+    """The name of the linear that a server makes of this one and others; all experts of a layer are one."""
     layer, expert, _ = name.partition(".experts.")
     if expert and kind_of(name).count(".experts.*."):
         return f"{layer}.experts"
@@ -127,7 +127,7 @@ def _served_as(name: str) -> str:
 
 
 def _fused(linears: Iterable[Linear]) -> Iterator[Linear]:
-    """The same linears, which know how wide they are served."""
+    """The linears with the widths of the fused ones that a server makes of them."""
     linears = list(linears)
     outputs: Counter[str] = Counter()
     for linear in linears:
@@ -170,7 +170,7 @@ def _why_not_vllm(linear: Linear, parts: int) -> str | None:
 
 
 def _why_not_vllm_with_desc_act(linear: Linear, parts: int) -> str | None:
-    """As it was when it still read desc_act=True, which it does not pad."""
+    """Refusals of the vLLM versions that still read desc_act=True, which they do not pad."""
     if linear.scheme.act_order != "desc_act" or linear.scheme.group_size == -1:
         return _why_not_vllm(linear, parts)
     if reason := _why_not_vllm(replace(linear, scheme=replace(linear.scheme, act_order="static")), parts):
@@ -235,7 +235,7 @@ def _why_not_optq(linear: Linear, parts: int) -> str | None:
 
 
 def _why_not_vllm_with_optq(linear: Linear, parts: int) -> str | None:
-    """As optq does, but for heads of keys and values: where there are fewer than processes, several have the same."""
+    """Refusals of vLLM with the plugin: optq's own, but processes may share heads of keys and values."""
     heads = linear.out_features // linear.head_width if linear.head_width else 0
     if heads and linear.split == "colwise" and heads < parts and not parts % heads:
         return _why_not_optq(linear, heads)
@@ -254,7 +254,7 @@ def why_not_in_parts(size: int, what: str, parts: int, bits: int, head_width: in
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What some releases of a reader refuse.
+    """What certain releases of a reader refuse.
 
     Args:
         versions: those releases; "0.32" stands for 0.32.1, too.
@@ -283,7 +283,7 @@ installed: its plugin, `optq.vllm`, reads what vLLM by itself does not."""
 
 
 def rules_of(reader: str, version: str | None = None) -> Rules:
-    """A row of the table: of this version, or of the newest that is known.
+    """The rules of a reader, for this version of it or the newest that is known.
 
     Raises:
         ConfigError: there is no such row.

@@ -43,7 +43,7 @@ weighted  clipped to the span with the least squared error, each column weighted
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScheme:
-    """How one linear layer is quantized.
+    """The settings by which one linear layer is quantized.
 
     Args:
         bits: bits per weight: 2, 3, 4 or 8.
@@ -52,7 +52,7 @@ class LayerScheme:
         act_order: see `ActOrder`.
         grid: see `GridFit`.
         damping: fraction of the Hessian's mean diagonal that is added to it before it is inverted.
-        propagation: how much of the output error that earlier layers' errors cause is compensated, 0 … 1.
+        propagation: fraction of the output error caused by earlier layers' errors that is compensated, 0 … 1.
         refinement: rounds of re-fitting scales and codes after the solve.
     """
 
@@ -104,7 +104,7 @@ class LayerScheme:
         return -(-in_features // self.group_width(in_features))
 
     def stored_bits(self, out_features: int, in_features: int) -> int:
-        """What the codes, the float16 scales and the zeros of a layer of this shape take."""
+        """Bits that the codes, the float16 scales and the zeros of a layer of this shape take."""
         return out_features * (in_features * self.bits + self.group_count(in_features) * (16 + self.bits))
 
     def why_not_grouped(self, in_features: int) -> str | None:
@@ -118,7 +118,7 @@ class LayerScheme:
         )
 
     def why_not_served(self, in_features: int | None = None) -> str | None:
-        """What vLLM does not read about a layer of this scheme, or None."""
+        """Why vLLM does not read a layer of this scheme, or None."""
         if self.bits not in (4, 8):
             return f"{self.bits} bits; use 4 or 8"
         if not self.symmetric:
@@ -162,7 +162,7 @@ class QuantizedWeight:
     bits: int
 
     def decode(self) -> Tensor:
-        """The (out, in) float32 values that every reader of the checkpoint must reproduce."""
+        """Dequantize: the (out, in) float32 values that every reader of the checkpoint must reproduce."""
         steps, zeros = self.codes.float(), self.zeros.float()
         if (width := run_width(self.group_of_column, self.scales.shape[1])) is not None:
             by_group = steps.view(*self.scales.shape, width)
@@ -170,18 +170,18 @@ class QuantizedWeight:
         return (steps - per_column(zeros, self.group_of_column)) * per_column(self.scales, self.group_of_column)
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
-        """The same elsewhere."""
+        """A copy with all tensors on `device`."""
         moved = {name: getattr(self, name).to(device) for name in ("codes", "scales", "zeros", "group_of_column")}
         return replace(self, **moved)
 
     def split_rows(self, sizes: list[int]) -> list["QuantizedWeight"]:
-        """Undo the stacking of several matrices that were solved together; `sizes` are their row counts."""
+        """Split (out, in) into weights of `sizes` rows each: undoes stacking for a common input."""
         parts = zip(self.codes.split(sizes), self.scales.split(sizes), self.zeros.split(sizes), strict=True)
         return [replace(self, codes=codes, scales=scales, zeros=zeros) for codes, scales, zeros in parts]
 
 
 def per_column(values: Tensor, group_of_column: Tensor) -> Tensor:
-    """Values per group (out, groups) as values per column, (out, in)."""
+    """Spread values per group, (out, groups), over the columns of each group: (out, in)."""
     width = run_width(group_of_column, values.shape[1])
     if width is None:
         return values[:, group_of_column.long()]
@@ -190,7 +190,7 @@ def per_column(values: Tensor, group_of_column: Tensor) -> Tensor:
 
 
 def run_width(group_of_column: Tensor, groups: int) -> int | None:
-    """The width of groups that are runs of equally many neighbouring columns; None for others."""
+    """The width of groups, given g_idx (in,) int32, if they are runs of equally many columns; else None."""
     columns = group_of_column.numel()
     width, rest = divmod(columns, groups)
     trivial = not rest and torch.equal(group_of_column, trivial_groups(columns, width, group_of_column.device))
@@ -198,5 +198,5 @@ def run_width(group_of_column: Tensor, groups: int) -> int | None:
 
 
 def trivial_groups(in_features: int, group_width: int, device: torch.device | str | None = None) -> Tensor:
-    """The group of each column when groups are runs of neighbouring columns: (in,) int32."""
+    """g_idx without activation order, (in,) int32: groups are runs of `group_width` neighbouring columns."""
     return torch.arange(in_features, dtype=torch.int32, device=device) // group_width

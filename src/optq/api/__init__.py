@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public verbs, one file each."""
+"""The public functions, one file each."""

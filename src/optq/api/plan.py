@@ -35,22 +35,22 @@ from .quantize import model_without_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run will take and give. `str()` makes a table of it.
+    """Estimated cost and result of a quantization run. `str()` formats it as a table.
 
     Args:
-        linears: how many of each kind: (out_features, in_features, scheme).
+        linears: number of linears of each kind: (out_features, in_features, scheme).
         skipped: name of each linear of a block that stays as it is, with the reason.
-        tokens: of calibration, all samples together.
+        tokens: calibration tokens, all samples together.
         weaknesses: what makes the calibration data a poor basis.
-        bits_per_weight: of the quantized linears, scales and zeros included; of a budget, at most so many.
+        bits_per_weight: bits per weight of the quantized linears, scales and zeros included; with a budget, its limit.
         checkpoint_gib, dense_gib: the checkpoint, and the model that it is made of.
         memory_gib: on `device`, by part; at the same time in memory.
         elsewhere_gib: activations that wait in the machine's memory, or on the disk of the output folder.
-        free_gib: what is free there now.
+        free_gib: memory that is free on `device` now.
         seconds: an estimate of the time, by part, for one process on a machine that does nothing else; empty where it
             does not fit.
-        uncounted: what the run will do besides.
-        not_served: what vLLM will not read: which linears, and why.
+        uncounted: work of the run that `seconds` leaves out.
+        not_served: linears that vLLM will refuse, and why.
     """
 
     model: str
@@ -76,7 +76,7 @@ class Estimate:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What would make it fit."""
+        """What to change so that the run fits into memory; empty if it fits."""
         if self.fits:
             return ()
         largest = max(self.memory_gib, key=lambda part: self.memory_gib[part])
@@ -199,7 +199,7 @@ def _most_bits(config: GPTQConfig, target: Target) -> int:
 
 
 def _rounded(seconds: float) -> str:
-    """In words."""
+    """Format seconds as a rough time in words."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"about {seconds / size:.0f} {unit}"
@@ -207,13 +207,13 @@ def _rounded(seconds: float) -> str:
 
 
 def _stand_in(vocabulary: int, samples: int, length: int) -> list[list[int]]:
-    """As many tokens as the model will write, which is all that counts here."""
+    """Placeholder data with as many tokens as the model will write: their number is all that counts here."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (samples, length), generator=generator, device="cpu").tolist()
 
 
 def _memory(model: Any, planned: Plan, calibration: Calibration, device: torch.device) -> dict[str, int]:
-    """Bytes by part."""
+    """Bytes of memory that a run takes on the device, by part."""
     size = (working_dtype(device) or model.dtype).itemsize
     outside = [p for name, p in model.named_parameters() if not any(name.startswith(f"{b}.") for b in planned.blocks)]
     largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in planned.blocks.values())
@@ -240,7 +240,7 @@ def _hessians(targets: Sequence[Target]) -> int:
 
 
 def as_linears(model: Any, targets: Sequence[Target], checkpoint_format: str) -> list[Linear]:
-    """What readers will look at."""
+    """The planned linears in the form that `optq.readers` checks."""
     plan = parallel_plan_of(model.config)
     return [
         Linear(

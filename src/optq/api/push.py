@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optq.push`: a finished checkpoint to the Hub, in one commit, so that nobody ever downloads half of it."""
+"""`optq.push`: upload a finished checkpoint to the Hub in one commit, so that no download gets half of it."""
 
 import logging
 import os

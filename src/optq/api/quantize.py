@@ -93,7 +93,7 @@ def quantize(
     Args:
         model: what `from_pretrained` takes; or a model of transformers with its weights in memory, on the CPU or on
             accelerators.
-        config: how to quantize, with calibration data.
+        config: settings of the quantization, with calibration data.
         output_dir: is created; must be empty or hold only what a run of the same model, settings and data has left. A
             finished one is returned as it is. Required for an id or folder.
         kwargs: passed to `from_pretrained`: dtype, revision, token, trust_remote_code, …
@@ -213,7 +213,7 @@ def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, 
 
 
 def _begin(output: Path, config: GPTQConfig) -> bool:
-    """Make the folder ours; whether there is still anything to quantize."""
+    """Claim the output folder for this run; whether there is still anything to quantize."""
     _claim(output)
     partial = output / PARTIAL
     if not (partial / READY).exists():
@@ -234,7 +234,7 @@ def _end(output: Path) -> None:
 
 
 def _claim(output: Path) -> None:
-    """Create the folder, or make sure that it is ours to write to."""
+    """Create the output folder, or make sure that this run may write to it."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"output_dir={str(output)!r} is a file; name a folder that does not exist or is empty.")
     ready = output / PARTIAL / READY
@@ -271,7 +271,7 @@ def _write_rest(model: Any, companions: Path, partial: Path) -> None:
 
 
 def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
-    """The model on the meta device, in the dtype that it would be loaded in."""
+    """Build the model on the meta device, in the dtype that it would be loaded in."""
     check_dtype(kwargs.get("dtype"))
     model_config = model_config_of(source, kwargs)
     check_base(model_config, source)

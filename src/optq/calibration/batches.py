@@ -38,7 +38,7 @@ Sample = TypeVar("Sample")
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Samples that run together.
+    """Calibration samples that the model runs on together.
 
     Args:
         input_ids: (samples, longest) int64, padded on the right.
@@ -55,7 +55,7 @@ class MicroBatch:
 
     @property
     def next_ids(self) -> Tensor:
-        """The token that follows each, (samples, longest) int64; -1 where none does."""
+        """The token that follows each position, (samples, longest) int64; -1 where none does."""
         following = torch.full_like(self.input_ids, -1)
         following[:, :-1] = self.input_ids[:, 1:]
         if self.attention_mask is not None:
@@ -63,7 +63,11 @@ class MicroBatch:
         return following
 
     def as_model_inputs(self, device: torch.device | str) -> dict[str, Tensor]:
-        """Keyword arguments for the model."""
+        """Keyword arguments for the model, on `device`: `inputs` where the samples are more than text.
+
+        Else input_ids, and attention_mask if there is padding, both (samples, longest) int64; with `decoded` the same
+        two for the decoder as well.
+        """
         if self.inputs is not None:
             return {name: tensor.to(device) for name, tensor in self.inputs.items()}
         inputs = {"input_ids": self.input_ids.to(device)}
@@ -76,14 +80,14 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What the model is calibrated on.
+    """Calibration data of a model.
 
     Args:
         batches: micro-batches, longest samples first.
-        info: what was used, for the checkpoint and the log: counts and a hash, never the texts.
+        info: facts for the checkpoint and the log: counts and a hash, never the texts.
         held_out: micro-batches on which the quantized model is compared with the original one.
-        probes_held_out: whether they are kept out of `batches`.
-        weaknesses: what makes this data a poor basis, in words.
+        truly_held_out: whether they are kept out of `batches`.
+        weaknesses: what makes this data a poor basis, one sentence each.
     """
 
     batches: tuple[MicroBatch, ...]
@@ -106,7 +110,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How data becomes micro-batches for one model.
+    """Settings that turn calibration data into micro-batches for one model.
 
     Args:
         vocabulary: rows of the model's input embedding; every token id must be below.
@@ -139,7 +143,7 @@ class Sampling:
 
     @property
     def padding(self) -> int:
-        """Some models name -1, or an id that only their tokenizer has; embeddings take ids of the vocabulary."""
+        """The token id to pad with: the model's pad_token_id, or 0 where that is not in its vocabulary."""
         asked = self.pad_token_id
         return asked if isinstance(asked, int) and 0 <= asked < self.vocabulary else 0
 
@@ -318,7 +322,7 @@ def _length(row: MicroBatch) -> int:
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """Shape and values, for hashes."""
+    """Shape and values of a CPU tensor of any shape (...) and dtype as bytes, to be hashed."""
     return str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 

@@ -244,7 +244,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _in_lists(value: Any) -> Any:
-    """The same with lists for arrays of objects, which pandas makes of the lists in a column."""
+    """Convert arrays of objects, which pandas makes of the lists in a column, back to lists."""
     if getattr(getattr(value, "dtype", None), "kind", "") == "O" and getattr(value, "ndim", 0):
         return [_in_lists(part) for part in value.tolist()]
     if isinstance(value, dict):
@@ -395,7 +395,7 @@ def _as_tensor(row: Any, place: str, name: str) -> Tensor:
 
 
 def joined(documents: Iterable[list[int]], separator: int) -> list[int]:
-    """All documents in a row, each with the separator at its end."""
+    """Concatenate documents of token ids, each followed by the separator."""
     return [token for ids in documents for token in (ids if ids[-1:] == [separator] else [*ids, separator])]
 
 

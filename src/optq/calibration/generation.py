@@ -34,7 +34,7 @@ def write_samples(
     written: Sequence[list[int]] = (),
     keep: Callable[[list[list[int]]], None] = lambda written: None,
 ) -> list[list[int]]:
-    """Let a model write.
+    """Generate calibration samples with a model: lists of token ids, one per sample.
 
     Args:
         model: one of transformers that generates, with its weights. Its generation config is replaced.

@@ -33,7 +33,7 @@ WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>-?(?:\d+\.?\d*|\.\d+))")
 
 
 class Row(NamedTuple):
-    """What becomes one sample, or several if it holds a batch, and what errors call it."""
+    """A row of a source: one sample, or several if it holds a batch; and its name in errors."""
 
     place: str
     content: Any
@@ -162,7 +162,7 @@ def accepted() -> str:
 
 
 def mixture(dataset: Any) -> list[tuple[Any, float]]:
-    """What the data is drawn from, with weights: one source, unless `dataset` is a dict or such a string.
+    """The sources of calibration data with their weights: one, unless `dataset` is a dict or such a string.
 
     Raises:
         CalibrationError: weights that are no finite positive numbers, or all zero.
@@ -193,7 +193,7 @@ def is_row(dataset: Any) -> bool:
 
 
 def is_in_memory(dataset: Any) -> bool:
-    """Whether somebody has put the samples together, so that all of them are meant."""
+    """Whether the samples are an object in memory, such as a list, so that all of them are meant to be used."""
     return (
         (isinstance(dataset, Sequence) and not isinstance(dataset, str))
         or is_row(dataset)
@@ -257,7 +257,7 @@ def shares(weights: Sequence[float], count: int) -> list[int]:
 
 
 def name_of(source: Any) -> str:
-    """How calibration info names a source: a name on the Hub, the kind of file, the type of the object; no path."""
+    """The name of a source in calibration info: its name on the Hub, kind of file or type of object; never a path."""
     if not isinstance(source, (str, Path)):
         return "iterator" if isinstance(source, Iterator) else type(source).__name__
     if source == SELF or source in DATASETS:

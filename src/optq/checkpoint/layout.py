@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors of one quantized linear on disk, and the headers that tell which linears a checkpoint has.
 
-The format is specified in docs/checkpoint-format.md. Outside names (qweight, qzeros, scales, g_idx) live here and in
-`hf/config.py` only.
+The format is specified in docs/checkpoint-format.md.
 """
 
 import math
@@ -53,15 +52,15 @@ class PackedWeight:
         return self.qweight.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the last part of their names."""
+        """qweight (in · bits / 32, out), qzeros (groups, out · bits / 32), scales (groups, out) and g_idx (in,)."""
         return {name: getattr(self, name) for name in TENSOR_NAMES}
 
     def zeros(self) -> Tensor:
-        """The zeros as the arithmetic wants them: (groups, out) int16, as v1 files may mean a zero of 2 ** bits."""
+        """Decoded zeros, (groups, out) int16: 8 bits are too few, since v1 files may mean a zero of 2 ** bits."""
         return decode_zeros(self.qzeros, self.bits, self.checkpoint_format)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Dense float32 weights of outputs start … stop: (in, stop - start)."""
+        """Dequantize output features start … stop: (in, stop - start) float32."""
         codes = unpack_codes(self.qweight[:, start:stop].contiguous(), self.bits)
         groups = self.g_idx.long()
         zeros = self.zeros()[:, start:stop].float()[groups]
@@ -69,7 +68,9 @@ class PackedWeight:
 
 
 def pack(quantized: QuantizedWeight, checkpoint_format: str = "gptq") -> PackedWeight:
-    """Turn solved codes into the words on disk; nothing is rounded here.
+    """Pack a quantized weight, codes (out, in), into the int32 words of a checkpoint, qweight (in · bits / 32, out).
+
+    Nothing is rounded.
 
     Raises:
         CheckpointError: a zero of 0 in the v1 format, which cannot hold it, or a scale that float16 would change.
@@ -88,7 +89,7 @@ def pack(quantized: QuantizedWeight, checkpoint_format: str = "gptq") -> PackedW
 
 
 def unpack(packed: PackedWeight) -> QuantizedWeight:
-    """The inverse of `pack`."""
+    """Unpack int32 words into codes (out, in) uint8, scales and zeros (out, groups): the inverse of `pack`."""
     return QuantizedWeight(
         codes=unpack_codes(packed.qweight, packed.bits).T.contiguous(),
         scales=packed.scales.float().T.contiguous(),
@@ -99,13 +100,13 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
 
 
 def part_of(packed: PackedWeight, outputs: slice, inputs: slice) -> PackedWeight:
-    """Some neighbouring outputs and inputs of a weight, as a weight of its own: what a process of several holds.
+    """Cut a range of output and input features out of a packed weight: the shard of one tensor-parallel process.
 
     Args:
-        packed: (in, out).
-        outputs, inputs: begin and end at whole words: see `optq.readers.why_not_in_parts`.
+        packed: qweight (in · bits / 32, out).
+        outputs, inputs: ranges of features that begin and end at whole words; see `optq.readers.why_not_in_parts`.
     Raises:
-        CheckpointError: they cut a word.
+        CheckpointError: a range begins or ends inside of a word.
     """
     rows = words_of(inputs, packed.bits, "inputs")
     columns = words_of(outputs, packed.bits, "outputs")
@@ -120,7 +121,11 @@ def part_of(packed: PackedWeight, outputs: slice, inputs: slice) -> PackedWeight
 
 
 def words_of(codes: slice, bits: int, what: str) -> slice:
-    """Which words hold these codes."""
+    """The range of int32 words that holds a range of codes; `what` names the codes in the error.
+
+    Raises:
+        CheckpointError: the range begins or ends inside of a word.
+    """
     if codes.start * bits % PACKED_WORD_BITS or codes.stop * bits % PACKED_WORD_BITS:
         raise CheckpointError(
             f"{what} {codes.start} to {codes.stop} of {bits} bits begin or end inside of a word of {PACKED_WORD_BITS} "
@@ -130,13 +135,16 @@ def words_of(codes: slice, bits: int, what: str) -> slice:
 
 
 def groups_of_columns(group_of_column: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The groups that columns start … stop need, and which of these each column belongs to.
+    """The groups that a shard with columns start … stop of a weight needs, and the shard's own g_idx.
 
-    Where groups are runs of columns and `start` lies inside of one, the part's groups are narrower ones, so that they
-    are of one width, as the fast kernels want them: with groups of 128, columns 192 … 384 get three groups of 64.
+    Where groups are runs of columns and `start` lies inside of one, the shard gets narrower groups, all of one width,
+    as the fast kernels want them: with groups of 128, columns 192 … 384 get three groups of 64.
 
+    Args:
+        group_of_column: (in,) int32, of the whole weight.
     Returns:
-        (local groups,) int64, which may name a group twice, and (stop - start,) int32.
+        The whole weight's group of each of the shard's groups, (local groups,) int64, which may name a group twice;
+        and the shard's group of each column, (stop - start,) int32.
     """
     own = group_of_column[start:stop]
     width = int((group_of_column == group_of_column[0]).sum())
@@ -148,10 +156,10 @@ def groups_of_columns(group_of_column: Tensor, start: int, stop: int) -> tuple[T
 
 
 def as_float16(scales: Tensor) -> Tensor:
-    """The same scales in float16.
+    """Cast scales of any shape (...) and float dtype to float16 without rounding.
 
     Raises:
-        CheckpointError: it cannot hold one of them.
+        CheckpointError: float16 cannot represent one of them.
     """
     stored = scales.to(torch.float16)
     if not torch.equal(stored.float(), scales.float()):
@@ -160,10 +168,10 @@ def as_float16(scales: Tensor) -> Tensor:
 
 
 def relabel(packed: PackedWeight, checkpoint_format: str) -> PackedWeight:
-    """The same weight in another checkpoint_format of config.json: only the stored zeros differ.
+    """Convert a weight to another checkpoint_format of config.json: only qzeros (groups, out · bits / 32) changes.
 
     Raises:
-        CheckpointError: it cannot hold a zero.
+        CheckpointError: the other format cannot hold a zero.
     """
     if checkpoint_format == label_of(packed.checkpoint_format):
         return packed
@@ -179,10 +187,10 @@ def relabel(packed: PackedWeight, checkpoint_format: str) -> PackedWeight:
 
 
 def with_trivial_groups(packed: PackedWeight, group_width: int) -> PackedWeight:
-    """The same weight with groups numbered in the order of their columns.
+    """Renumber groups by the order of their columns, so that g_idx (in,) is column // group_width; same weights.
 
     Raises:
-        CheckpointError: its groups are not runs of neighbouring columns.
+        CheckpointError: the groups are not runs of neighbouring columns.
     """
     first = packed.g_idx[::group_width].long()  # the group of each run, if these are runs
     if not torch.equal(packed.g_idx, first.repeat_interleave(group_width)[: packed.in_features]):
@@ -205,7 +213,7 @@ class TensorHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensors:
-    """What the headers say about one quantized linear."""
+    """The headers of one quantized linear's tensors, and the bits that follow from their shapes."""
 
     name: str
     headers: dict[str, TensorHeader]  # by the last part of the tensor's name; "g_idx" and "bias" may be absent
@@ -228,10 +236,10 @@ _SAFETENSORS_DTYPES = {
 
 
 def open_whole(file: str | os.PathLike[str]) -> Any:
-    """A safetensors file, as safetensors opens it.
+    """Open a safetensors file.
 
     Raises:
-        CheckpointError: it is missing, or not whole.
+        CheckpointError: it is missing or truncated.
     """
     try:
         return safe_open(file, framework="pt")
@@ -248,7 +256,7 @@ def open_whole(file: str | os.PathLike[str]) -> Any:
 
 
 def read_headers(files: list[str], *, pickled: bool = False) -> dict[str, TensorHeader]:
-    """The headers of every tensor in `files`, by tensor name.
+    """Read shape (...) and dtype of every tensor in `files`, by tensor name, without the data.
 
     Args:
         pickled: read files that torch.save wrote (.bin, .pt), too: their tensors only, as torch's weights_only does.
@@ -284,8 +292,11 @@ def _headers_of_pickle(file: str) -> dict[str, TensorHeader]:
 
 
 def find_quantized_linears(headers: dict[str, TensorHeader]) -> dict[str, QuantizedTensors]:
-    """The quantized linears of a checkpoint, by module name. Bits follow from the shapes, not from a label.
+    """Find the quantized linears of a checkpoint, by module name. Bits follow from the shapes, not from a label.
 
+    Args:
+        headers: those of a linear are qweight (in · bits / 32, out), qzeros (groups, out · bits / 32), scales
+            (groups, out), and maybe g_idx (in,) and bias (out,).
     Raises:
         CheckpointError: a linear's tensors are incomplete or their shapes contradict one another.
     """

@@ -53,7 +53,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_codes`: (count · bits / 32, columns) int32 to (count, columns) uint8."""
+    """Unpack (count · bits / 32, columns) int32 to (count, columns) uint8: the inverse of `pack_codes`."""
     unit_codes, unit_words = _unit(bits)
     rows, columns = words.shape
     if rows % unit_words:

@@ -39,12 +39,12 @@ CONSTANTS = {("gptq:gptqmodel-6", 3): (0x24924924, 0x92492492, 0x49249249)}
 
 
 def label_of(zero_format: str) -> str:
-    """What config.json says as checkpoint_format."""
+    """The checkpoint_format that config.json states for a format of zeros: the part before the writer's name."""
     return zero_format.partition(":")[0]
 
 
 def decode_zeros(qzeros: Tensor, bits: int, zero_format: str) -> Tensor:
-    """The zeros as the arithmetic wants them: (groups, out) int16; without a writer's rule, v1 may mean 2 ** bits.
+    """Decode stored zeros to (groups, out) int16; without a writer's rule, v1 may mean a zero of 2 ** bits.
 
     Args:
         qzeros: (groups, out · bits / 32) int32.
@@ -60,7 +60,10 @@ def decode_zeros(qzeros: Tensor, bits: int, zero_format: str) -> Tensor:
 
 
 def encode_zeros(zeros: Tensor, bits: int, zero_format: str) -> Tensor:
-    """The inverse of `decode_zeros`; without a writer's rule, zeros of v1 must be at least 1."""
+    """Encode integer zeros (groups, out) to (groups, out · bits / 32) int32: the inverse of `decode_zeros`.
+
+    In the format "gptq" without a writer's rule, zeros must be at least 1.
+    """
     if (constants := CONSTANTS.get((zero_format, bits))) is not None:
         return _added(pack_codes(zeros.T, bits), constants, -1).T.contiguous()
     if (runs := BORROWING.get(zero_format, {}).get(bits)) is not None:
@@ -69,7 +72,10 @@ def encode_zeros(zeros: Tensor, bits: int, zero_format: str) -> Tensor:
 
 
 def rules_differ(qzeros: Tensor, bits: int) -> bool:
-    """Whether what v1's words mean depends on their writer: a field is all ones, from a zero of 0 or of 2 ** bits."""
+    """Whether the meaning of v1 zeros, (groups, out · bits / 32) int32, depends on the tool that wrote them.
+
+    It does if a field is all ones, which stands for a zero of 0 or of 2 ** bits.
+    """
     return bool((unpack_codes(qzeros.T.contiguous(), bits) == 2**bits - 1).any())
 
 

@@ -46,7 +46,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command.
+    """A command of the command line.
 
     Args:
         add_arguments: declares its arguments.
@@ -59,7 +59,7 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
     def declare(self, parser: argparse.ArgumentParser) -> None:
-        """Its arguments, and those of every command."""
+        """Add the command's own arguments and those of every command to `parser`."""
         parser.description = textwrap.fill(self.summary, 80)
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         self.add_arguments(parser)
@@ -74,7 +74,7 @@ class Command:
 def command(
     name: str, summary: str, add_arguments: Callable[[argparse.ArgumentParser], None]
 ) -> Callable[[Callable[[argparse.Namespace], int]], Command]:
-    """Makes a command of the function that does it."""
+    """Decorate the function that runs a command to make a `Command` of it."""
     return lambda run: Command(name=name, summary=summary, add_arguments=add_arguments, run=run)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """Which version of a model, and by what right."""
+    """Add the options that say which revision of a model is read, and with what permissions."""
     group = parser.add_argument_group("how the model is found")
     group.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub")
     group.add_argument("--token", metavar="TOKEN", help="for private models; by default the one of `hf auth login`")
@@ -14,7 +14,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """The same, and as what its weights are loaded."""
+    """Add the options of `add_source`, and the dtype in which weights are loaded."""
     add_source(parser)
     parser.add_argument(
         "--dtype",

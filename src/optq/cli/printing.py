@@ -13,7 +13,7 @@ Row = Sequence[str]
 
 
 def print_table(title: str, columns: Row, rows: Sequence[Row], *, markdown: bool = False) -> None:
-    """A table on the standard output; all columns but the first are aligned to the right."""
+    """Print a table on the standard output; all columns but the first are aligned to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -32,7 +32,7 @@ def print_table(title: str, columns: Row, rows: Sequence[Row], *, markdown: bool
 
 
 def print_either(arguments: argparse.Namespace, words: str, **facts: Any) -> None:
-    """`words`, or `facts` where JSON is asked for."""
+    """Print `words`, or `facts` as JSON where that is asked for."""
     if arguments.json:
         print_json(facts)
     else:

@@ -42,23 +42,23 @@ def called_with(kwargs: Mapping[str, Any]) -> Iterator[None]:
 
 
 def told(names: Iterable[str]) -> dict[str, Any]:
-    """Of these arguments, those that the `from_pretrained` that is running was called with, and that are not None."""
+    """Those of the running `from_pretrained`'s arguments that have these names and are not None."""
     kwargs = _TOLD.get() or {}
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
 def name_told() -> str:
-    """The model's id or folder, in words if none is known."""
+    """The id or folder of the model that the running `from_pretrained` loads, or "this model"."""
     return str(told((NAME,)).get(NAME, "this model"))
 
 
 def where_told() -> dict[str, Any]:
-    """What it was told of where the model is."""
+    """The running `from_pretrained`'s arguments that say where the model is: revision, subfolder, token, …"""
     return told((*FOR_ALL, *FOR_ONE, *FOR_WEIGHTS))
 
 
 def where_in(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What arguments of `from_pretrained` say of where the model is; as arguments."""
+    """Those of `from_pretrained`'s arguments that say where the model is: revision, subfolder, token, …"""
     return {key: kwargs[key] for key in (*FOR_ALL, *FOR_ONE, *FOR_WEIGHTS) if kwargs.get(key) is not None}
 
 

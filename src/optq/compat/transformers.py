@@ -37,7 +37,7 @@ Value = TypeVar("Value")
 
 
 def renamed(tensors: dict[str, Value], model: Any) -> dict[str, Value]:
-    """A packed checkpoint's tensors under the names that they have in the model."""
+    """Rename a packed checkpoint's tensors to their names in the model."""
     # They have no name in the model yet, so a linear's are renamed as its weight would be; but nothing is fused.
     weights = {key: f"{key.rpartition('.')[0]}.weight" for key in tensors}
     names = names_in_model(set(weights.values()), model, fused=False)
@@ -166,7 +166,7 @@ def forget_dequantizing(model: Any) -> None:
 
 
 def names_in_model(keys: Iterable[str], model: Any, base: Any = None, *, fused: bool = True) -> dict[str, str]:
-    """What tensors of a dense checkpoint are called in the model; of those that become one, its name if `fused`.
+    """Names in the model of tensors of a dense checkpoint; of those that become one, its name if `fused`.
 
     Args:
         base: the `dequantizer` of a checkpoint that is not dense.
@@ -179,7 +179,7 @@ def names_in_model(keys: Iterable[str], model: Any, base: Any = None, *, fused: 
 
 
 def expert_names(model: Any, fused: str) -> list[str]:
-    """What checkpoints call the linears gate, up and down of an expert in the fused module of this name.
+    """Names of the linears gate, up and down of one expert in checkpoints, for the fused module of this name.
 
     Where experts are fused on disk as well, they have the names that are usual elsewhere.
     """
@@ -230,7 +230,7 @@ def _merges_experts(entry: Any) -> bool:
 
 
 def named_as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the model under the names, and in the form, of the checkpoint that it came from."""
+    """Convert a model's tensors, of any shape (...), back to the names and form of the checkpoint it came from."""
     named: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
     return named
 
@@ -398,7 +398,7 @@ def make_generation_config_savable(model: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where `from_pretrained` was asked to place a model: its arguments of these names."""
+    """The arguments of `from_pretrained` that say where a model is placed."""
 
     device_map: Any = None
     max_memory: dict[int | str, int | str] | None = None
@@ -407,7 +407,7 @@ class Placement:
 
 
 def asked_placement(device_map: Any) -> Placement:
-    """Of the `from_pretrained` that is running, which tells its quantizer no more than `device_map`."""
+    """The placement that the running `from_pretrained` was asked for; its quantizer is told `device_map` only."""
     return Placement(device_map=device_map, **told(PLACEMENT))
 
 
@@ -431,7 +431,7 @@ def _disjoint(model: Any, placement: dict[str, Any]) -> dict[str, Any]:
 
 
 def automatic_map(model: Any, asked: Placement, quantizer: Any) -> Any:
-    """What transformers will make of a device_map such as "auto", by the sizes that `quantizer` tells; else as asked.
+    """The device_map that transformers will make of one such as "auto"; any other is returned as it is.
 
     Raises:
         ConfigError: max_memory holds sizes that are none.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that are no fields of ours: what other tools' settings are called here, and what is near a slip of the pen.
+"""Names that are no fields: what other tools' settings are called here, and the nearest name to a typing error.
 
 Collected from AutoGPTQ, GPTQModel 7, optimum's GPTQQuantizer, transformers' GPTQConfig since 4.32, AutoAWQ, AutoRound,
 llm-compressor, the scripts of the GPTQ paper and Qwen's.
@@ -104,7 +104,7 @@ NO_FIELD = {
 def why_unknown(
     name: str, known: Iterable[str], what: str = "field", shown: Callable[[str], str] = lambda name: name
 ) -> str:
-    """What to do about a name that is none of `known`: the counterpart of another tool's, or the nearest.
+    """Advice on a name that is none of `known`: the counterpart of another tool's setting, or the nearest name.
 
     Args:
         what, shown: of the place where the name was given: what names are there, and how they are written.

@@ -55,7 +55,7 @@ def checked_rules(rules: Rules | None, *, of_file: bool) -> Rules | None:
 
 
 def rules_of_file(rules: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says, as Python would say it: null is a rule without settings, and no setting."""
+    """Rules of `dynamic` from JSON: null instead of a rule is an empty one, and null settings are left out."""
     read = {}
     for pattern, settings in rules.items():
         if isinstance(settings, dict):
@@ -114,7 +114,7 @@ def pattern_of(parent: str, children: list[str]) -> str:
 
 
 def _settings_of(scheme: LayerScheme) -> dict[str, Any]:
-    """What a rule says of a scheme."""
+    """The settings by which a rule of `dynamic` states a scheme."""
     return {
         "bits": scheme.bits,
         "group_size": scheme.group_size,

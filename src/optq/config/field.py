@@ -23,7 +23,7 @@ WRONG = object()
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """What is to be known of one field.
+    """Declaration of one field of the config.
 
     Args:
         help: for the docs page, the docstring and `--help`; Markdown.
@@ -77,7 +77,7 @@ class Field:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What it is called on the command line."""
+        """The field's option names on the command line."""
         flags = (*self.options, f"--{self.name.replace('_', '-')}")
         return tuple(dict.fromkeys(flags)) if self.option else ()
 
@@ -111,7 +111,7 @@ class Field:
         return None
 
     def from_json(self, value: Any) -> Any:
-        """As Python would say it: in files a switch may be 0 or 1."""
+        """Convert a value from JSON to the field's type: files may say 0 or 1 for a switch."""
         return bool(value) if self.kind is bool and type(value) is int and value in (0, 1) else value
 
     def _admits(self, value: Any) -> bool:
@@ -176,7 +176,7 @@ PARSERS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _number, bool:
 
 
 def short(value: Any, depth: int = 3) -> str:
-    """A setting in one line; of what is no setting, or too deep inside of one, what it is."""
+    """Format a setting in one line, down to `depth`; objects that are no settings by their type."""
     if value is None or isinstance(value, (bool, int, float, str)):
         text = repr(value)
     elif isinstance(value, Mapping) and depth:
@@ -190,7 +190,7 @@ def short(value: Any, depth: int = 3) -> str:
 
 
 def kind_of_value(value: Any) -> str:
-    """A name as it is; of anything else its type and how many there are."""
+    """A name as it is; for anything else its type and length."""
     if isinstance(value, str):
         return short(value)
     try:

@@ -107,7 +107,7 @@ GPTQ = {"fits": lambda value: str(value).lower() == "gptq", "wanted": "allowed i
 
 
 def declared(section: str, help: str, default: Any = MISSING, unset: str = "", /, **facts: Any) -> Any:
-    """A field of `Fields`; see `Field` for the facts."""
+    """Declare a field of `Fields`; `facts` are arguments of `Field`."""
     facts |= {"section": section, "help": help, "default": default, "unset": unset}
     return field(default=default, metadata=facts)
 
@@ -327,7 +327,7 @@ def refuse_unknown(given: Mapping[str, Any]) -> None:
 
 
 def read_file(stated: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a quantization_config says: of fields, as Python would say it, and what to keep as it is.
+    """Split a quantization_config into values of fields, converted from JSON, and entries to keep as they are.
 
     null is a default, and switches may be 0 and 1. What is not needed to read a checkpoint need not make sense.
     """

@@ -70,7 +70,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From a file, or a dict that stands for one: keys that are no fields are kept, and written again.
+        """Read a config from a file's dict: keys that are no fields are kept, and written again.
 
         Args:
             kwargs: fields that are set afterwards, as in Python.
@@ -91,7 +91,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
         return (config, unused) if return_unused_kwargs else config
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
-        """Set fields; returns what is none."""
+        """Set fields; returns the arguments that are no fields."""
         for name, value in kwargs.items():
             if name in FIELDS:
                 setattr(self, name, value)
@@ -100,7 +100,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
 
     @classmethod
     def from_stock(cls, config: transformers.GPTQConfig | dict[str, Any]) -> "GPTQConfig":
-        """Ours from a dict, or from transformers' own class: what is a default there, not a wish, becomes ours.
+        """Convert a dict or transformers' own config; defaults of transformers' class become our defaults.
 
         Raises:
             ConfigError: it is neither of these, the config of another method, or has something that is no field.
@@ -159,17 +159,17 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
 
     @property
     def by_gptqmodel(self) -> bool:
-        """Of a checkpoint: whether GPTQModel wrote it."""
+        """Whether GPTQModel wrote the checkpoint that this config describes."""
         return any(tool.startswith("gptqmodel") for tool in writers_of(self.meta, self.unknown))
 
     @property
     def zero_format(self) -> str:
-        """Of a checkpoint: how zeros are stored; see `checkpoint/zeros.py`."""
+        """How the checkpoint that this config describes stores zeros; see `checkpoint/zeros.py`."""
         return zero_format_of(self.format, writers_of(self.meta, self.unknown))
 
     @property
     def calibration_data(self) -> Any:
-        """The dataset, or what stands for none."""
+        """`dataset`, or the default where it is None: the model's own text."""
         return SELF if self.dataset is None else self.dataset
 
     @property
@@ -185,7 +185,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
     def for_checkpoint(
         self, info: dict[str, Any], left_out: list[str], scheme_of: dict[str, LayerScheme], head: str | None = None
     ) -> "GPTQConfig":
-        """What the finished checkpoint's config.json says: this config without the means, plus what was done.
+        """The config of the finished checkpoint: without calibration data and tokenizer, and with what was done.
 
         Args:
             info: facts about the calibration.
@@ -227,7 +227,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
         return config
 
     def without_desc_act(self) -> "GPTQConfig":
-        """The same, but no linear's groups are in activation order."""
+        """A copy of this config in which no linear's groups are in activation order."""
         config = copy.deepcopy(self)
         config.desc_act = False
         for override in (config.dynamic or {}).values():
@@ -235,17 +235,17 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written to config.json: names and values that GPTQ readers expect, and keys found but not known."""
+        """The entry of config.json: names and values that GPTQ readers expect, and keys found but not known."""
         return copy.deepcopy(self.written())
 
     def written(self) -> dict[str, Any]:
-        """The same, but its values are this config's own, also those that cannot be copied."""
+        """As `to_dict`, but with this config's own values, also those that cannot be copied."""
         written = {name: getattr(self, name) for name, field in FIELDS.items() if field.stored}
         written |= {"dataset": self._dataset_name, "quant_method": QuantizationMethod.GPTQ.value}
         return self.unknown | {name: value for name, value in written.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
-        """Whatever decides what the checkpoint will be, besides the data."""
+        """Settings that, besides the data, decide the bytes of the checkpoint."""
         decisive = {name: getattr(self, name) for name, field in FIELDS.items() if field.decisive}
         return {**decisive, "unknown": self.unknown}
 
@@ -254,7 +254,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
         return limits(self.activation_memory, device, processes)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What an argument of from_pretrained may change about a checkpoint's own config."""
+        """Settings that an argument of from_pretrained may change in a checkpoint's own config."""
         return {"backend": self.backend, "max_input_length": self.max_input_length}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

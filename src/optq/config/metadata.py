@@ -21,7 +21,12 @@ HEAD_NAMES = ("lm_head", "embed_out", "output")
 
 
 def zeros_contradict(name: str, scheme: LayerScheme, zero_format: str, qzeros: Tensor) -> Iterator[str]:
-    """Of the linear of this name; qzeros: (groups, out · bits / 32) int32."""
+    """Yield one sentence if the zeros of the linear `name` contradict config.json's checkpoint_format or sym.
+
+    Args:
+        zero_format: a key of `CHECKPOINT_FORMATS` or `BORROWING`.
+        qzeros: (groups, out · bits / 32) int32.
+    """
     checkpoint_format, middle = label_of(zero_format), 2 ** (scheme.bits - 1)
     if not scheme.symmetric or bool((decode_zeros(qzeros, scheme.bits, zero_format) == middle).all()):
         return
@@ -43,12 +48,12 @@ def zeros_contradict(name: str, scheme: LayerScheme, zero_format: str, qzeros: T
 
 
 def zeros_are_ambiguous(bits: int, zero_format: str, qzeros: Tensor) -> bool:
-    """Whether these zeros of v1 mean one thing if GPTQModel wrote them, and another if AutoGPTQ did."""
+    """Whether v1 zeros, (groups, out · bits / 32) int32, mean different things from GPTQModel and from AutoGPTQ."""
     return zero_format == "gptq" and rules_differ(qzeros, bits)
 
 
 def ambiguity(names: list[str]) -> str:
-    """What to know about such zeros; `names` are the linears'."""
+    """The warning about v1 zeros whose meaning depends on an unknown writer; `names` are the linears' names."""
     more = f" and {len(names) - 1} more linears" if len(names) > 1 else ""
     return (
         f"{names[0]}.qzeros{more}: zeros of 0 in checkpoint_format 'gptq' mean what their writer made of them, and "
@@ -59,7 +64,7 @@ def ambiguity(names: list[str]) -> str:
 
 
 def groups_contradict(name: str, scheme: LayerScheme, g_idx: Tensor) -> Iterator[str]:
-    """Of the linear of this name; g_idx: (in,) int32."""
+    """Yield one sentence if g_idx, (in,) int32, of the linear `name` contradicts desc_act=false."""
     trivial = trivial_groups(g_idx.numel(), scheme.group_width(g_idx.numel()), g_idx.device)
     if scheme.act_order != "desc_act" and not torch.equal(g_idx, trivial):
         yield (
@@ -69,7 +74,11 @@ def groups_contradict(name: str, scheme: LayerScheme, g_idx: Tensor) -> Iterator
 
 
 def check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
-    """Refuse bits and a group size that the shapes of the tensors contradict."""
+    """Check bits and group size against a linear's qweight (in · bits / 32, out) and scales (groups, out).
+
+    Raises:
+        CheckpointError: the shapes contradict `scheme`.
+    """
     if scheme is None:
         return
     if scheme.bits != tensors.bits:
@@ -91,11 +100,11 @@ def check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
 def scope_contradicts(
     config: GPTQConfig, quantized: Mapping[str, QuantizedTensors], dense: Iterable[str]
 ) -> Iterator[str]:
-    """Where config.json and the tensors disagree about which linears are packed, and how; one of each kind.
+    """Yield where config.json and the tensors disagree about which linears are packed; one sentence of each kind.
 
     Args:
-        quantized: the packed linears by name.
-        dense: the names of other matrices' modules.
+        quantized: the packed linears by name, as their headers say: qweight is (in · bits / 32, out).
+        dense: the names of modules whose weight is a matrix that is not packed.
     """
     found: dict[tuple[str, str], str] = {}  # by kind and by what is the matter
     for name, tensors in quantized.items():
@@ -132,7 +141,7 @@ def scope_contradicts(
 
 
 def without_effect(config: GPTQConfig, linears: list[str]) -> list[str]:
-    """What the config says of layers that the model does not have, a sentence each; `linears` are the model's."""
+    """Settings of the config for layers that the model lacks, one sentence each; `linears` are the model's names."""
     found = [
         f"modules_in_block_to_quantize: {entry!r} is the name of no linear layer of a block."
         + (" The output head is asked for with lm_head=True." if entry in linears else _nearest(entry, linears))

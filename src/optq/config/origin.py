@@ -19,7 +19,7 @@ def writers_of(meta: Mapping[str, Any] | None, unknown: Mapping[str, Any]) -> tu
 
 
 def zero_format_of(checkpoint_format: str, writers: tuple[str, ...]) -> str:
-    """How zeros are stored, which in v1 depends on the writer; see `checkpoint/zeros.py`."""
+    """The format of zeros, which in v1 depends on the tool that wrote the checkpoint; see `checkpoint/zeros.py`."""
     if checkpoint_format != "gptq":
         return checkpoint_format
     for tool in writers:

@@ -29,7 +29,7 @@ EFFORTS: dict[str, _Pieces] = {
 
 
 class Schemes(Fields):
-    """The fields, and how the linears of a model are quantized by them."""
+    """The fields, and the `LayerScheme` of each linear that follows from them."""
 
     def candidates_for(self, name: str, out_features: int, in_features: int) -> list[LayerScheme]:
         """The schemes that a budget may choose from for one linear; only one if `dynamic` names it."""
@@ -44,7 +44,7 @@ class Schemes(Fields):
         return self.target_bits_per_weight is not None or self.target_size_gib is not None
 
     def scheme_for(self, name: str) -> LayerScheme | None:
-        """How the linear called `name` in the model is quantized; None: not at all."""
+        """The scheme of the linear `name` of the model, or None if it is not quantized."""
         is_restricted = self.modules_in_block_to_quantize is not None and kind_of(name) != name  # not the head
         if is_restricted and not any(name.endswith(f".{entry}") for entry in self.listed_modules):
             return None
@@ -54,13 +54,13 @@ class Schemes(Fields):
         return None if pattern.startswith("-:") else self._scheme_with(self.dynamic[pattern])
 
     def all_schemes(self) -> list[LayerScheme]:
-        """Those that linears may have, whatever they are called."""
+        """All schemes that linears may have, whatever their names."""
         rules = [rule for pattern, rule in (self.dynamic or {}).items() if not pattern.startswith("-:")]
         return [self._base_scheme(), *map(self._scheme_with, rules)]
 
     @property
     def listed_modules(self) -> list[str]:
-        """What `modules_in_block_to_quantize` names, whatever groups it makes."""
+        """The entries of `modules_in_block_to_quantize` as one flat list."""
         groups = self.modules_in_block_to_quantize or []
         return [entry for group in groups for entry in ([group] if isinstance(group, str) else group)]
 

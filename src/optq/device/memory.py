@@ -36,7 +36,7 @@ def peak_gib(device: torch.device | str) -> float | None:
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """What can still be allocated: on an accelerator, or in the system's memory."""
+    """Bytes that can still be allocated on an accelerator, or in the system's memory."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -44,9 +44,10 @@ def free_bytes(device: torch.device | str) -> int:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite, mostly without temporaries as large as the tensor, which `isfinite` makes.
+    """Whether a float tensor of any shape (...) holds no NaN and no infinity.
 
-    A sum is not finite if an entry is not; a sum that merely overflows is looked into.
+    Mostly without the temporaries as large as the tensor that `isfinite` makes: a sum is not finite if an entry is
+    not, and only a sum that is not finite is looked into.
     """
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 

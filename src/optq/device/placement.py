@@ -11,7 +11,7 @@ from optq.errors import ConfigError
 
 
 def working_dtype(device: torch.device) -> torch.dtype | None:
-    """float32 on CPUs, where 16-bit products are slow and less exact; elsewhere None, the model's own."""
+    """The dtype to compute in: float32 on CPUs, as 16-bit products are slow and less exact there; else None."""
     return torch.float32 if device.type == "cpu" else None
 
 
@@ -39,7 +39,7 @@ def execution_device(asked: torch.device | str | None = None) -> torch.device:
 
 
 def tensors_outside(model: nn.Module, blocks: list[nn.Module]) -> list[Tensor]:
-    """The parameters and buffers of the model that belong to no block: embeddings, norms, heads."""
+    """Parameters and buffers, of any shape (...), outside of the blocks: embeddings, norms, heads."""
     inside = {id(module) for block in blocks for module in block.modules()}
     return [
         tensor
@@ -50,6 +50,7 @@ def tensors_outside(model: nn.Module, blocks: list[nn.Module]) -> list[Tensor]:
 
 
 def tensors_of(block: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a block, of any shape (...)."""
     return [*block.parameters(), *block.buffers()]
 
 
@@ -68,7 +69,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def placed(tensors: list[Tensor], device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Move parameters and buffers to `device`, floating ones to `dtype` if given; back again after.
+    """Move parameters and buffers of any shape (...) to `device`, floating ones to `dtype` if given; back again after.
 
     Values written in between are kept: they come back cast to the tensor's own dtype.
     """

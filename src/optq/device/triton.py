@@ -35,6 +35,6 @@ def current(device: torch.device) -> Any:
 
 
 def in_words(error: Exception) -> str:
-    """What kind of error a compiler or a driver raised, and the beginning of what it said; that may be nothing."""
+    """Name an error that a compiler or a driver raised, with the beginning of its message, if it has one."""
     said = (str(error).strip() or "without a message").splitlines()[0][:200]
     return f"{type(error).__name__}: {said}"

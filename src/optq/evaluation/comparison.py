@@ -17,14 +17,14 @@ TOKENS_AT_ONCE = 128  # of the log-probabilities, which are as wide as the vocab
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Means over all compared tokens.
+    """How close two models' predictions are: means over all compared tokens.
 
     Args:
         tokens: positions compared.
         finite: whether all of the quantized model's outputs were.
         divergence: Kullback–Leibler divergence from the original's distribution of the next token to the quantized
             model's, in nats per token.
-        agreement: how often both think the same token most likely, 0 … 1.
+        agreement: fraction of tokens for which both predict the same most likely token, 0 … 1.
         original_perplexity, perplexity: of the original and the quantized model; None without known next tokens.
         overflows: where the quantized model's own dtype cannot hold what it computes, or None; see `Overflow`.
     """
@@ -39,7 +39,7 @@ class Comparison:
 
     @property
     def perplexity_ratio(self) -> float | None:
-        """How many times the original's perplexity the quantized model's is."""
+        """The quantized model's perplexity over the original's; None without known next tokens."""
         if self.perplexity is None or self.original_perplexity is None:
             return None
         return self.perplexity / self.original_perplexity
@@ -63,7 +63,7 @@ class Comparison:
 
 
 class Comparer:
-    """Sums over micro-batches, in float64."""
+    """Accumulates a `Comparison` over micro-batches, with sums in float64."""
 
     def __init__(self) -> None:
         self._tokens = self._predicted = self._agreed = 0
@@ -115,11 +115,15 @@ class Comparer:
 
     @property
     def tokens(self) -> int:
-        """How many have been compared."""
+        """Number of tokens compared so far."""
         return self._tokens
 
     def result(self) -> Comparison:
-        """Raises ZeroDivisionError if nothing was added."""
+        """The means over all tokens added.
+
+        Raises:
+            ZeroDivisionError: nothing was added.
+        """
         predicted = self._predicted
         return Comparison(
             tokens=self._tokens,
@@ -132,5 +136,5 @@ class Comparer:
 
 
 def exponential(loss: float) -> float:
-    """exp, without the error where it is too large."""
+    """exp(loss), or infinity where that overflows."""
     return math.inf if loss > 700 else math.exp(loss)  # a NaN stays one

@@ -37,7 +37,7 @@ class Task:
 
     @property
     def kept(self) -> float:
-        """What part of the original's score is left; more than 1 if the quantized model is better."""
+        """The part of the original's score that is left; above 1 if the quantized model is better."""
         better, worse = (self.quantized, self.original) if self.higher_is_better else (self.original, self.quantized)
         return better / worse if worse else 1.0
 
@@ -48,7 +48,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessComparison:
-    """All tasks that both models were tried on; `left_out` names those of one only."""
+    """All tasks that both models were tested on; `left_out` names those of one model only."""
 
     tasks: tuple[Task, ...]
     left_out: tuple[str, ...]
@@ -64,7 +64,7 @@ class HarnessComparison:
 
 
 def read_harness_results(path: Path) -> dict[str, Any]:
-    """A results_*.json that the harness has written, or the newest one in a folder.
+    """Read a results_*.json of lm-evaluation-harness, or the newest one in a folder.
 
     Raises:
         ConfigError: there is none, or it is something else.

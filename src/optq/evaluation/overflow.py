@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Overflow:
-    """Looks out for values that the model's own dtype cannot hold.
+    """Finds values that the model's own dtype cannot hold while it runs in a wider one.
 
     Args:
         own: the model's dtype, or None if it does not say.

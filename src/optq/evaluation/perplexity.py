@@ -33,7 +33,7 @@ rolling      as lm-evaluation-harness does: every token is predicted once, the f
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """perplexity, and the number of predicted tokens that it is a mean over."""
+    """The perplexity of a text, and the number of predicted tokens that it is a mean over."""
 
     perplexity: float
     tokens: int
@@ -46,7 +46,7 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Tokens [start, stop) of a text are read at once; those from `first` on are predicted."""
+    """A part of a text: tokens [start, stop) are read at once, and those from `first` on are predicted."""
 
     start: int
     first: int
@@ -54,11 +54,11 @@ class Span:
 
 
 def spans(tokens: int, protocol: Protocol = "consecutive", window: int = 512, stride: int | None = None) -> list[Span]:
-    """How a text of so many tokens is cut.
+    """Cut a text of so many tokens into spans.
 
     Args:
         window: the most tokens that the model reads at once.
-        stride: of "sliding": how far each window is ahead of the last; by default half a window.
+        stride: for "sliding", the distance between the starts of two windows; by default half a window.
     Raises:
         ValueError: the text is too short for the protocol, or the stride no positive number below `window`.
     """
@@ -108,7 +108,7 @@ def perplexity(
         model: a causal language model; its device and dtype are used, losses are summed in float64.
         input_ids: (tokens,) or (1, tokens) int64. For "rolling" with the token before the text as its first.
         window: the most tokens read at once; cut to the positions that the model has.
-        windows: how many to use at most, from the start; by default all.
+        windows: number of windows to use at most, from the start; by default all.
         protocol, stride: see `Protocol` and `spans`.
     Raises:
         ConfigError: the model does not predict the next token.
@@ -124,7 +124,7 @@ def perplexity(
 
 
 def no_perplexity(what: str, reason: str) -> str:
-    """The message where a model has none."""
+    """The error message for a model that has no perplexity."""
     return (
         f"{what} {reason}, so a text has no perplexity under it. Perplexity is of causal language models; judge this "
         "one by its own task."
@@ -133,7 +133,13 @@ def no_perplexity(what: str, reason: str) -> str:
 
 @torch.no_grad()
 def perplexity_on(model: Any, input_ids: Tensor, cut: Iterable[Span]) -> Perplexity:
-    """Perplexity of `model` on a text that is cut already; arguments as of `perplexity`."""
+    """Perplexity of `model` on a text that `spans` has cut.
+
+    Args:
+        input_ids: (tokens,) or (1, tokens) int64.
+    Raises:
+        ZeroDivisionError: `cut` is empty.
+    """
     ids = input_ids.reshape(-1)
     loss, tokens = 0.0, 0
     for span in cut:
@@ -148,7 +154,13 @@ def perplexity_on(model: Any, input_ids: Tensor, cut: Iterable[Span]) -> Perplex
 
 @torch.no_grad()
 def compare_on(original: Any, model: Any, input_ids: Tensor, cut: Iterable[Span]) -> Comparison:
-    """How close `model` is to `original` wherever a token of the text is predicted; arguments as of `perplexity`."""
+    """Compare the logits of `model` with those of `original` wherever a span of the text predicts a token.
+
+    Args:
+        input_ids: (tokens,) or (1, tokens) int64.
+    Raises:
+        ZeroDivisionError: `cut` is empty.
+    """
     ids, comparer = input_ids.reshape(-1), Comparer()
     for span in cut:
         comparer.add(
@@ -158,7 +170,7 @@ def compare_on(original: Any, model: Any, input_ids: Tensor, cut: Iterable[Span]
 
 
 def _logits(model: Any, ids: Tensor, span: Span) -> Tensor:
-    """What a model thinks of the tokens from `first` to `stop`: (stop - first, vocabulary)."""
+    """Logits of the tokens from `first` to `stop`, (stop - first, vocabulary)."""
     read = ids[None, span.start : span.stop - 1].to(model.device)
     logits: Tensor = model(input_ids=read, use_cache=False).logits[0, span.first - span.start - 1 :]
     return logits

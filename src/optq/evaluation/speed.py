@@ -15,7 +15,7 @@ from optq.device.memory import peak_gib
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Medians over the runs.
+    """Speed of generation; medians over the runs.
 
     Args:
         batch: sequences at once.
@@ -24,7 +24,7 @@ class Speed:
         prompt_tokens_per_second: of all sequences together, until the first new token.
         new_tokens_per_second: of all sequences together, after the first new token.
         step_seconds: from one new token to the next: the 50th, 90th and 99th percentile over all steps of all runs.
-        peak_gib: of memory; of the process on a CPU, None where the system does not tell.
+        peak_gib: peak memory; of the process on a CPU, None where the system does not tell.
     """
 
     batch: int

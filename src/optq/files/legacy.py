@@ -81,7 +81,7 @@ def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> N
 
 
 def entry_of(stated: Any) -> dict[str, Any]:
-    """A quantization_config as the dict that config.json has.
+    """Convert a quantization_config to the dict that config.json has.
 
     Raises:
         CheckpointError: it is something else.
@@ -97,7 +97,7 @@ def entry_of(stated: Any) -> dict[str, Any]:
 
 
 def unusual_name(names: Collection[str], beside: Mapping[str, Any]) -> str | None:
-    """What the weights, or the index of several files, are called if not as transformers expects; else None.
+    """The name of the weights, or of the index of several files, if transformers does not expect it; else None.
 
     Args:
         names: of the files there are.

@@ -20,7 +20,11 @@ PARTIAL = ".optq-partial"
 
 @contextmanager
 def output_folder(output: Path) -> Iterator[Path]:
-    """A folder inside `output` to write to, whose files get their places when all are written, or none does."""
+    """A temporary folder inside `output`; at the end of the context its files are moved to `output`, or none is.
+
+    Raises:
+        OutputError: `output` is not empty.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(
             f"output_dir={str(output)!r} is not empty. Name one that does not exist or is empty; nothing was changed."
@@ -42,7 +46,7 @@ def write_index(folder: Path, tensors: Mapping[str, Iterable[str]], total_size: 
 
     Args:
         tensors: the names of each file's tensors, by the file's.
-        total_size: of all tensors, in bytes.
+        total_size: size of all tensors, in bytes.
     """
     homes = {name: file for file, names in tensors.items() for name in names}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(homes.items()))}
@@ -53,7 +57,7 @@ def write_index(folder: Path, tensors: Mapping[str, Iterable[str]], total_size: 
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """All of a file, on the disk, or nothing."""
+    """Write a file as a whole and flush it to the disk, or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)

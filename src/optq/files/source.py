@@ -46,7 +46,7 @@ def place_of(model: Any) -> str:
 
 
 def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = False) -> Any:
-    """The model's config, from a folder or the Hub; of `kwargs` what tells where that is.
+    """Read the model's config from a folder or the Hub; only arguments of `kwargs` that say where it is are used.
 
     Args:
         as_data: never run code of the model: if transformers does not know it, a plain config holds what is written.
@@ -73,7 +73,7 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
 
 
 def stated_quantization(model_config: Any) -> GPTQConfig | None:
-    """What a GPTQ checkpoint's config says about its quantization, if it says anything."""
+    """The config of a GPTQ checkpoint from its model's config; None if that states no GPTQ."""
     stated = quantization_entry(model_config)
     return GPTQConfig.from_dict(stated) if stated else None
 
@@ -102,7 +102,7 @@ def nested_quantization(model_config: Any, inside: str = "") -> dict[str, Any]:
 
 
 def forget_nested_quantization(model_config: Any) -> None:
-    """Take the quantization_config out of every part of the model."""
+    """Remove the quantization_config from the config of every part of the model."""
     for part in parts_of(model_config).values():
         (part if isinstance(part, dict) else vars(part)).pop(ENTRY, None)
         forget_nested_quantization(part)
@@ -120,7 +120,7 @@ def parts_of(model_config: Any) -> dict[str, Any]:
 
 
 def parallel_plan_of(model_config: Any) -> Mapping[str, str]:
-    """How tensor parallelism splits the model's linears, by patterns of their names."""
+    """The model's tensor-parallel plan: how linears are split, by patterns of their names."""
     return getattr(model_config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
 
 
@@ -158,7 +158,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Carry along `COMPANIONS`, byte for byte, over what save_pretrained may have written."""
+    """Copy `COMPANIONS` byte for byte, over what save_pretrained may have written."""
     for path in files_of(source, COMPANIONS):
         if not any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS):
             shutil.copyfile(path, target / path.name)

@@ -23,7 +23,7 @@ _NIBBLE_OF_OUTPUT = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> PackedWeight:
-    """The same weight as GPTQ packs it, in checkpoint_format "gptq_v2": AWQ stores zeros as they are.
+    """Repack an AWQ weight for GPTQ, qweight (in · bits / 32, out), in "gptq_v2", which stores zeros as AWQ does.
 
     Args:
         qweight: (in, out / 8) int32.

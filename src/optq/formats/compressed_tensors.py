@@ -24,7 +24,7 @@ COMPRESSED_NAMES = ("weight_packed", "weight_shape", "weight_scale", "weight_zer
 
 
 def from_compressed(parts: Mapping[str, Tensor], scheme: LayerScheme) -> PackedWeight:
-    """The same weight as GPTQ packs it, in checkpoint_format "gptq_v2".
+    """Convert a pack-quantized weight to GPTQ's packing, qweight (in · bits / 32, out), in "gptq_v2".
 
     Args:
         parts: by name: weight_packed (out, in · bits / 32) int32; weight_shape, holding out and in; weight_scale
@@ -67,8 +67,11 @@ def from_compressed(parts: Mapping[str, Tensor], scheme: LayerScheme) -> PackedW
 
 
 def to_compressed(packed: PackedWeight, symmetric: bool) -> dict[str, Tensor]:
-    """The inverse of `from_compressed`; zeros of a symmetric weight, all in the middle, are not stored.
+    """Convert a packed weight to pack-quantized tensors, by name: the inverse of `from_compressed`.
 
+    Returns:
+        weight_packed (out, in · bits / 32) int32; weight_shape (2,) int64; weight_scale (out, groups); and, unless
+        `symmetric`, weight_zero_point (out · bits / 32, groups) int32.
     Raises:
         CheckpointError: the groups are not runs of equally many neighbouring columns.
     """

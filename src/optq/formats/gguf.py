@@ -46,7 +46,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 @contextmanager
 def opened_gguf(file: Path) -> Iterator[Opened]:
-    """Everything about the model in `file`.
+    """Open the GGUF file of a model; yields its config, linears and tensors.
 
     Raises:
         CheckpointError: the package gguf is not installed, the architecture is not read, a linear is on no grid of
@@ -166,7 +166,7 @@ class _GgufTensors:
 
 
 def from_ggml(rows: Tensor, scheme: LayerScheme) -> PackedWeight:
-    """The same weight as GPTQ packs it, in checkpoint_format "gptq_v2".
+    """Convert GGML blocks to GPTQ's packing, qweight (in · bits / 32, out), in checkpoint_format "gptq_v2".
 
     Args:
         rows: (out, bytes of a row) uint8.

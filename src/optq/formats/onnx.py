@@ -31,7 +31,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, kw_only=True)
 class BlockedWeight:
-    """One linear's weight as the operator takes it.
+    """One linear's weight in the layout of `com.microsoft::MatMulNBits`.
 
     Args:
         codes: (out, blocks, block_size · bits / 8) uint8, packed.
@@ -52,7 +52,7 @@ class BlockedWeight:
 
 
 def to_blocks(packed: PackedWeight) -> BlockedWeight:
-    """The same weight for MatMulNBits.
+    """Convert a packed weight, qweight (in · bits / 32, out), to the layout of MatMulNBits; nothing is rounded.
 
     Raises:
         CheckpointError: the operator has no such bits or blocks, or a zero is 2 ** bits.

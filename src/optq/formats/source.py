@@ -42,7 +42,10 @@ class Source:
     read: Callable[[Parts, LayerScheme], PackedWeight]
 
     def without_desc_act(self) -> "Source":
-        """The same with groups in the order of their columns; reading a linear where they cannot be is refused."""
+        """The same source with every linear's groups renumbered by the order of their columns.
+
+        Reading a linear whose groups are not runs of neighbouring columns then raises CheckpointError.
+        """
 
         def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:
             packed = self.read(parts, scheme)
@@ -64,7 +67,7 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """All of a model that is converted.
+    """A checkpoint that is open for conversion, with everything that belongs to the model.
 
     Args:
         described: its transformers config.
@@ -83,7 +86,7 @@ def names_of(headers: Headers, part: str) -> list[str]:
 
 
 def gptq_config(schemes: Mapping[str, LayerScheme], dense: Iterable[str], origin: str) -> GPTQConfig:
-    """What config.json says of linears that another tool quantized, and of those that it left alone."""
+    """The GPTQ config of linears that another tool quantized, and of those that it left dense."""
     if not schemes:
         raise CheckpointError(f"No linear is quantized in the way of {origin}, so there is nothing to convert.")
     base = Counter(schemes.values()).most_common(1)[0][0]

@@ -71,7 +71,7 @@ FORMATS: dict[str, Format] = {
 
 
 def describe(stated: dict[str, Any], headers: Headers) -> Source:
-    """What a checkpoint holds, from its quantization_config and the headers of its tensors.
+    """Make a `Source` from a checkpoint's quantization_config and the headers of its tensors.
 
     Raises:
         CheckpointError: the format is unknown, or not of integers on a uniform grid, or contradicts the headers.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two loops over columns: GPTQ's, and that of coordinate descent.
+"""The loops over the columns of a weight: GPTQ's, and coordinate descent's.
 
-Each visits the columns of a weight in turn, chooses a code per row, and changes all later columns by what it chose. A
-block of columns is done eagerly, and what it changes beyond itself is one matrix product. Tensors are transposed, so
-that a column is contiguous: a third of the time of strided columns on a CPU.
+Each visits the columns in turn, chooses a code per row, and changes all later columns by what it chose. A block of
+columns is done eagerly, and what it changes beyond itself is one matrix product. Tensors are transposed, so that a
+column is contiguous: a third of the time of strided columns on a CPU.
 """
 
 import logging
@@ -27,7 +27,7 @@ MOST_DIFFERENT = 0.01  # of the codes, in the self-test on a GPU: products that 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """A weight's columns in the order in which they are visited.
+    """The columns of a weight in the order in which they are visited, with their grids.
 
     Args:
         matrix: (in, in) float32; its diagonal has the pivots, and row i what column i changes the later ones by. GPTQ:
@@ -45,7 +45,7 @@ class Columns:
 
 
 def round_columns(pending: Tensor, columns: Columns, at_once: int | None = None) -> Tensor:
-    """Algorithm 1 of arXiv:2210.17323.
+    """Round the columns of a weight in turn and push each error into the later ones: Algorithm 1 of arXiv:2210.17323.
 
     Args:
         pending: (in, out) float32, the weights; overwritten.
@@ -59,10 +59,10 @@ def round_columns(pending: Tensor, columns: Columns, at_once: int | None = None)
 
 
 def sweep_columns(pull: Tensor, codes: Tensor, columns: Columns, at_once: int | None = None) -> None:
-    """One sweep of coordinate descent: every column gets the code that is best with all others as they are.
+    """One sweep of coordinate descent: every column in turn gets the code that is best with all others as they are.
 
     Args:
-        pull: (in, out) float32, what `Attempt` says; overwritten.
+        pull: (in, out) float32, `Attempt.pull` transposed; overwritten.
         codes: (in, out) uint8; replaced.
         at_once: columns whose updates are applied eagerly; speed only.
     """
@@ -70,7 +70,7 @@ def sweep_columns(pull: Tensor, codes: Tensor, columns: Columns, at_once: int | 
 
 
 def in_order(visited: Tensor, order: Tensor) -> Tensor:
-    """(in, out) as columns were visited -> (out, in) as they are in the weight."""
+    """Columns in the order of their visit, (in, out), back to the weight's order and layout: (out, in)."""
     restored = torch.empty_like(visited)
     restored[order] = visited
     return restored.T.contiguous()
@@ -127,7 +127,7 @@ def _sweep_block(state: Tensor, codes: Tensor, columns: Columns, start: int, sto
 
 
 def _fused(name: str) -> BlockLoop:
-    """The same as one launch per block."""
+    """The loop as one Triton launch per block of columns."""
     program = getattr(_programs(), name)
 
     def run_block(state: Tensor, codes: Tensor, columns: Columns, start: int, stop: int) -> Tensor:

@@ -29,7 +29,7 @@ STRIP_OPERATIONS = 1.5  # on each group's part of δᵀHδ while scales are re-f
 
 @dataclass(frozen=True, kw_only=True)
 class SolvingWork:
-    """Numbers of operations of each kind; or the seconds that one of each takes.
+    """Numbers of operations of each kind that `solve` does; or the seconds that one operation of each kind takes.
 
     Args:
         products: multiplications in products with a whole Hessian.
@@ -49,12 +49,12 @@ class SolvingWork:
     steps: float
 
     def times(self, seconds_of_each: "SolvingWork") -> float:
-        """Seconds."""
+        """Total seconds: these counts times `seconds` per operation."""
         return math.fsum(count * each for count, each in zip(astuple(self), astuple(seconds_of_each), strict=True))
 
 
 def work_of(rows: int, columns: int, scheme: LayerScheme, *, drift: bool) -> SolvingWork:
-    """What `solve` does for a (rows, columns) weight; `drift`: whether it is given one."""
+    """Count the operations of `solve` for a (rows, columns) weight; `drift`: whether it is given one."""
     weights, rounds = rows * columns, scheme.refinement
     solves, chunks = 1 + rounds, -(-weights // solver.ELEMENTS_AT_ONCE)
     # An attempt each: the first solution, the nearest one, every step of a round. Three energies. In a round, strips
@@ -76,7 +76,7 @@ def work_of(rows: int, columns: int, scheme: LayerScheme, *, drift: bool) -> Sol
 
 
 def measured(scheme: LayerScheme, device: torch.device) -> SolvingWork:
-    """The seconds that one operation of each kind takes on this machine. Takes a second or two.
+    """Measure the seconds that one operation of each kind takes on this machine. Takes a second or two.
 
     The kinds are timed one by one; then all are scaled to what `solve` takes for a small layer.
     """
@@ -117,7 +117,7 @@ def measured(scheme: LayerScheme, device: torch.device) -> SolvingWork:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """The least of some calls: what the call takes when nothing else is going on. One before does not count."""
+    """Seconds of the fastest of several calls, after one call to warm up."""
     once_seconds(call, device)
     found: list[float] = []
     while not found or (len(found) < REPEATS and sum(found) < ENOUGH):
@@ -126,7 +126,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def once_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, to its end on the device."""
+    """Seconds of one call, until the device has finished its work."""
     _settle(device)
     started = time.perf_counter()
     call()

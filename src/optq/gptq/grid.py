@@ -34,7 +34,7 @@ LEAST_OF_2_BITS = 0.6  # of the span; docs/accuracy.md says why
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """scales and zeros, both (out, groups) float32; value = (code - zero) * scale for codes 0 … max_code."""
+    """Scales and zeros of a weight, both (out, groups) float32; value = (code - zero) * scale, codes 0 … max_code."""
 
     scales: Tensor
     zeros: Tensor
@@ -108,7 +108,7 @@ def _grouped(weight: Tensor, group_of_column: Tensor, importance: Tensor | None)
 
 
 def shrink_factors(bits: int) -> tuple[float, ...]:
-    """Parts of a group's span to try."""
+    """The factors by which a group's span is scaled in the search for its grid."""
     return tuple(factor for factor in SHRINK_FACTORS if bits > 2 or factor > LEAST_OF_2_BITS - 0.01)
 
 
@@ -149,6 +149,9 @@ def _spanning(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tensor, T
 
 
 def stored_scales(scales: Tensor) -> Tensor:
-    """Round to the dtype of the checkpoint, keeping float32 for arithmetic; never zero."""
+    """Round scales of any shape (...) to float16, the dtype of the checkpoint, and return them as float32.
+
+    Scales whose magnitude would be below float16's smallest get that value instead, so none is zero.
+    """
     rounded = scales.to(SCALE_DTYPE).float()
     return torch.where(rounded.abs() < SMALLEST_SCALE, torch.full_like(rounded, SMALLEST_SCALE), rounded)

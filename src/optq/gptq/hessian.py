@@ -69,7 +69,7 @@ class _TokenMean:
 
 
 class Hessian(_TokenMean):
-    """The mean of x·xᵀ."""
+    """The mean of x·xᵀ over calibration tokens: half the Hessian of a linear's squared output error."""
 
     def __init__(self, features: int, device: torch.device | str) -> None:
         super().__init__(features, device)
@@ -93,7 +93,7 @@ class Hessian(_TokenMean):
                 self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
 
     def support(self, others: list["Hessian"], tokens: int) -> None:
-        """Add the mean over other Hessians' tokens, as if it were of so many tokens; they do not count as `tokens`."""
+        """Add the mean over other Hessians' tokens, weighted as so many tokens; they do not count as `tokens`."""
         weight = tokens / sum(other.tokens + other._support for other in others)
         for other in others:
             self._sum.add_(other._sum, alpha=weight)
@@ -117,7 +117,7 @@ class Hessian(_TokenMean):
 
 
 class InputDrift(_TokenMean):
-    """The mean of (x - x̃)·x̃ᵀ: how the inputs x of the original model differ from the x̃ of the quantized one.
+    """The mean of (x - x̃)·x̃ᵀ over calibration tokens, with x from the original model, x̃ from the quantized one.
 
     Arai & Ichikawa, "Quantization Error Propagation" (arXiv:2504.09629).
     """

@@ -27,7 +27,7 @@ RIDGE = 1e-4  # pulls the scale of a group whose codes hardly matter towards the
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A solution, and what is known about its error δ = target - weights.
+    """A quantized weight and its error δ = target - weights.
 
     Args:
         pull: δH, (out, in) float32: half the negative gradient of the loss, from which every step starts.
@@ -40,12 +40,13 @@ class Attempt:
 
     @classmethod
     def of(cls, target: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> "Attempt":
+        """Evaluate a quantized weight against `target` (out, in) float32 under `hessian` (in, in) float32."""
         error = target - quantized.decode()
         pull = error @ hessian
         return cls(quantized=quantized, pull=pull, loss=(pull * error).sum(1))
 
     def or_better(self, other: "Attempt") -> "Attempt":
-        """Row by row, the one that loses less."""
+        """Choose, row by row, the attempt with the lower loss."""
         better = other.loss < self.loss
         rows = better[:, None]
         chosen = replace(
@@ -70,7 +71,7 @@ def refine(
         target: (out, in) float32, what the rounded weights should compute.
         hessian: (in, in) float32, damped.
         rounds: of all three steps; 0 returns `present` itself.
-        solve_again: GPTQ on the grids of what it is given.
+        solve_again: runs GPTQ on the grids of the attempt that it is given.
     """
     for _ in range(rounds):
         for step in (partial(refit_scales, hessian), solve_again, partial(sweep_codes, hessian)):
@@ -79,10 +80,10 @@ def refine(
 
 
 def refit_scales(hessian: Tensor, present: Attempt) -> QuantizedWeight:
-    """The scales that minimise δᵀHδ with the codes as they are.
+    """Fit the scales (out, groups) that minimise δᵀHδ for given codes; `hessian` is (in, in) float32, damped.
 
-    With q_g the codes minus zeros of group g, the best change c of a row's scales solves A c = b,
-    A_gg' = q_gᵀ H_gg' q_g' and b_g = q_gᵀ (Hδ)_g. Scales that would vanish or change their sign keep their value.
+    With q_g the codes minus zeros of group g, the best change c of a row's scales solves A c = b, A_gg' = q_gᵀ H_gg'
+    q_g' and b_g = q_gᵀ (Hδ)_g. Scales that would vanish or change their sign keep their value.
     """
     quantized = present.quantized
     order = torch.argsort(quantized.group_of_column, stable=True)
@@ -116,10 +117,11 @@ def refit_scales(hessian: Tensor, present: Attempt) -> QuantizedWeight:
 
 
 def sweep_codes(hessian: Tensor, present: Attempt) -> QuantizedWeight:
-    """One sweep of coordinate descent: every column in turn gets the code that is best with all others as they are.
+    """One sweep of coordinate descent over the codes (out, in); `hessian` is (in, in) float32, damped.
 
-    For a column j that is w_j + ((w - q) H)_j / H_jj with the others' errors in w - q; columns are visited by
-    decreasing H_jj. As in the solver, a block of columns is updated at once and the rest by one matrix product.
+    Every column j in turn gets the code that is best with all others as they are: the code nearest to w_j + ((w - q)
+    H)_j / H_jj, where w - q holds the errors of the other columns. Columns are visited by decreasing H_jj. As in the
+    solver, a block of columns is updated at once and the rest by one matrix product.
     """
     quantized = present.quantized
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)

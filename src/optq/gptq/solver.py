@@ -31,16 +31,16 @@ DAMPING_STEPS = 3  # tenfold increases tried before giving up
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """What `solve` found, and how.
+    """A quantized weight, its output error and how it was found.
 
     Args:
         quantized: the codes and grids.
         loss: per row, δᵀHδ with δ = target - rounded and H undamped: the energy of the output error, (out,) float32.
             The target is the weight, or the compensated weight where earlier errors are propagated.
-        rtn_loss: the same of rounding to nearest, which a row never exceeds under the damped Hessian.
+        rtn_loss: the same of rounding to nearest, (out,) float32; under the damped Hessian `loss` never exceeds it.
         energy: per row, wᵀHw: the energy of the outputs, (out,) float32.
-        damping: the fraction that was really used.
-        dead_columns: inputs that were always zero during calibration; their weights are rounded to nearest.
+        damping: the fraction of the Hessian's mean diagonal that was really used.
+        dead_columns: number of inputs that were always zero during calibration; their weights are rounded to nearest.
     """
 
     quantized: QuantizedWeight
@@ -51,7 +51,7 @@ class Solution:
     dead_columns: int
 
     def to(self, device: torch.device | str) -> "Solution":
-        """The same elsewhere."""
+        """A copy with all tensors on `device`."""
         return replace(
             self,
             quantized=self.quantized.to(device),
@@ -145,7 +145,7 @@ def _round_on(
 
 
 def stacked(parts: list[Solution]) -> Solution:
-    """The solutions of consecutive rows as one."""
+    """Concatenate solutions of consecutive rows, (rows, in) each, into one."""
     if len(parts) == 1:
         return parts[0]
     return replace(
@@ -173,7 +173,11 @@ def _on_grid(codes: Tensor, grid: Grid, group_of_column: Tensor, scheme: LayerSc
 
 
 def round_to_nearest(weight: Tensor, scheme: LayerScheme) -> QuantizedWeight:
-    """The same grid without calibration: every weight goes to its nearest code. The yardstick, never a fallback."""
+    """Round-to-nearest (RTN) baseline: `weight` (out, in), any float dtype, to the nearest codes, (out, in) uint8.
+
+    Raises:
+        ModelError: a weight is so large that its scale overflows float16.
+    """
     weight = weight.float()
     group_of_column = trivial_groups(weight.shape[1], scheme.group_width(weight.shape[1]), weight.device)
     grid = fit_grid(weight, group_of_column, scheme)

@@ -30,7 +30,7 @@ PACKED_NAMES = ("weight", "qweight", "weight_packed", "qdata")
 
 
 def method_of(stated: Any) -> str:
-    """What quantized a model, from its quantization_config."""
+    """The quant_method of a quantization_config."""
     entry = entry_of(stated)
     if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
         return "bitsandbytes"
@@ -74,10 +74,10 @@ def check_dense(files: Iterable[str]) -> None:
 
 
 def check_base(model_config: Any, source: str) -> str | None:
-    """How the model is quantized already, if it is and can be read as a base; None for an ordinary one.
+    """The quant_method of a model whose stored weights can be dequantized as a base; None for a dense model.
 
     Raises:
-        ModelError: it is, and cannot.
+        ModelError: the model is quantized in a way that cannot be dequantized.
     """
     stated = quantization_entry(model_config)
     check_parts(model_config, stated, source)

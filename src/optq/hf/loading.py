@@ -38,10 +38,10 @@ PREPARED_AT_ONCE = 16
 
 
 class PackedLoad:
-    """A model that is packed, or is going to be once its checkpoint has been read.
+    """Loading of a packed checkpoint, or of a model that is packed once it has been read.
 
     Args:
-        config: how it is quantized.
+        config: the quantization_config.
         experts: by name, those that are split into linears.
     """
 
@@ -54,14 +54,14 @@ class PackedLoad:
         self._weights_only = True
 
     def validate(self, device_map: Any, weights_only: bool) -> None:
-        """Nothing can be refused yet; remember whether files that may hold code are refused."""
+        """Remember whether files that may hold code are refused; nothing else can be checked yet."""
         self._weights_only = weights_only
 
     def device_map(self, asked: Any) -> Any:
         return asked
 
     def element_size(self, param_name: str, param: Any) -> float:
-        """Bytes per weight."""
+        """Bytes per weight, by which transformers plans a device_map."""
         return float(param.element_size())
 
     def weight_conversions(self, conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -159,7 +159,7 @@ class PackedLoad:
             logger.warning("%s", ambiguity(unclear))
 
     def make_ready(self, model: Any) -> None:
-        """Let every layer choose its kernel; layers that are offloaded do it when they are called."""
+        """Let every layer choose its kernel; offloaded layers do so when they are called."""
         fuse_projections(model)
         for experts in self.experts.values():
             experts.grouped_gemm = fuse_experts(*experts.linears()) if experts.layout.routed else None

@@ -45,7 +45,7 @@ def remember_calls() -> None:
 
 
 def quantize_with_optq() -> None:
-    """transformers' tables name our config and quantizer for quant_method "gptq".
+    """Enter our config and quantizer for quant_method "gptq" into transformers' tables.
 
     `register_quantizer("gptq")` refuses names that are taken, so the tables are assigned; they are read at call time,
     which covers transformers' own `GPTQConfig` and checkpoints from the Hub as well. A model that says itself how it
@@ -90,7 +90,7 @@ def quantize_with_optq() -> None:
 
 
 def adapt_packed_layers() -> None:
-    """PEFT's table of methods, and its mixed model, get subclasses that know packed layers."""
+    """Replace PEFT's tuners, in its table of methods, by subclasses that support packed layers."""
     from peft import mixed_model
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 

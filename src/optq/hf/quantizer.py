@@ -45,7 +45,7 @@ class OptqHfQuantizer(HfQuantizer):
         self._load: QuantizingLoad | PackedLoad = QuantizingLoad(config) if quantizes else PackedLoad(config)
 
     def becomes(self, packed: PackedLoad) -> None:
-        """From now on the model is like a loaded checkpoint."""
+        """From now on, treat the model as a loaded checkpoint."""
         self._load, self.quantization_config, self.pre_quantized = packed, packed.config, True
 
     def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
@@ -55,7 +55,7 @@ class OptqHfQuantizer(HfQuantizer):
         return self._load.device_map(device_map)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Of a model that does not say in which dtype it is once it is dequantized, bfloat16."""
+        """bfloat16 for a dequantized base whose config states an 8-bit dtype; else `dtype`."""
         return torch.bfloat16 if self.quantization_config.base is not None and dtype.itemsize == 1 else dtype
 
     @default_torch_state(device=False)
@@ -75,7 +75,7 @@ class OptqHfQuantizer(HfQuantizer):
         return self._load.weight_conversions(weight_conversions, *args, **kwargs)
 
     def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
-        """Bytes per weight."""
+        """Bytes per weight, by which transformers plans a device_map."""
         return self._load.element_size(param_name, param)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -85,7 +85,7 @@ class OptqHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """What is still to be saved: with a journal, all but the blocks; of a split model, its whole linears."""
+        """The tensors still to be saved: with a journal all but the blocks; of a split model its whole linears."""
         if self.journal is None:
             return whole_state(model), {}
         state = model.state_dict()

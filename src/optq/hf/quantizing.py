@@ -43,10 +43,10 @@ logger = logging.getLogger(__name__)
 
 
 class QuantizingLoad:
-    """A model that is going to be quantized.
+    """Loading of a model that is going to be quantized.
 
     Args:
-        config: how.
+        config: settings of the quantization.
     """
 
     def __init__(self, config: GPTQConfig) -> None:
@@ -70,7 +70,7 @@ class QuantizingLoad:
             check_dtype(dtype)
 
     def device_map(self, asked: Any) -> Any:
-        """To the CPU: blocks visit the accelerator one by one. The result goes where asked."""
+        """Place the model on the CPU while it is quantized; the result goes where `asked` says."""
         return None if asked is None else {"": "cpu"}
 
     def element_size(self, param_name: str, param: Any) -> float:
@@ -79,7 +79,7 @@ class QuantizingLoad:
         return self._sizes.get(parent, float(param.element_size()))
 
     def weight_conversions(self, conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Those that dequantize a base that is quantized already."""
+        """transformers' conversions that dequantize a base which is stored quantized."""
         if self._base is None:
             return conversions
         based: list[Any] = self._base.update_weight_conversions(conversions, *args, **kwargs)

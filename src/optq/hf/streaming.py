@@ -54,7 +54,7 @@ class StreamedBlocks:
         self._ignored = model._keys_to_ignore_on_load_unexpected
 
     def leave(self) -> None:
-        """Take the blocks out of the model, before its weights are read."""
+        """Take the blocks out of the model, so that their weights are not read."""
         for name in self._blocks:
             self._model.set_submodule(name, nn.Module())
         # With the blocks away, transformers may not recognise that their names lack the base model's.

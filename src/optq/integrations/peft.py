@@ -61,7 +61,7 @@ STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class Dequantized:
-    """A LoRA layer whose base layer, for whoever asks this, has a dense weight; the packed one is left as it is."""
+    """A LoRA layer as PEFT's DoRA code sees it: with a dense base layer, while the packed one is left as it is."""
 
     def __init__(self, module: Any) -> None:
         base = module.get_base_layer()
@@ -81,7 +81,7 @@ class Dequantized:
 
 
 class PackedDora(DoraLinearVariant):
-    """DoRA, which wants the norms of the dense weight's rows in every forward."""
+    """DoRA (arXiv:2402.09353) on a packed layer: every forward dequantizes the weight for the norms of its rows."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -89,12 +89,13 @@ class PackedDora(DoraLinearVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """x (..., in), result (..., out), the output without DoRA -> (..., out), the output with DoRA."""
         output: Tensor = DoraLinearVariant.forward(Dequantized(module), active_adapter, x, result, **kwargs)
         return output
 
 
 class PackedLoraLinear(lora.Linear):
-    """y = QuantLinear(x) + scaling · B A x. Once the model is dequantized, PEFT's own layer."""
+    """LoRA on a packed layer: y = QuantLinear(x) + scaling · B A x; on a dequantized one, PEFT's own layer."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         config = copy.copy(config)
@@ -106,7 +107,7 @@ class PackedLoraLinear(lora.Linear):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type | None]:
-        """Those that leave the weight alone; PEFT refuses all others by name."""
+        """The variants that need no change of the packed weight; PEFT refuses all others by name."""
         return {(): None, ("use_dora",): PackedDora}
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
@@ -133,7 +134,7 @@ BEHIND = "_optq_packed"
 
 
 def stand_in_of(packed: QuantLinear) -> nn.Linear:
-    """What PEFT is shown of a packed layer: its shape, bias, dtype and device, and a weight without memory."""
+    """An `nn.Linear` with a packed layer's shape, bias, dtype and device, and a weight without memory, for PEFT."""
     linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(packed.weight, requires_grad=False)
     bias = packed.bias
@@ -149,7 +150,10 @@ def packed_behind(module: Any) -> QuantLinear | None:
 
 @contextmanager
 def shown_as_linears(model: nn.Module) -> Iterator[None]:
-    """Every packed layer of a model as a dense one; afterwards, each is where its stand-in has got to."""
+    """Show PEFT every packed layer of a model as an `nn.Linear`, for the duration of a context.
+
+    Afterwards each packed layer is where PEFT has put its stand-in.
+    """
     stand_ins: dict[QuantLinear, nn.Linear] = {}
 
     def exchange(other: Any) -> None:
@@ -175,7 +179,7 @@ def shown_as_linears(model: nn.Module) -> Iterator[None]:
 
 
 class PackedTuner(BaseTuner):
-    """What every method has to know of packed layers; mixed into PEFT's own class of it."""
+    """A mixin for PEFT's tuners: support for packed layers that every method needs."""
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self._refuse(model, config)  # before methods look at the layers
@@ -302,7 +306,7 @@ def take_biases(model: nn.Module, which: str) -> None:
 
 
 class LoraModel(PackedTuner, lora.LoraModel):
-    """PEFT's, with packed layers among those that it knows."""
+    """PEFT's LoRA tuner, with packed layers among the linears that it adapts."""
 
     @staticmethod
     def shown(model: nn.Module) -> Any:
@@ -362,7 +366,7 @@ def merging_refused() -> AdapterError:
 
 
 class MixedModel(PackedTuner, mixed.MixedModel):
-    """PEFT's, for adapters of several methods at once, which packed layers do not take."""
+    """PEFT's tuner for adapters of several methods at once; it refuses packed layers."""
 
     @staticmethod
     def shown(model: nn.Module) -> Any:
@@ -387,7 +391,7 @@ class MixedModel(PackedTuner, mixed.MixedModel):
 
 
 class AdaptionPromptModel(adaption_prompt.AdaptionPromptModel):
-    """PEFT's, which looks at a parameter of the attention whose linears it calls."""
+    """PEFT's tuner for adaption prompts; it reads a parameter of the attention whose linears it calls."""
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         with shown_as_linears(self.model):
@@ -395,7 +399,7 @@ class AdaptionPromptModel(adaption_prompt.AdaptionPromptModel):
 
 
 class XLoraModel(xlora.XLoraModel):
-    """PEFT's, which makes LoRA layers of its own."""
+    """PEFT's X-LoRA tuner; it makes LoRA layers of its own."""
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         if any(isinstance(module, QuantLinear) for module in model.modules()):
@@ -410,7 +414,7 @@ OURS: dict[str, type] = {"LORA": LoraModel, "XLORA": XLoraModel, "ADAPTION_PROMP
 
 
 def packed_tuners() -> dict[Any, type]:
-    """PEFT's methods, and for each the class that knows packed layers, made when it is first asked for."""
+    """By method of PEFT, the class that supports packed layers; made at the first call."""
     for method, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
         if method.value not in OURS and isinstance(tuner, type) and issubclass(tuner, BaseTuner):
             ours = type(tuner.__name__, (PackedTuner, tuner), {"__module__": __name__})

@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a style splits a linear.
+    """How a tensor-parallel style splits a linear.
 
     Args:
         splits: "outputs" or "inputs".
         takes_all: every process gets the whole input, else its part of it.
-        gives_all: every process returns the whole output; else, of split outputs, its part, and of split inputs, what
-            has to be added up.
+        gives_all: every process returns the whole output; else, of split outputs, its part, and of split inputs, a
+            summand.
     """
 
     splits: str
@@ -72,13 +72,13 @@ SPLIT_BY = {"outputs": {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}, "inp
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Which part of a linear this process has.
+    """The shard of a linear that this process has.
 
     Args:
         group: the processes that share it.
         rank, size: this one among them.
-        groups: (local groups,) int64, what each group of columns is in the whole, of split inputs.
-        group_count: of the whole.
+        groups: with split inputs, the whole weight's group of each of the shard's groups, (local groups,) int64.
+        group_count: of the whole weight.
     """
 
     way: Way
@@ -90,11 +90,11 @@ class Part:
 
 
 class ParallelLinear(QuantLinear):
-    """A `QuantLinear` of which this process has a part, once its style has been installed: all of it, until then.
+    """A `QuantLinear` that can be split over tensor-parallel processes; whole until its style has been installed.
 
     Attributes:
         name: the linear's.
-        head_width: the outputs of an attention head, if it makes such; a head is never cut.
+        head_width: outputs of an attention head, for q, k and v: a head is never cut; 0 for other linears.
         part: None while it is whole.
     """
 
@@ -107,7 +107,7 @@ class ParallelLinear(QuantLinear):
         return self.part is None
 
     def split(self, mesh: Any, way: Way) -> None:
-        """Announce to the loader which slices of the tensors are to be read. All are on the meta device.
+        """Announce to the loader which slices of the tensors, all on the meta device, this process will read.
 
         Raises:
             ConfigError: it cannot be split into so many parts.
@@ -139,7 +139,7 @@ class ParallelLinear(QuantLinear):
         )
 
     def take_part(self) -> None:
-        """Once the slices have been read: be the layer that they make."""
+        """Become the layer of this process's shard, once its slices have been read."""
         if self.part is None:
             return
         for name in SPLIT_BY[self.part.way.splits]:
@@ -158,6 +158,7 @@ class ParallelLinear(QuantLinear):
             self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype, with in or out divided by the processes as the style says."""
         part = self.part
         if part is None:
             return super().forward(x)
@@ -176,10 +177,12 @@ class ParallelLinear(QuantLinear):
         return super().dense(dtype)
 
     def whole(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors on disk, on the CPU; nothing but in the first process. Every process must call it.
+        """Gather the shards into the tensors on disk, on the CPU, in the first process; the others get an empty dict.
+
+        Every process must call it.
 
         Args:
-            own: this process's part of them, by the last part of their names.
+            own: this process's shard by name on disk, such as qweight (in · bits / 32, out / processes) int32.
         """
         part = self.part
         assert part is not None
@@ -225,7 +228,7 @@ def refuse_to_quantize(model: Any) -> None:
 
 
 def make_ready(model: Any, experts: Mapping[str, Experts]) -> None:
-    """Before transformers splits the model: tell its layers, its styles and its plan what is packed.
+    """Called before transformers splits the model: register which layers, styles and rules of its plan are packed.
 
     Raises:
         ConfigError: experts are to be split in a way that is not supported.
@@ -244,9 +247,9 @@ def parallel_linears(model: Any) -> dict[str, ParallelLinear]:
 
 
 def whole_state(model: Any) -> dict[str, Tensor] | None:
-    """The state dict; in the first process, with packed linears in one piece. None if the model is not split.
+    """The state dict, in the first process with packed linears in one piece: qweight (in · bits / 32, out), …
 
-    Every process must call it. What else is split is left to transformers.
+    Every process must call it. Other split modules are left to transformers. None if no packed linear is split.
     """
     split = {name: layer for name, layer in parallel_linears(model).items() if layer.part is not None}
     if not split:
@@ -264,7 +267,7 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
 
 
 class _Style:
-    """A style of transformers, but for what it does to modules of ours."""
+    """A style of transformers that treats packed linears and split experts in its own way."""
 
     def __init__(self, original: Any, name: str = "") -> None:
         self._original, self._name = original, name
@@ -290,7 +293,7 @@ class _Style:
 
 
 class _Summand(_Style):
-    """Of an expert's last linear; one that is not packed has its parameters split as in the style rowwise."""
+    """The style of an expert's last linear; one that is not packed is split as by the style rowwise."""
 
     def install_forward(self, module: Any, mesh: Any, **kwargs: Any) -> Any:
         if isinstance(module, ParallelLinear):
@@ -306,7 +309,7 @@ class _Summand(_Style):
 
 
 class _Summed(_Style):
-    """Of split experts, each of which returns a summand."""
+    """The style of split experts: sums what the processes return."""
 
     def install_forward(self, module: Any, mesh: Any, **kwargs: Any) -> Any:
         group, summands = mesh.get_group(), module.forward
@@ -357,22 +360,22 @@ def _plan_experts(model: Any, experts: Mapping[str, Experts]) -> None:
 
 
 def copy_to(x: Tensor, group: Any) -> Tensor:
-    """x, which all processes have; its gradient is the sum of theirs."""
+    """Identity for x (...), which is the same in all processes; the gradient is summed over them."""
     return _exchange(x, group, _same, _sum)
 
 
 def reduce_from(x: Tensor, group: Any) -> Tensor:
-    """The sum of what the processes have."""
+    """Sum x (...) over all processes; the gradient passes unchanged."""
     return _exchange(x, group, _sum, _same)
 
 
 def gather_from(x: Tensor, group: Any) -> Tensor:
-    """The parts of all processes, side by side in the last dimension."""
+    """Concatenate x (..., width) of all processes: (..., width · processes); the gradient is split."""
     return _exchange(x, group, _join, _cut)
 
 
 def scatter_to(x: Tensor, group: Any) -> Tensor:
-    """This process's part, by the last dimension, of what all of them have."""
+    """This process's part of x (..., width): (..., width / processes); the gradient is gathered."""
     return _exchange(x, group, _cut, _join)
 
 

@@ -45,7 +45,7 @@ def why_not_int4(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 
 
 def prepare_int4(packed: PackedWeight) -> Prepared:
-    """Codes in torch's own int4 packing, (padded out, in / 2) uint8."""
+    """codes: torch's int4 packing, (padded out, in / 2) uint8; extras: the grid, (groups, padded out, 2) bfloat16."""
     order = _column_order(packed.g_idx)
     recentre = _recentring(packed.bits)
     codes = unpack_codes(packed.qweight, packed.bits)[order].T + recentre  # (out, in)
@@ -55,6 +55,7 @@ def prepare_int4(packed: PackedWeight) -> Prepared:
 
 
 def unpack_int4(prepared: Prepared, start: int, stop: int) -> Tensor:
+    """Codes of output features start … stop: (in, stop - start) uint8, columns in the layer's order."""
     codes = _unpack_int4(prepared.codes, start, stop, prepared.in_features)
     if recentre := _recentring(prepared.bits):
         codes = codes - recentre
@@ -62,6 +63,7 @@ def unpack_int4(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 
 def matmul_int4(x: Tensor, prepared: Prepared) -> Tensor:
+    """x (..., in) -> (..., out) in x's dtype, by torch's int4 product in bfloat16; densely for many rows."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > _most_rows():
         return matmul_dense(x, prepared, unpack_int4)
@@ -70,7 +72,7 @@ def matmul_int4(x: Tensor, prepared: Prepared) -> Tensor:
 
 
 def prepare_int4_twice(packed: PackedWeight) -> Prepared:
-    """Codes: the low and the high halves, (2, padded out, in / 2) uint8, each in torch's int4 packing.
+    """codes: the low and the high halves, (2, padded out, in / 2) uint8, each in torch's int4 packing.
 
     The high half takes its middle, 8 * 16, off every weight, and the low half the rest of the zero: so neither of the
     products' own zeros is large.
@@ -84,11 +86,13 @@ def prepare_int4_twice(packed: PackedWeight) -> Prepared:
 
 
 def unpack_int4_twice(prepared: Prepared, start: int, stop: int) -> Tensor:
+    """Codes of output features start … stop: (in, stop - start) uint8, columns in the layer's order."""
     low, high = (_unpack_int4(half, start, stop, prepared.in_features) for half in prepared.codes)
     return in_layers_order(low + 16 * high, prepared.order)
 
 
 def matmul_int4_twice(x: Tensor, prepared: Prepared) -> Tensor:
+    """x (..., in) -> (..., out) in x's dtype, as the sum of two int4 products in bfloat16; densely for many rows."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > _most_rows():
         return matmul_dense(x, prepared, unpack_int4_twice)
@@ -103,7 +107,7 @@ def _most_rows() -> int:
 
 
 def int4_product(rows: Tensor, codes: Tensor, pairs: Tensor) -> Tensor:
-    """(rows, in) bfloat16 -> (rows, padded out)."""
+    """torch's int4 product: (rows, in) bfloat16 -> (rows, padded out) bfloat16."""
     group_size = rows.shape[1] // pairs.shape[0]
     # A view of several weights' pairs is not contiguous: an eighth of the codes' bytes, and joined weights are rarely
     # multiplied one by one.
@@ -120,16 +124,18 @@ def why_not_int8(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 
 
 def prepare_int8(packed: PackedWeight) -> Prepared:
-    """Codes minus zero, (out, in) int8; extras: scales (out,) bfloat16."""
+    """codes: the checkpoint's codes minus 128, (out, in) int8; extras: scales (out,) bfloat16."""
     codes = (unpack_codes(packed.qweight, packed.bits).T.short() - 128).to(torch.int8).contiguous()
     return prepared_from(packed, codes, packed.scales[0].to(torch.bfloat16))
 
 
 def unpack_int8(prepared: Prepared, start: int, stop: int) -> Tensor:
+    """Codes of output features start … stop: (in, stop - start) uint8, columns in the layer's order."""
     return (prepared.codes[start:stop].T.short() + 128).to(torch.uint8)
 
 
 def matmul_int8(x: Tensor, prepared: Prepared) -> Tensor:
+    """x (..., in) -> (..., out) in x's dtype, by torch's int8 product in bfloat16; densely for many rows."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > _most_rows():
         return matmul_dense(x, prepared, unpack_int8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The row of the package gemlite, for whoever has it and asks for it by name: Triton programs that tune themselves.
+"""The kernel of the package gemlite, Triton programs that tune themselves; it runs only when asked for by name.
 
 It packs codes along the columns just as GPTQ does, so the words on disk are read in place. Its tuning takes some
 seconds when a shape or a number of rows is first met, which is one reason why it is never chosen unasked.
@@ -29,7 +29,7 @@ def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 
 
 def why_not_shaped(packed: PackedWeight) -> str | None:
-    """What about the layer itself keeps this kernel from running it."""
+    """Why gemlite cannot run a layer of this shape and these groups, or None."""
     width = group_width(packed.g_idx)
     if not width or width % MULTIPLE or packed.in_features % width:
         return f"gemlite takes groups of a multiple of {MULTIPLE} columns, all of the same width"
@@ -44,7 +44,7 @@ def _why_wrong(device: torch.device, bits: int, dtype: torch.dtype) -> str | Non
 
 
 def prepare(packed: PackedWeight) -> Prepared:
-    """Codes: the words on disk; of `desc_act`, those of its columns in order."""
+    """codes: the words on disk, (in · bits / 32, out) int32; with desc_act, repacked in order of groups."""
     order = columns_in_order(packed.g_idx)
     if order is None:
         return prepared_from(packed, packed.qweight)
@@ -52,10 +52,12 @@ def prepare(packed: PackedWeight) -> Prepared:
 
 
 def unpack(prepared: Prepared, start: int, stop: int) -> Tensor:
+    """Codes of output features start … stop: (in, stop - start) uint8, columns in the layer's order."""
     return in_layers_order(unpack_codes(prepared.codes[:, start:stop], prepared.bits), prepared.order)
 
 
 def matmul(x: Tensor, prepared: Prepared) -> Tensor:
+    """x (..., in) -> (..., out) in x's dtype, by gemlite; float16 or bfloat16."""
     layer = prepared.memo.get(x.dtype)
     if layer is None:
         layer = prepared.memo[x.dtype] = _layer(prepared, x.dtype)

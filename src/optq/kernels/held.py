@@ -22,14 +22,14 @@ _SPEED = {name: place for place, name in enumerate(KERNELS)}  # the fastest firs
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Codes in the order that one kernel wants, and how activations are multiplied by them.
+    """A layer's codes as one kernel laid them out, and which kernel multiplies activations of which dtype by them.
 
     Args:
-        kernel: which laid out the codes.
-        prepared: what it made.
-        device: where that is.
-        products: by the dtype of activations, as far as such have come: the kernel itself, or its codes' product that
-            is made densely.
+        kernel: the kernel that laid out the codes.
+        prepared: its result.
+        device: the device of `prepared`.
+        products: by dtype of activations, as far as they have been needed: `kernel` itself, or the dense product with
+            its codes.
     """
 
     kernel: Kernel
@@ -42,9 +42,10 @@ class Held:
         return cls(kernel=kernel, prepared=prepared, device=prepared.scales.device, products={dtype: kernel})
 
     def also_for(self, dtype: torch.dtype, chosen: Kernel) -> "Held | None":
-        """The same for a further dtype; None if its kernel is faster than this one and wants its own order of codes.
+        """A copy that also takes activations of `dtype`; None if `chosen`, the kernel for it, is faster than this one.
 
-        So the codes are laid out anew for faster kernels only, and a layer that gets dtypes in turns comes to rest.
+        Codes are laid out anew for faster kernels only, so a layer that gets several dtypes in turns does not
+        alternate.
         """
         if _SPEED[chosen.name] < _SPEED[self.kernel.name]:
             return None

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Memo(dict[Any, Any]):
-    """What is remembered of calls. It belongs to this process and its devices: copies and pickles are empty."""
+    """A cache of launches that belongs to this process and its devices: copies and pickles of it are empty."""
 
     def __reduce__(self) -> tuple[type["Memo"], tuple[()]]:
         return Memo, ()
@@ -21,8 +21,8 @@ class Program:
     """A Triton program for arguments of one kind.
 
     Args:
-        function: of `triton.jit`.
-        grid: how many of it run.
+        function: a function with the decorator `triton.jit`.
+        grid: number of programs that run, in up to three dimensions.
         options: Triton's own, such as num_warps.
     """
 

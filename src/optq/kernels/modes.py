@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast has a linear multiply x; None where it is off."""
+    """The dtype to which autocast casts the input x (..., in) of a linear; None where autocast is off."""
     if not torch._C._is_any_autocast_enabled():  # takes a third of what asking for a device does
         return None
     kind = x.device.type
@@ -36,9 +36,9 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def as_in_no_mode(device: torch.device) -> Iterator[None]:
-    """Let what is derived of a weight be the same whatever the first call that needs it is made in.
+    """Switch off inference mode, gradients and autocast while tensors are derived from a weight that stays in use.
 
-    What inference mode makes could never be saved for a backward later.
+    Tensors made in inference mode could not be saved for a later backward.
     """
     with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
         yield

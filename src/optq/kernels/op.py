@@ -37,15 +37,14 @@ def matmul(x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
 
 
 def grouped_gemm(x: Tensor, starts: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
-    """Rows of several experts, each times the weight of its own; not differentiable.
+    """Multiply the rows of several experts, each by its own expert's weight; not differentiable.
 
     Args:
-        x: (rows, in), those of the first expert, then of the second, and so on.
-        starts: (experts + 1,) int32, on x's device: each expert's first row; and where the last one's end. What is
-            returned for rows beyond that means nothing.
+        x: (rows, in), sorted by expert.
+        starts: (experts + 1,) int32, on x's device: the first row of each expert, and the end of the last one's rows.
         prepared: the weights of all experts, joined in their order; each has as many outputs.
     Returns:
-        (rows, out of one expert) in x's dtype.
+        (rows, out of one expert) in x's dtype; undefined for rows beyond the last expert's.
     """
     assert kernel.grouped_gemm is not None
     if torch.compiler.is_compiling():

@@ -19,7 +19,7 @@ ALIGNMENT = 64  # outputs: whole tiles of every packing
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A packed weight as one kernel wants it: tensors and integers only, so that an operator of torch can take it.
+    """A packed weight as one kernel reads it: tensors and integers only, so that a torch operator can take it.
 
     Args:
         codes: all codes, in the form that the kernel reads fastest; takes the place of the words on disk.
@@ -30,7 +30,7 @@ class Prepared:
         group_of_column: (in,) int32.
         bits: bits per weight.
         group_width: columns per group, once in order; only the last group may be narrower. 0: groups are uneven.
-        memo: what the kernel remembers of its calls.
+        memo: the kernel's cache of launches.
     """
 
     codes: Tensor
@@ -53,7 +53,10 @@ class Prepared:
 
 
 def prepared_from(packed: PackedWeight, codes: Tensor, *extras: Tensor) -> Prepared:
-    """`codes` and `extras` together with what every kernel keeps."""
+    """Combine `codes` and `extras`, in the kernel's own shapes (...), with what every kernel keeps of a weight.
+
+    That is the scales (groups, out), the zeros (groups, out) and the order of columns (in,).
+    """
     return Prepared(
         codes=codes,
         extras=extras,
@@ -68,11 +71,11 @@ def prepared_from(packed: PackedWeight, codes: Tensor, *extras: Tensor) -> Prepa
 
 @dataclass(frozen=True, kw_only=True)
 class Joint:
-    """How weights that read the same input are laid side by side, so that one product makes the outputs of all.
+    """How to concatenate weights with a common input along their outputs, so that one product serves all.
 
     Args:
         codes, extras: the dimension of each tensor that runs over outputs.
-        multiple: of outputs that lie interleaved: the number that every weight but the last must have a multiple of.
+        multiple: outputs of every weight but the last must be a multiple of it, as so many are interleaved.
     """
 
     codes: int
@@ -92,7 +95,7 @@ class Joint:
         return None
 
     def of(self, parts: Sequence[Prepared]) -> Prepared:
-        """All weights as one."""
+        """Concatenate weights along their outputs into one."""
         return replace(
             parts[0],
             codes=torch.cat([part.codes for part in parts], self.codes),
@@ -104,7 +107,7 @@ class Joint:
         )
 
     def split(self, whole: Prepared, sizes: Sequence[int]) -> list[Prepared]:
-        """The weights again, as views; `sizes` are their outputs."""
+        """Split a joined weight into views of its parts; `sizes` are their numbers of outputs."""
         starts = [sum(sizes[:position]) for position in range(len(sizes))]
         return [
             replace(
@@ -127,14 +130,14 @@ class Joint:
 
 
 def columns_in_order(group_of_column: Tensor) -> Tensor | None:
-    """The order that makes neighbours of each group's columns, (in,) int64, or None where they are."""
+    """The permutation that sorts columns by group, (in,) int64, given g_idx (in,); None if they are sorted."""
     if bool((group_of_column[1:] >= group_of_column[:-1]).all()):
         return None
     return torch.argsort(group_of_column, stable=True)
 
 
 def group_width(group_of_column: Tensor) -> int:
-    """The width of all groups, of which only the last may be narrower; or 0."""
+    """Columns per group, given g_idx (in,) int32, if only the last group is narrower; 0 for uneven groups."""
     width = int((group_of_column == 0).sum())
     even = width and torch.equal(
         group_of_column.sort().values, trivial_groups(group_of_column.numel(), width, group_of_column.device)
@@ -143,7 +146,7 @@ def group_width(group_of_column: Tensor) -> int:
 
 
 def in_layers_order(codes: Tensor, order: Tensor | None) -> Tensor:
-    """(in, out) codes from the kernel's order of columns back to the layer's."""
+    """Codes (in, out) with columns in the kernel's order -> (in, out) with columns in the layer's."""
     return codes if order is None else torch.empty_like(codes).index_copy_(0, order, codes)
 
 
@@ -152,7 +155,11 @@ Unpack = Callable[[Prepared, int, int], Tensor]
 
 
 def pieces(prepared: Prepared, unpack: Unpack) -> Iterator[tuple[slice, Tensor]]:
-    """The dense float32 weight (in, out), a few outputs at a time: which ones, and (in, their number)."""
+    """Dequantize a weight a few output features at a time.
+
+    Yields:
+        A range of outputs, and their dense weight, (in, outputs of the range) float32.
+    """
     width = max(ALIGNMENT, PIECE_BYTES // (4 * prepared.in_features) // ALIGNMENT * ALIGNMENT)
     for start in range(0, prepared.out_features, width):
         stop = min(start + width, prepared.out_features)
@@ -169,7 +176,7 @@ def pieces(prepared: Prepared, unpack: Unpack) -> Iterator[tuple[slice, Tensor]]
 
 
 def matmul_dense(x: Tensor, prepared: Prepared, unpack: Unpack) -> Tensor:
-    """x (..., in) -> (..., out) in x's dtype, by dequantizing a few outputs at a time."""
+    """x (..., in) -> (..., out) in x's dtype, by dequantizing a few output features at a time."""
     dtype = _arithmetic(x)
     inputs = x.to(dtype)
     output = torch.empty(*x.shape[:-1], prepared.out_features, dtype=x.dtype, device=x.device)
@@ -179,7 +186,7 @@ def matmul_dense(x: Tensor, prepared: Prepared, unpack: Unpack) -> Tensor:
 
 
 def matmul_transposed(gradient: Tensor, prepared: Prepared, unpack: Unpack) -> Tensor:
-    """gradient (..., out) -> (..., in), the gradient of a product towards its input."""
+    """The gradient towards x: gradient (..., out) -> (..., in) in its dtype, by dequantizing piece by piece."""
     dtype = _arithmetic(gradient)
     total = torch.zeros(*gradient.shape[:-1], prepared.in_features, dtype=torch.float32, device=gradient.device)
     for outputs, weight in pieces(prepared, unpack):

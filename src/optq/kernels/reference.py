@@ -14,17 +14,19 @@ from .prepared import Prepared, matmul_dense, prepared_from
 
 
 def why_not(packed: PackedWeight, dtype: torch.dtype) -> None:
-    """Every layer of what the row declares is run."""
+    """Always None: this kernel runs every layer of the bits and dtypes that its row declares."""
 
 
 def prepare(packed: PackedWeight) -> Prepared:
-    """The words on disk are read in place."""
+    """codes: the words on disk, (in · bits / 32, out) int32, which are read in place."""
     return prepared_from(packed, packed.qweight)
 
 
 def unpack(prepared: Prepared, start: int, stop: int) -> Tensor:
+    """Codes of output features start … stop: (in, stop - start) uint8, columns in the layer's order."""
     return unpack_codes(prepared.codes[:, start:stop], prepared.bits)
 
 
 def matmul(x: Tensor, prepared: Prepared) -> Tensor:
+    """x (..., in) -> (..., out) in x's dtype."""
     return matmul_dense(x, prepared, unpack)

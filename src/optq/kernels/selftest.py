@@ -27,10 +27,10 @@ def why_wrong(
     bits: int,
     dtype: torch.dtype,
 ) -> str | None:
-    """What is wrong with a kernel's products of a small weight, or None; then a warning says so, too.
+    """Why a kernel's products with a small random weight are wrong, which is logged as well, or None.
 
     Args:
-        products: rows of activations, and what multiplies so many.
+        products: pairs of a number of rows and a product, which is tried with activations x (rows, in).
     """
     generator = torch.Generator().manual_seed(0)
 

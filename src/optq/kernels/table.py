@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows, and how one is chosen."""
+"""The table of kernels, and the choice of one for a layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ from .prepared import Joint, Prepared, Unpack, matmul_dense, matmul_transposed
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedGemm:
-    """How a kernel multiplies rows by the weights of several experts at once.
+    """A kernel's product for all experts of a mixture at once.
 
     Args:
         why_not: (rows, experts, dtype of the activations) -> the reason to multiply expert by expert, or None.
-        matmul: (x, starts, prepared) -> (rows, out of one expert), as of `op.grouped_gemm`.
+        matmul: (x, starts, prepared) -> (rows, out of one expert); see `optq.kernels.grouped_gemm`.
     """
 
     why_not: Callable[[int, int, torch.dtype], str | None]
@@ -31,20 +31,20 @@ class GroupedGemm:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One row of the table.
+    """A kernel: what it can run, and its functions. One row of the table.
 
     Args:
-        name: what `backend=` and explanations call it.
-        bits, devices, dtypes: what it takes: widths of codes, types of devices, dtypes of activations. None: any.
-        why_not_layer: (packed, dtype of the activations) -> what else keeps it from running a layer of these, or None.
-        prepare: runs once after loading, on the layer's device. What it returns holds all codes, so that the words on
-            disk need not be kept beside them.
-        unpack: the codes back, bit for bit: for saving, for gradients, for whoever wants dense weights.
+        name: its name in `backend=` and in explanations.
+        bits, devices, dtypes: supported widths of codes, types of devices, dtypes of activations. None: any.
+        why_not_layer: (packed, dtype of the activations) -> a further reason why it cannot run a layer, or None.
+        prepare: runs once after loading, on the layer's device. Its result holds all codes, so that the words on disk
+            need not be kept beside them.
+        unpack: (prepared, start, stop) -> the codes of outputs start … stop, bit for bit, (in, stop - start) uint8.
         matmul: (x (..., in), prepared) -> (..., out), without bias, in x's dtype. Need not be differentiable.
         transposed: (gradient (..., out), prepared) -> (..., in), the gradient towards x.
-        joint: how weights of one input become one; None where one product is no faster than several.
-        grouped_gemm: of a mixture of experts, all in one product; None where each multiplies alone.
-        only_by_name: never chosen unless it is asked for.
+        joint: how weights with a common input become one; None where one product is no faster than several.
+        grouped_gemm: one product for all experts of a mixture; None where each expert multiplies by itself.
+        only_by_name: never chosen unless `backend` names it.
     """
 
     name: str
@@ -180,7 +180,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 
 
 def known_backend(name: str) -> str:
-    """The name itself.
+    """Return `name` if it is a backend.
 
     Raises:
         KernelError: it is none of `BACKENDS`.
@@ -191,7 +191,7 @@ def known_backend(name: str) -> str:
 
 
 def explain(packed: PackedWeight, dtype: torch.dtype) -> dict[str, str | None]:
-    """Every kernel's name with the reason it cannot run this layer, or None if it can; in order of preference."""
+    """By kernel, in order of preference: the reason why it cannot run this layer, or None if it can."""
     return {name: kernel.why_not(packed, dtype) for name, kernel in KERNELS.items()}
 
 

@@ -26,10 +26,10 @@ MOST_ROWS = 1024  # of activations; with more, the weight is dequantized into me
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How `product` cuts its work, for up to `most_rows` rows of activations.
+    """How the fused product is divided into programs, for up to `most_rows` rows of activations.
 
     Args:
-        rows, outputs: of the result per program.
+        rows, outputs: tile of the result that one program computes.
         warps, stages: Triton's own: of 32 threads, and loads in flight.
         scale_sums: scale sums instead of weights where groups are at least this wide; 0: never.
         programs_per_processor: at most, by splitting the sum; so many find room in shared memory.
@@ -51,7 +51,7 @@ class Tiling:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What decides which tilings are fast, on one GPU."""
+    """The properties of a product that decide which tilings are fast on one GPU."""
 
     bits: int
     group_width: int
@@ -66,7 +66,11 @@ class Problem:
 
     @classmethod
     def of(cls, words: str) -> "Problem":
-        """The inverse of `words`. Raises ValueError if they are none."""
+        """Parse what `words` returns.
+
+        Raises:
+            ValueError: it has another form.
+        """
         found = re.fullmatch(r"(\d+) bits, groups of (\d+), (\d+) x (\d+), (float16|bfloat16)", words)
         if found is None:
             raise ValueError(f"{words!r} does not name a problem")
@@ -116,12 +120,12 @@ TILINGS = (
 
 @cache
 def tuned(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
-    """What was remembered for a device, read once; `tuned.cache_clear()` after something was remembered."""
+    """The remembered tilings of a device, read once; call `tuned.cache_clear()` after `remember`."""
     return remembered(device) if device.type == "cuda" else {}
 
 
 def remembered(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
-    """The tilings that were found for such a GPU with this Triton."""
+    """The tilings that were found for this type of GPU and this version of Triton."""
     found: dict[Problem, tuple[Tiling, ...]] = {}
     for words, tilings in _read().get(_kind_of(device), {}).items():
         try:

@@ -65,7 +65,7 @@ def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 
 
 def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
-    """What about the layer itself, wherever it is, keeps this kernel from running it."""
+    """Why this kernel cannot run a layer of this shape, these groups and this dtype on any device, or None."""
     width = group_width(packed.g_idx)
     if not width:
         return "the groups have different numbers of columns"
@@ -91,7 +91,7 @@ def _why_wrong(device: torch.device, bits: int, dtype: torch.dtype) -> str | Non
 
 
 def prepare(packed: PackedWeight) -> Prepared:
-    """Codes: the first plane, (padded out, words) int32, of which each TOGETHER rows are a piece of memory.
+    """codes: the first plane, (padded out, words) int32; every `TOGETHER` rows are contiguous in memory.
 
     Extras: the grid, (groups, out) int32, 16 bits of the scale above 16 of the zero; of 3 bits also the second plane,
     (padded out, words) int16.
@@ -110,6 +110,7 @@ def prepare(packed: PackedWeight) -> Prepared:
 
 
 def unpack(prepared: Prepared, start: int, stop: int) -> Tensor:
+    """Codes of output features start … stop: (in, stop - start) uint8, columns in the layer's order."""
     shifts = {2: 0, 1: 2, 4: 0, 8: 0}  # where a plane's bits belong
     planes = zip((prepared.codes, *prepared.extras[1:]), PLANES[prepared.bits], strict=True)
     first = start // TOGETHER * TOGETHER
@@ -121,6 +122,7 @@ def unpack(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 
 def matmul(x: Tensor, prepared: Prepared) -> Tensor:
+    """x (..., in) -> (..., out) in x's dtype, by the fused kernel; float32 and many rows are multiplied densely."""
     rows = x.reshape(-1, x.shape[-1])
     if prepared.order is not None:
         rows = rows.index_select(1, prepared.order)
@@ -132,6 +134,7 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
 
 
 def matmul_transposed(gradient: Tensor, prepared: Prepared) -> Tensor:
+    """The gradient towards x: gradient (..., out) -> (..., in) in its dtype, by dequantizing the weight again."""
     rows = gradient.reshape(-1, gradient.shape[-1])
     total = rows.new_zeros(rows.shape[0], prepared.in_features)
     for outputs, weight in _dense_pieces(prepared, rows.dtype):
@@ -149,7 +152,7 @@ def _tiling(rows: int, prepared: Prepared, dtype: torch.dtype, outputs: int) -> 
 
 
 def product(x: Tensor, prepared: Prepared, tiling: Tiling) -> Tensor:
-    """(rows, in) contiguous, columns in the kernel's order, float16 or bfloat16 -> (rows, out)."""
+    """The fused product: contiguous x (rows, in), float16 or bfloat16, columns in kernel order -> (rows, out)."""
     return _launch(x, prepared, tiling)((x,))
 
 
@@ -162,7 +165,15 @@ def why_not_grouped(rows: int, experts: int, dtype: torch.dtype) -> str | None:
 
 
 def grouped_gemm(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
-    """One launch for the rows of all experts; nothing here depends on the values of `starts`."""
+    """Multiply the rows of all experts in one launch, which does not depend on the values of `starts`.
+
+    Args:
+        x: (rows, in), float16 or bfloat16, sorted by expert.
+        starts: (experts + 1,) int32, the first row of each expert and the end of the last one's rows.
+        prepared: the weights of all experts, joined.
+    Returns:
+        (rows, out of one expert) in x's dtype; undefined for rows beyond the last expert's.
+    """
     if prepared.order is not None:
         x = x.index_select(1, prepared.order)
     return _multiplied((starts, x.contiguous()), prepared, starts.shape[0] - 1)
@@ -185,14 +196,19 @@ def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0
 
 
 def most_tiles(rows: int, experts: int, size: int) -> int:
-    """Into how many tiles of `size` rows, each of one expert, rows can fall, however they are shared out."""
+    """The most tiles of `size` rows, each of one expert, that `rows` rows can fall into, however they are routed."""
     busy = min(rows, experts)
     return busy + (rows - busy) // size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """`product` or `grouped_product` for so many rows and some weight, and the sum of its parts."""
+    """A launch of `product` or `grouped_product` for one weight and number of rows, and of the sum of its splits.
+
+    Args:
+        weight: two planes of codes, (padded out, words) each, twice the same if there is one; and the grid,
+            (groups, out).
+    """
 
     shape: tuple[int, int]  # of the output
     splits: int
@@ -269,10 +285,10 @@ def launch_options(tiling: Tiling, ptx: bool) -> dict[str, int]:
 
 
 def blocks_per_split(tiles: int, blocks: int, processors: int, tiling: Tiling) -> int:
-    """How many blocks of columns each program sums: what takes the least time by a rough estimate.
+    """How many blocks of columns each program sums, chosen by an estimate of the time.
 
-    That is what the busiest processor has to do, or the wait for memory of a program by itself; and the start of a
-    second program where there is more than one part.
+    The estimate is the work of the busiest processor, or the memory latency of a single program if that is longer; and
+    the start of a second program where there is more than one split.
     """
 
     def microseconds(splits: int) -> tuple[float, int]:

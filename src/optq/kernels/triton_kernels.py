@@ -27,13 +27,13 @@ MINUS_NOTHING = tl.constexpr(0x80008000 - 2**32)  # -0 in both halves: x * y + -
 
 @triton.constexpr_function
 def words_of_block(columns, bits):
-    """Of an output; each holds two columns of every step. Of 3 bits, those of the lower two."""
+    """int32 words per output and block; each holds two columns of every step. With 3 bits, those of the lower two."""
     return columns * (2 if bits == 3 else bits) // 32
 
 
 @triton.jit
 def first_words(n, blocks, WORDS: tl.constexpr):
-    """Where the words of each output's first block lie, (outputs, WORDS) int64; TOGETHER * WORDS on lies the next."""
+    """Offsets of the words of each output's first block, (outputs, WORDS) int64; the next is TOGETHER * WORDS on."""
     start = (n // TOGETHER).to(tl.int64) * (blocks * TOGETHER) + n % TOGETHER
     return start[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
 
@@ -88,7 +88,7 @@ def left_over(dtype):
 
 @triton.constexpr_function
 def power(bit, dtype, negative=False):
-    """What makes a weight of a code at this bit of a subnormal number: a power of two, in both halves of an int32."""
+    """The power of two, in both halves of an int32, that turns a code at this bit of a subnormal into a weight."""
     smallest, bias, mantissa = (24, 15, 10) if dtype == tl.float16 else (133, 127, 7)
     exponent = smallest - left_over(dtype) - bit
     assert -bias < exponent <= bias
@@ -119,7 +119,7 @@ def weights_in_ptx(
     SCALED: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """The same in `dtype`; without the scale, 2**-left_over of it. Exact but for the scale's rounding."""
+    """`weights` in PTX, in `dtype`; without the scale, 2**-left_over of it. Exact but for the scale's rounding."""
     PLANE: tl.constexpr = 2 if BITS == 3 else BITS
     BIT: tl.constexpr = PLANE * step % 8
     codes = (first >> (PLANE * step // 8 * 8)) & (0x00010001 * ((2**PLANE - 1) << BIT))
@@ -279,7 +279,7 @@ def product(
 
 @triton.jit
 def expert_of_tile(starts, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Whose rows a tile holds, and how many tiles lie before that expert's; at least `experts` for tiles beyond."""
+    """The expert of a tile, and the number of tiles before that expert's; at least `experts` for tiles beyond."""
     each = tl.arange(0, EXPERTS)
     known = each < experts
     rows = tl.load(starts + 1 + each, mask=known, other=0) - tl.load(starts + each, mask=known, other=0)

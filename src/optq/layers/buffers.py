@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a packed layer holds: the tensors of the checkpoint, or what a kernel has made of them, as buffers of a module.
+"""The buffers of a packed layer: the tensors of the checkpoint, or what a kernel has made of them.
 
 The tensors are buffers under their names on disk, and saving writes back the bytes that were read. What a kernel wants
 is derived from them once and is not saved. It holds all codes, so from then on `codes` is the buffer in the place of
 the words on disk, by far the largest. Of `qweight` its shape stays, on the meta device; the words are made again from
-the codes, bit for bit, for whoever asks.
+the codes, bit for bit, when they are asked for.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ Self = TypeVar("Self", bound="PackedBuffers")
 
 
 class PackedBuffers(nn.Module):
-    """The buffers of a packed linear.
+    """The tensors of a packed linear, as buffers of a module.
 
     Args:
         packed: the weight; its tensors may be on the meta device.
@@ -55,7 +55,7 @@ class PackedBuffers(nn.Module):
         self.fused: FusedWeights | None = None
 
     def packed(self) -> PackedWeight:
-        """The tensors as on disk. Where a kernel has laid the codes out in its own order, they are packed anew."""
+        """The tensors as on disk; qweight (in · bits / 32, out) is repacked if a kernel has laid out the codes."""
         return self._packed_with(self._words())
 
     def _packed_with(self, qweight: Tensor) -> PackedWeight:
@@ -69,7 +69,7 @@ class PackedBuffers(nn.Module):
         )
 
     def take_prepared(self, prepared: Prepared) -> None:
-        """Read this from now on, in the place of what `prepare` made: the same in a memory that others share."""
+        """Use `prepared` from now on: the layer's own weight, as a view of memory shared with other layers."""
         assert self.held is not None
         self.held = replace(self.held, prepared=prepared)
         shared = {"scales": prepared.scales, "codes": prepared.codes}
@@ -111,7 +111,7 @@ class PackedBuffers(nn.Module):
         }
 
     def take_bias(self) -> None:
-        """Let the bias be a parameter, which can be trained, and no buffer."""
+        """Turn the bias from a buffer into a parameter, which can be trained."""
         bias = self._buffers.get("bias")
         if bias is not None:
             self._buffers = {name: buffer for name, buffer in self._buffers.items() if name != "bias"}
@@ -121,7 +121,7 @@ class PackedBuffers(nn.Module):
         return None if self.bias is None else (self.bias.dtype, self.bias.data_ptr())
 
     def fill_trivial_groups(self, group_width: int) -> None:
-        """Give g_idx its value where a checkpoint leaves it out: runs of `group_width` neighbouring columns."""
+        """Set g_idx, which the checkpoint lacks, to runs of `group_width` neighbouring columns."""
         self.g_idx = trivial_groups(self.in_features, group_width, self.g_idx.device)
 
     def _show(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -162,7 +162,10 @@ class PackedBuffers(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """Who asks this layer for its own is about to move them or to take them away, as accelerate does."""
+        """The buffers; recurse=False first restores those on disk, such as qweight (in · bits / 32, out).
+
+        Callers that ask a single layer for its buffers, such as accelerate, are about to move or to take them away.
+        """
         if not recurse and self.held is not None:
             self._restore()
         return super().named_buffers(prefix, recurse, remove_duplicate)

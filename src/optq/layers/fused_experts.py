@@ -3,8 +3,7 @@
 
 Where the kernel can, the codes of all experts of a layer move into one memory, of which each linear has a view; its
 tensors and names stay as they were. With no expert called by itself, nothing has to know on the host which of them
-have tokens. What somebody wants to happen in an expert's linear, such as a hook or an adapter, would not happen then,
-so that is looked for at every call.
+have tokens. Hooks and adapters of an expert's linear would not run then, so every call looks for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,10 @@ GLOBAL_HOOKS: tuple[Mapping[Any, Any], ...] = (
 
 
 class Counterparts(FusedWeights):
-    """What has the same place in every expert: a linear, or `FusedProjections`; in the order of the experts."""
+    """The linears with the same place in every expert of a mixture, in the order of the experts.
+
+    Each is a `QuantLinear`, or `FusedProjections`.
+    """
 
     _bias: Tensor | None = None  # (experts, out)
 
@@ -35,12 +37,12 @@ class Counterparts(FusedWeights):
         return kernel.grouped_gemm is not None
 
     def are_for(self, dtype: torch.dtype) -> bool:
-        """Whether they are joined, and every one of them multiplies such activations by the kernel of all."""
+        """Whether the linears are joined, and the grouped product multiplies activations of `dtype`."""
         held = self.held
         return held is not None and dtype in held.products
 
     def become_for(self, dtype: torch.dtype) -> None:
-        """Every one of them does."""
+        """Note that every member multiplies activations of `dtype` by the kernel of the joined weight."""
         with CHANGING:
             held = self.held
             if held is None:
@@ -51,10 +53,14 @@ class Counterparts(FusedWeights):
             self.held = replace(held, products={**held.products, dtype: held.kernel})
 
     def product(self, x: Tensor, starts: Tensor, experts: Tensor) -> Tensor:
-        """Rows that are sorted by expert, times the weights of theirs; see `optq.kernels.grouped_gemm`.
+        """Multiply rows that are sorted by expert, each by its expert's weight, and add the biases.
 
         Args:
-            experts: (rows,) each row's; those beyond the last stand for none.
+            x: (rows, in).
+            starts: (experts + 1,) int32; see `optq.kernels.grouped_gemm`.
+            experts: (rows,) integers, the expert of each row; numbers beyond the last expert stand for none.
+        Returns:
+            (rows, out) in x's dtype.
         """
         held = self.held
         assert held is not None
@@ -69,8 +75,8 @@ class FusedExperts:
 
     Args:
         experts: the modules that hold the linears.
-        firsts: names of the linears that read the tokens, in the order in which they are called.
-        last: name of the linear that reads what is between.
+        firsts: names of the linears that read the tokens (gate and up), in the order in which they are called.
+        last: name of the linear that reads their gated outputs (down).
         passed: modules that the inputs pass on their way to the linears.
     """
 
@@ -93,10 +99,10 @@ class FusedExperts:
         return self._first.are_fused and self._last.are_fused
 
     def why_not(self, rows: int, *tensors: Tensor) -> str | None:
-        """Why so many rows must be multiplied expert by expert, or None.
+        """Why `rows` rows must be multiplied expert by expert, or None.
 
         Args:
-            tensors: the input, and whatever else may want a gradient.
+            tensors: the input (..., in), and other tensors that may require a gradient.
         """
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "gradients are wanted"
@@ -111,12 +117,13 @@ class FusedExperts:
         return held.kernel.grouped_gemm.why_not(rows, len(self._experts), dtype)
 
     def first(self, x: Tensor, starts: Tensor, experts: Tensor) -> list[Tensor]:
-        """The outputs of each of the first linears, for rows that are sorted by expert."""
+        """x (rows, in), sorted by expert -> (rows, out) of each first linear; see `Counterparts.product`."""
         output = self._product(self._first, x, starts, experts)
         sizes = [layer.out_features for layer in self._layers[: len(self._names) - 1]]
         return list(output.split(sizes, -1))
 
     def last(self, x: Tensor, starts: Tensor, experts: Tensor) -> Tensor:
+        """x (rows, in), sorted by expert -> (rows, out) of the last linear; arguments as of `first`."""
         return self._product(self._last, x, starts, experts)
 
     @staticmethod

@@ -35,14 +35,15 @@ MOST_MISSES = 3  # products in a row whose further outputs nobody wanted
 
 
 class Member(Protocol):
-    """What `Joined` wants of a linear, and is itself."""
+    """A linear of `FusedWeights`; `FusedWeights` is one itself."""
 
     out_features: int
     held: Held | None
     fused: "FusedWeights | None"
 
     @property
-    def bias(self) -> Tensor | None: ...
+    def bias(self) -> Tensor | None:
+        """(out,) or None."""
 
     def take_prepared(self, prepared: Prepared) -> None: ...
 
@@ -67,7 +68,7 @@ class _Waiting(NamedTuple):  # made at every product, in a third of a dataclass'
 
 
 class FusedWeights:
-    """Weights in one memory, of which each has a view.
+    """Weights with a common input that are concatenated in one memory; each member holds a view.
 
     Args:
         members: linears, or others of this class; `fused` of each becomes this.
@@ -90,7 +91,7 @@ class FusedWeights:
 
     @property
     def bias(self) -> Tensor | None:
-        """That of all outputs, or None."""
+        """The members' biases, concatenated, (out,); zeros for a member without one. None if no member has one."""
         biases = [member.bias for member in self._members]
         known = next((bias for bias in biases if bias is not None), None)
         if known is None:
@@ -103,15 +104,15 @@ class FusedWeights:
         )
 
     def joint_of(self, member: Member) -> Prepared | None:
-        """What a member multiplies by for others as well, if it does."""
+        """The joined weight that a call of `member` may multiply by instead of its own, or None."""
         return None
 
     def wants(self, kernel: Kernel) -> bool:
-        """Whether to be joined is of use with this kernel."""
+        """Whether joining the weights pays with this kernel."""
         raise NotImplementedError
 
     def prepared(self, member: Member, held: Held) -> None:
-        """The codes of a member have been laid out; once those of all are, by one kernel, they are joined."""
+        """Called when a member's codes are laid out: join the weights once one kernel has laid out all."""
         if member not in self._positions:  # a replica, such as nn.DataParallel makes
             return
         if self.held is not None:
@@ -131,7 +132,7 @@ class FusedWeights:
             self.fused.prepared(self, self.held)
 
     def take_prepared(self, prepared: Prepared) -> None:
-        """Lie there from now on."""
+        """Use `prepared` as the joined weight, and give every member its view of it."""
         assert self.held is not None
         joint = self.held.kernel.joint
         assert joint is not None
@@ -141,7 +142,7 @@ class FusedWeights:
             member.take_prepared(part)
 
     def part(self, member: Member) -> None:
-        """A member is about to be changed: until all are prepared again, each is by itself."""
+        """Called before a member changes: use no joined weight until all members are prepared again."""
         if member not in self._positions:
             return
         self.held = None
@@ -149,19 +150,19 @@ class FusedWeights:
             self.fused.part(self)
 
     def bias_changed(self) -> None:
-        """A member's bias is another tensor now: what was made of all biases is to be made again."""
+        """Called when a member's bias has been replaced: forget what was derived from all biases."""
         if self.held is not None:
             self.held = replace(self.held, products={})
         if self.fused is not None:
             self.fused.bias_changed()
 
     def output_of(self, member: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
-        """x times the member's weight."""
+        """x (..., in) times the member's weight: (..., out) in x's dtype, without bias."""
         return matmul(x, kernel, prepared)
 
 
 class FusedProjections(FusedWeights):
-    """Linears with the same input, and their weights as one.
+    """Linears with a common input, such as q, k and v, that share one product.
 
     Args:
         members: in the order in which they are called.
@@ -177,7 +178,7 @@ class FusedProjections(FusedWeights):
         return self.held is not None and not self._in_vain
 
     def joint_of(self, member: Member) -> Prepared | None:
-        """The first multiplies for all."""
+        """The joined weight for the first member, whose call multiplies for all; None for the others."""
         held = self.held
         return held.prepared if held is not None and member is self._members[0] else None
 
@@ -185,7 +186,10 @@ class FusedProjections(FusedWeights):
         return not self._in_vain
 
     def output_of(self, member: Member, x: Tensor, kernel: Kernel, prepared: Prepared) -> Tensor:
-        """x times the member's weight, with whoever else reads x if that pays."""
+        """x (..., in) times the member's weight: (..., out) in x's dtype, without bias.
+
+        The first member's call computes the outputs of all members if that pays; the others' calls return theirs.
+        """
         held, position = self.held, self._positions.get(member)
         if held is None or position is None or self._in_vain or held.kernel.name != kernel.name or not _may_wait(x):
             return matmul(x, kernel, prepared)

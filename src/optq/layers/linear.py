@@ -15,10 +15,10 @@ from .fused_projections import FusedProjections, find_fusable
 
 
 class QuantLinear(PackedBuffers):
-    """y = x Wᵀ + bias with a packed W.
+    """A linear layer y = x Wᵀ + bias with a packed weight W.
 
     It may be called by several threads at once, each with its own dtype: a forward reads `held`, one value, and what
-    that is exchanged for stays right as well. Only moving, casting and loading want a layer that nobody is calling.
+    that is exchanged for stays right as well. Do not move, cast or load a layer while another thread calls it.
 
     Args:
         packed: the weight; its tensors may be on the meta device.
@@ -34,7 +34,11 @@ class QuantLinear(PackedBuffers):
     def empty(
         cls, tensors: QuantizedTensors, checkpoint_format: str, backend: str, dtype: torch.dtype
     ) -> "QuantLinear":
-        """A layer on the meta device, shaped as the headers of a checkpoint say; `dtype` is the bias's."""
+        """A layer on the meta device, shaped as a checkpoint's headers say: qweight (in · bits / 32, out), …
+
+        Args:
+            dtype: of the bias.
+        """
         shape_of = {part: header.shape for part, header in tensors.headers.items()}
         packed = PackedWeight(
             qweight=torch.empty(shape_of["qweight"], dtype=torch.int32, device="meta"),
@@ -60,11 +64,11 @@ class QuantLinear(PackedBuffers):
 
     @property
     def only_multiplies(self) -> bool:
-        """Whether calling it is no more than the product and the bias."""
+        """Whether a call does no more than multiply by the weight and add the bias."""
         return True
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Choose the kernel for this device and activations of `dtype`, and derive what it wants."""
+        """Choose the kernel for this device and activations of `dtype`, and lay out the codes for it."""
         with CHANGING:
             if self.held is not None and self.held.kernel.name != self._chosen(dtype).name:
                 self._restore()
@@ -74,10 +78,10 @@ class QuantLinear(PackedBuffers):
     # No graph can hold a choice. Where one is still to be made, it breaks here, and is whole the next time.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def held_for(self, dtype: torch.dtype) -> Held:
-        """What activations of `dtype` are multiplied by where the layer is; derived now if it has not been.
+        """What activations of `dtype` are multiplied by on the layer's device; derived now if it has not been.
 
         Raises:
-            KernelError: no kernel that may be chosen can multiply them.
+            KernelError: no kernel that `backend` allows can multiply them.
         """
         device = self.scales.device
         with CHANGING, as_in_no_mode(device):
@@ -113,7 +117,7 @@ class QuantLinear(PackedBuffers):
         return choose_kernel(self._packed_with(self.qweight), dtype, self.backend)
 
     def products(self) -> list[tuple[str, Prepared, torch.dtype]]:
-        """What this layer multiplies by, alone or for others as well: kernel, weight, dtype of the activations."""
+        """The products of this layer, its own and the joined one: kernel, weight, dtype of activations."""
         held = self.held
         if held is None:
             return []
@@ -123,6 +127,7 @@ class QuantLinear(PackedBuffers):
         return [(held.kernel.name, weight, dtype) for dtype in dtypes for weight in weights]
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype, or in autocast's where that is on."""
         dtype = autocast_dtype(x)
         if dtype is None:
             return self._product(x)
@@ -146,7 +151,7 @@ class QuantLinear(PackedBuffers):
         return getattr(hook, "offload", False) and getattr(hook, "offload_buffers", False)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
-        """The same layer with its weight dequantized."""
+        """An `nn.Linear` with the dequantized weight (out, in), and the bias, in `dtype`."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.packed().columns(0, self.out_features).T.to(dtype).contiguous())
         if self.bias is not None:
@@ -161,7 +166,7 @@ class QuantLinear(PackedBuffers):
 
 
 def fuse_projections(model: nn.Module) -> None:
-    """Let the layers of a model that may read the same input be multiplied as one; before they are prepared."""
+    """Join the weights of layers that may read the same input, such as q, k and v; call it before `prepare`."""
     for layers in find_fusable(model, QuantLinear):
         FusedProjections(layers)
 
@@ -169,9 +174,9 @@ def fuse_projections(model: nn.Module) -> None:
 def fuse_experts(
     experts: Sequence[nn.Module], firsts: Sequence[str], last: str, passed: Sequence[nn.Module]
 ) -> FusedExperts | None:
-    """Let the layers of a mixture's experts be multiplied as one, or two; before they are prepared.
+    """Join the weights of a mixture's experts; call it before `prepare`. For the arguments see `FusedExperts`.
 
-    None if not all of them are packed, or some do more than multiply. For the arguments see `GroupedExperts`.
+    None if some of the linears are not packed, or do more than multiply.
     """
     layers = [getattr(expert, name) for expert in experts for name in (*firsts, last)]
     if not all(isinstance(layer, QuantLinear) and layer.only_multiplies for layer in layers):

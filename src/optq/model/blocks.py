@@ -10,14 +10,14 @@ from .linears import find_linears
 
 
 def find_blocks(model: nn.Module, name: str | None = None) -> dict[str, nn.Module]:
-    """The blocks by name, in order.
+    """Find a model's decoder blocks: by name, in order.
 
     Args:
         model: may be on the meta device.
         name: the `ModuleList` to take, such as "model.layers" (`block_name_to_quantize`). Without it, the list with
-            the most linear parameters is taken: in the text decoder, if the model says which of its parts that is,
-            and before it in the encoder, if there is one; among those whose members transformers itself treats as
-            blocks, by their type `GradientCheckpointingLayer` or the model's `_no_split_modules`, if there are any.
+            the most linear parameters is taken: in the text decoder, if the model says which of its parts that is, and
+            before it in the encoder, if there is one; among those whose members transformers itself treats as blocks,
+            by their type `GradientCheckpointingLayer` or the model's `_no_split_modules`, if there are any.
     Raises:
         ModelError: there is no such list, or two candidates are of the same size.
     """

@@ -27,7 +27,7 @@ class Layout:
     """How a fused module stores its experts.
 
     Args:
-        count: of the experts.
+        count: number of experts.
         gated: `gate_up_proj` holds two linears; else `up_proj` holds one.
         transposed: a weight is (in, out).
         interleaved: the outputs of gate and up alternate; else all of gate come first.
@@ -48,7 +48,15 @@ class Layout:
         return ROLES if self.gated else ROLES[1:]
 
     def split(self, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
-        """One expert's weights or biases, outputs first, in the order of `roles`."""
+        """Split one expert's fused weights or biases into those of its linears, in the order of `roles`.
+
+        Args:
+            up: gate and up, (2 · inside, hidden), without a gate (inside, hidden), transposed if `transposed`; or a
+                bias, with the outputs only.
+            down: (hidden, inside), or (inside, hidden) if `transposed`; or its bias, (hidden,).
+        Returns:
+            Weights (out, in) or biases (out,), as views.
+        """
         if self.transposed and up.ndim == 2:
             up, down = up.T, down.T
         if not self.gated:
@@ -59,12 +67,12 @@ class Layout:
         return up[:half], up[half:], down
 
     def joined(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The outputs of gate and up as the fused weight would have given them."""
+        """gate and up, both (..., inside) -> (..., 2 · inside), in the order of the fused weight's outputs."""
         return torch.stack((gate, up), -1).flatten(-2) if self.interleaved else torch.cat((gate, up), -1)
 
 
 def find_layout(module: nn.Module) -> Layout | None:
-    """How `module` stores experts; None if it holds none in fused form."""
+    """The layout of fused experts in `module`; None if it holds none."""
     own = dict(module.named_parameters(recurse=False))
     if not own.keys() <= FUSED:
         return None
@@ -92,36 +100,40 @@ class Expert(nn.Module):
 
 
 class Entrance(nn.Module):
-    """Where the inputs of all experts pass, one tensor each, so that hooks see them together."""
+    """An identity module that the inputs of all experts pass together, so that one hook sees them all."""
 
     def forward(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """inputs: one (tokens of the expert, in) per expert; returned as they are."""
         return inputs
 
 
 class GroupedProducts(Protocol):
-    """All experts' linears multiplied at once, for rows that are sorted by expert.
+    """The products of all experts' linears at once, for rows that are sorted by expert.
 
-    `starts` are each expert's first row and where the last one's end, (experts + 1,) int32; `experts` each row's,
-    where those beyond the last stand for none: what is returned for their rows means nothing.
+    `starts`, (experts + 1,) int32, holds the first row of each expert, and the end of the last one's rows. `experts`,
+    (rows,), holds the expert of each row; outputs of rows with a number beyond the last expert are undefined.
     """
 
     @property
     def are_fused(self) -> bool: ...
 
-    def why_not(self, rows: int, *tensors: Tensor) -> str | None: ...
+    def why_not(self, rows: int, *tensors: Tensor) -> str | None:
+        """Why `rows` rows must be multiplied expert by expert, or None; `tensors`: the input (..., in) and others."""
 
-    def first(self, x: Tensor, starts: Tensor, experts: Tensor) -> list[Tensor]: ...
+    def first(self, x: Tensor, starts: Tensor, experts: Tensor) -> list[Tensor]:
+        """x (rows, hidden) -> the outputs of each first linear, (rows, inside), up before gate."""
 
-    def last(self, x: Tensor, starts: Tensor, experts: Tensor) -> Tensor: ...
+    def last(self, x: Tensor, starts: Tensor, experts: Tensor) -> Tensor:
+        """x (rows, inside) -> (rows, hidden)."""
 
 
 class Experts(nn.Module):
-    """The experts of a layer as separate linears, in the place of transformers' fused module.
+    """The experts of a mixture as separate linears, in the place of transformers' fused module.
 
     Args:
         fused: the module whose place it takes; it keeps what is not a linear, such as the activation, and stays as it
             is until `take_weights`.
-        names: of the linears gate, up and down of one expert.
+        names: names of the linears gate, up and down of one expert.
     """
 
     def __init__(self, fused: nn.Module, names: Sequence[str] = ROLES) -> None:
@@ -166,14 +178,14 @@ class Experts(nn.Module):
         return self.get_submodule(f"{index}.{self.names[role]}")
 
     def entrances(self) -> Iterator[tuple[nn.Module, Entrance, int]]:
-        """Every linear with the entrance that its input passes, and its place there."""
+        """Every linear with the `Entrance` that its input passes, and the index of its expert."""
         for index in range(self.layout.count):
             for role in self.layout.roles:
                 entrance = self.before_last if role == "down_proj" else self.before_first
                 yield self.linear(index, role), entrance, index
 
     def linears(self) -> tuple[list[nn.Module], tuple[str, ...], str, tuple[nn.Module, ...]]:
-        """The experts; the names of the linears that read tokens, as they are called; of the last; the entrances."""
+        """The experts; the names of their first linears, in the order of calls, and of the last; the entrances."""
         firsts = tuple(self.names[role] for role in reversed(self.layout.roles[:-1]))
         experts = [self.get_submodule(str(index)) for index in range(self.layout.count)]
         return experts, firsts, self.names["down_proj"], (self.before_first, self.before_last)
@@ -232,11 +244,13 @@ class Experts(nn.Module):
             )
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
-        """As the fused module's.
+        """The fused module's forward, by separate linears.
 
         Args:
             hidden_states: (tokens, features).
-            routing: the chosen experts and their weights, both (tokens, choices); nothing where `routed` is False.
+            routing: the chosen experts and their weights, both (tokens, choices); absent where `routed` is False.
+        Returns:
+            (tokens, features).
         """
         if not routing:
             # A token that an expert is not to see comes as zeros, and without biases leaves as zeros.
@@ -267,7 +281,7 @@ class Experts(nn.Module):
     def _at_once(
         self, grouped_gemm: GroupedProducts, hidden_states: Tensor, chosen: Tensor, weights: Tensor
     ) -> Tensor:
-        """The same without a look at the routing from the host, which would wait for the device."""
+        """The forward by grouped products: the host never waits for the routing."""
         count = self.layout.count
         experts, order = chosen.reshape(-1).sort(stable=True)
         starts = torch.searchsorted(

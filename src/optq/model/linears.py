@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LinearView`: any linear layer seen as an (out, in) matrix, so that nobody else asks what kind of module it is."""
+"""`LinearView`: any linear layer seen as an (out, in) matrix, whatever kind of module it is."""
 
 from dataclasses import dataclass
 
@@ -42,13 +42,13 @@ def _computes_a_product(module: nn.Linear) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearView:
-    """A linear layer of a model.
+    """A linear layer of a model, seen as an (out, in) matrix.
 
     Args:
         name: the module's name in the model.
         module: `nn.Linear`, or transformers' `Conv1D`, which stores its weight transposed.
-        family: of an expert's linear: the name that it shares with its counterparts in the layer's other experts.
-        entrance: of an expert's linear: the module that the inputs of all experts' counterparts pass before any of
+        family: for an expert's linear, the name that it shares with its counterparts in the layer's other experts.
+        entrance: for an expert's linear, the module that the inputs of all experts' counterparts pass before any of
             these runs, and the expert's place among them; None if there is none.
         routes: it decides which tokens go to which expert.
     """
@@ -61,7 +61,7 @@ class LinearView:
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), sharing storage with the module."""
+        """The weight as (out, in), sharing storage with the module."""
         return self.as_rows(self.parameter.detach())
 
     @property
@@ -71,17 +71,18 @@ class LinearView:
         return parameter
 
     def as_rows(self, tensor: Tensor) -> Tensor:
-        """A tensor of the shape of the module's own weight, such as its gradient, as (out, in)."""
+        """A tensor of the shape of the module's own weight, such as its gradient, as (out, in), sharing storage."""
         return tensor.T if isinstance(self.module, Conv1D) else tensor
 
     @property
     def bias(self) -> Tensor | None:
+        """The bias, (out,), detached, or None."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()
 
     @property
     def shape(self) -> tuple[int, int]:
-        """out_features, in_features."""
+        """(out_features, in_features)."""
         out_features, in_features = self.weight.shape
         return out_features, in_features
 

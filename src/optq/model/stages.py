@@ -16,12 +16,12 @@ from .linears import LinearView
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Linears with one input.
+    """The linears of a block that read the same input, and so share a Hessian.
 
     Args:
         views: in the order in which the block calls them.
-        calls: how often the block calls the first of them per forward.
-        rows: how many rows the input had while the stages were observed.
+        calls: calls of the first of them per forward of the block.
+        rows: rows of the input while the stages were observed.
     """
 
     views: tuple[LinearView, ...]
@@ -34,18 +34,18 @@ class Stage:
 
     @property
     def family(self) -> tuple[str, ...] | None:
-        """Of an expert's stage: what it shares with those of the layer's other experts."""
+        """The names that an expert's stage shares with those of the layer's other experts; None for other stages."""
         families = [view.family for view in self.views if view.family is not None]
         return tuple(families) if len(families) == len(self.views) else None
 
     @property
     def stop(self) -> tuple[nn.Module, int | None]:
-        """The module whose call shows the inputs of all of its family at once, and the place of this one's there."""
+        """The module whose call shows the inputs of the stage's family, and the stage's index in them or None."""
         return self.views[0].entrance or (self.views[0].module, None)
 
     @property
     def orderly(self) -> bool:
-        """Whether every forward comes to its group once, and then has not run any of it."""
+        """Whether every forward reaches the stage's group once, before it has run any of it."""
         return self.calls == 1 and (self.family is None or self.views[0].entrance is not None)
 
     @property
@@ -58,7 +58,7 @@ class _StageReached(Exception):
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a linear that is called with these arguments."""
+    """The input (..., in) of a linear that is called with these arguments."""
     tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
     return tensor
 
@@ -124,7 +124,7 @@ def _with_idle_experts(stages: list[Stage], views: list[LinearView]) -> list[Sta
 
 
 def independent_groups(stages: list[Stage]) -> list[list[Stage]]:
-    """Stages that do not depend on one another together: those of one family; the groups in order of execution."""
+    """Group stages that do not depend on one another, those of one family; in the order of execution."""
     groups: dict[object, list[Stage]] = {}
     for stage in stages:
         groups.setdefault(stage.family or stage, []).append(stage)
@@ -134,7 +134,7 @@ def independent_groups(stages: list[Stage]) -> list[list[Stage]]:
 def feed_stages(
     stages: list[Stage], run: Callable[[], Any], feed: Callable[[Stage, Tensor], None], *, to_the_end: bool = False
 ) -> Any:
-    """Hand the inputs of `stages` to `feed(stage, input)` while `run` executes the block.
+    """Hand the inputs of `stages`, (..., in) each, to `feed(stage, input)` while `run` executes the block.
 
     Unless `to_the_end`, the forward is cut off as soon as the last of these inputs has been seen, and None returned
     instead of what `run` returns.

@@ -79,7 +79,7 @@ class _SideStream:
 
 
 class ActivationStore:
-    """Keeps tensors within limits, and knows what a run has given up for want of memory.
+    """Keeps activations within memory limits, and records what a run gave up when memory ran out.
 
     Args:
         device: where they are needed; None: wherever they are.
@@ -117,20 +117,20 @@ class ActivationStore:
 
     @property
     def here(self) -> int:
-        """Bytes that wait on the device."""
+        """Bytes of activations that are kept on the device."""
         return self._tally.bytes["device"]
 
     @property
     def away(self) -> dict[str, int]:
-        """Bytes that wait elsewhere, by place."""
+        """Bytes of activations that are kept elsewhere, by place: "memory" or "disk"."""
         return {place: self._tally.bytes[place] for place in ("memory", "disk")}
 
     def leave_alone(self, model: nn.Module) -> None:
-        """Never move the parameters and buffers of a model, which some pass to their blocks."""
+        """Never move the parameters and buffers of `model`, which some models pass to their blocks."""
         self._owned = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
 
     def take(self, tree: T) -> T:
-        """Tensors as they are needed, or away if there is no room for them."""
+        """Convert the tensors of a tree to device and dtype, and move large ones away if the device has no room."""
         tree = tree_map(self._converted, tree)
         tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
         for tensor in tensors:
@@ -143,12 +143,12 @@ class ActivationStore:
         return tree
 
     def fetched(self, tree: T) -> T:
-        """The same with all tensors on the device; those that are away are copied."""
+        """A copy of a tree with all its tensors on the device."""
         fetched: T = tree_map(self._fetched, tree)
         return fetched
 
     def in_turn(self, items: Iterable[T], needs: Callable[[T], Any]) -> Iterator[T]:
-        """`items`; while one is worked on, what the next one needs is on its way from pinned memory to the device.
+        """Iterate over `items`; meanwhile what the next one needs is copied from pinned memory to the device.
 
         Args:
             needs: the tensors that will be fetched for an item.
@@ -166,12 +166,12 @@ class ActivationStore:
             self.forget_ahead()
 
     def forget_ahead(self) -> None:
-        """Free what was copied before its turn."""
+        """Free the copies that `in_turn` made ahead."""
         self._ahead, self._coming = {}, {}
 
     @contextmanager
     def at_hand(self, tree: Any) -> Iterator[None]:
-        """For a while, whoever refers to one of these tensors finds it on the device."""
+        """A context in which the data of a tree's tensors is on the device, for all who refer to them."""
         tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf in self._away]
         for tensor in tensors:
             tensor.data = self._fetched(tensor)
@@ -182,7 +182,7 @@ class ActivationStore:
                 tensor.data = self._away[tensor].data
 
     def spill(self) -> bool:
-        """From now on nothing waits on the device; False if nothing did, or there is no other place."""
+        """Keep nothing on the device from now on; False if nothing was there, or there is no other place."""
         if not self._here or (self._is_memory and self._folder is None):
             return False
         self.on_device = 0

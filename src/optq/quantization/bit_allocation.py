@@ -42,7 +42,7 @@ JUDGED_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One scheme for a unit: the bits that all of its linears then take, and what that loses.
+    """One scheme for a unit: the bits that all of its linears then take, and the loss that it causes.
 
     Args:
         loss: the divergence of the model's predictions that it causes, in nats per token; for models without logits
@@ -74,7 +74,7 @@ def allocate(
 
     Args:
         model: its weights loaded, but for those of the blocks that `run.source` reads; as before afterwards.
-        candidates: of a linear; those of linears that share an input are intersected.
+        candidates: schemes for a linear; those of linears that share an input are intersected.
         budget: stored bits of all planned linears together, scales and zeros included.
         run: its log receives an event `allocated`, with the schemes and errors of every unit; of several processes,
             the first one measures.
@@ -168,7 +168,7 @@ def measure(
     candidates: Callable[[LinearView], Sequence[LayerScheme]],
     run: Run,
 ) -> list[Unit]:
-    """Every unit's options, measured on the original model.
+    """Measure the options of every unit on the original model.
 
     Raises:
         ConfigError: linears that share an input have no candidate in common.

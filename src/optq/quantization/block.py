@@ -46,7 +46,7 @@ class OrdinaryBlock:
         """Quantize the block that `streams` wait for.
 
         Args:
-            stages: of the block.
+            stages: the block's stages.
             last: none follows it.
         Returns:
             What was solved, and the block's outputs as far as they came about, by the number of the call.
@@ -106,7 +106,7 @@ class RepeatedBlock(OrdinaryBlock):
 
 
 def kind_of(name: str, plan: Plan, *, repeats: bool = False) -> OrdinaryBlock:
-    """What kind of block the one called `name` is; `repeats`: the model calls its blocks several times in a row."""
+    """The kind of the block `name`; `repeats`: the model calls its blocks several times in a row."""
     if name == plan.head:
         return OutputHead()
     return RepeatedBlock() if repeats else OrdinaryBlock()
@@ -199,7 +199,7 @@ def _reconstructed(
     targets: dict[int, Any],
     run: Run,
 ) -> list[Solved]:
-    """The same, tuned towards what the original block returns.
+    """Tune the solved linears towards the output of the original block.
 
     Args:
         held_out: the calls to judge by, as the quantized model makes them.

@@ -36,7 +36,7 @@ MARGIN = 0.45  # of 0.5, where the next code begins
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One micro-batch: how the quantized model calls the block, and what the original block returns to the original.
+    """One micro-batch: the quantized model's call of the block, and the original block's output in the original model.
 
     Args:
         target: hidden states (samples, tokens, features).
@@ -49,13 +49,13 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """That count."""
+        """Number of tokens that count."""
         return self.target[..., 0].numel() if self.mask is None else int(self.mask.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """The tuned linears; and the held-out loss before and after."""
+    """Result of `reconstruct`: the tuned linears, and the held-out loss before and after."""
 
     solved: list[Solved]
     loss_before: float
@@ -74,12 +74,12 @@ def reconstruct(
     """Tune the solved linears of a block; their weights end as the result decodes.
 
     Args:
-        runner: of the block, whose linears hold the decoded `solved`.
+        runner: runs the block, whose linears hold the decoded `solved`.
         examples: one Adam step each per pass.
         held_out: after every pass the loss on these is compared with the best so far, and only the best is kept. The
             second pass in a row without improvement is the last.
         passes: at most.
-        ranks: who have other examples; a step then follows the mean of their gradients.
+        ranks: processes with other examples; a step follows the mean of their gradients.
     """
     tuned = [_Tuned(done, done.view.as_rows(runner.originals[done.view])) for done in solved]
     weights = [one.view.parameter for one in tuned]
@@ -223,7 +223,7 @@ def _pieces(runner: BlockRunner, example: Example) -> list[Example]:
 
 
 def _gradients(runner: BlockRunner, example: Example, weights: list[nn.Parameter]) -> list[Tensor | None]:
-    """Of the loss towards each weight; None where it does not reach."""
+    """Gradients of the loss towards each weight; None where the loss does not depend on it."""
     total: list[Tensor | None] = [None] * len(weights)
     pieces = _pieces(runner, example)
     for piece in pieces:

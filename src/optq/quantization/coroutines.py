@@ -66,10 +66,10 @@ Posted = TypeVar("Posted")
 
 
 class TurnThread(threading.Thread, Generic[Posted]):
-    """One micro-batch's forward. It and the driver take turns: it posts where it waits, and is answered.
+    """The thread of one micro-batch's forward. It and the driver take turns: it posts a request and waits.
 
     Args:
-        owner: who drives it: only where this one is at work does it pause.
+        owner: the object that drives it; the thread pauses only where this owner asks for it.
     """
 
     def __init__(self, owner: object, run: Callable[[], Any], index: int) -> None:
@@ -80,7 +80,7 @@ class TurnThread(threading.Thread, Generic[Posted]):
 
     @classmethod
     def current(cls, owner: object) -> "TurnThread[Any] | None":
-        """The one that is running, if it is of this owner."""
+        """The running thread, if it belongs to `owner`; else None."""
         thread = threading.current_thread()
         return thread if isinstance(thread, cls) and thread.owner is owner else None
 
@@ -99,7 +99,7 @@ class TurnThread(threading.Thread, Generic[Posted]):
         self.join()
 
     def pause(self, posted: Posted) -> Any:
-        """Called inside the thread."""
+        """Called inside the thread: post a request, and wait for the answer."""
         self._to_driver.put(posted)
         del posted  # the driver may free what is in it while this frame waits
         output = self._to_thread.get()
@@ -108,7 +108,7 @@ class TurnThread(threading.Thread, Generic[Posted]):
         return output
 
     def run(self) -> None:
-        """What `threading.Thread` calls in the new thread."""
+        """The body of the thread, called by `threading.Thread`."""
         forward, self._forward = self._forward, lambda: None  # what it holds is freed as soon as it ends
         try:
             with torch.no_grad():  # grad mode is per thread
@@ -174,21 +174,21 @@ class SuspendedForwards:
         self._undo.close()
 
     def ending(self) -> AbstractContextManager[None]:
-        """What the model runs after its last block works in the same dtype as its blocks, for a while."""
+        """A context in which what the model runs after its last block computes in the dtype of its blocks."""
         outside = tensors_outside(self._model, self._blocks)
         return placed(outside, self._device, working_dtype(self._device))
 
     def __len__(self) -> int:
-        """How many forwards have been started; the next one's number."""
+        """Number of forwards started so far, which is the index of the next one."""
         return len(self._threads)
 
     def start(self, batches: Iterable[dict[str, Tensor]]) -> list[BlockCall]:
-        """Begin a forward on each batch, and run it up to its first block; those that have none are left out.
+        """Start a forward on each batch, and run it up to its first block; those that call no block are left out.
 
         Args:
-            batches: keyword arguments of the model, tensors on its device.
+            batches: keyword arguments of the model on its device, such as input_ids (samples, longest) int64.
         Raises:
-            ModelError: all of them end without calling any block.
+            ModelError: none of the forwards calls a block.
         """
         calls, before = [], len(self)
         for batch in batches:

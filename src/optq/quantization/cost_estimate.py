@@ -53,7 +53,7 @@ SEARCHING, READING, FORWARDS, HESSIANS, SOLVING, RECONSTRUCTING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Duration:
-    """Seconds by part, and what is not among them."""
+    """Estimated seconds by part of a run, and the parts that are not estimated."""
 
     seconds: dict[str, float]
     uncounted: tuple[str, ...] = ()
@@ -106,11 +106,11 @@ def estimate(
     run: Run,
     candidates: Callable[[LinearView], Sequence[LayerScheme]] | None = None,
 ) -> Duration:
-    """How long `quantize_model` will take in one process, on this machine if it does nothing else.
+    """Estimate the seconds of `quantize_model` in one process on this machine, if it does nothing else.
 
     Args:
         model: on the meta device; what lies outside of its blocks gets memory and zeros.
-        candidates: of a linear, if the best bits are searched for first.
+        candidates: schemes for a linear, if the best bits are searched for first.
     Cost: some seconds; memory for what lies outside of the blocks and for one block.
     """
     passes = run.reconstruction_passes
@@ -311,7 +311,7 @@ def _bytes_of(block: nn.Module) -> int:
 
 @cache
 def _speed(scheme: LayerScheme, device: torch.device, threads: int) -> _Speed:
-    """Of this machine; `threads` are those that torch uses."""
+    """Measure the speed of this machine; `threads` are those that torch uses."""
     states = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     hessian, drift = Hessian(WIDTH, device), InputDrift(WIDTH, device)
     nearest = round_to_nearest(states, scheme)

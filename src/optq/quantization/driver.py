@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize a model: the whole story.
+"""Quantize a model, block by block.
 
-The model runs on the calibration data and pauses at its first block. The block's linears fall into stages by the
-input they share. Stage by stage, the inputs are summed into a Hessian, the weights are solved and written back, so
-that later stages see what the quantized model will really compute. Then the block's outputs carry the model on to the
-next block.
+The model runs on the calibration data and pauses at its first block. The block's linears fall into stages by the input
+they share. Stage by stage, the inputs are summed into a Hessian, the weights are solved and written back, so that
+later stages see what the quantized model will really compute. Then the block's outputs carry the model on to the next
+block.
 
 Beside it the original model runs on the same data, through the same blocks with their original weights: it says how
 far the inputs of every stage have drifted, and at the end, on rows kept apart, how good the quantized model is.
@@ -48,7 +48,7 @@ def quantize_model(model: nn.Module, plan: Plan, calibration: Calibration, run: 
 
     Args:
         model: on any device, its weights loaded, but for those of the blocks that `run.source` reads.
-        run: how, and where.
+        run: settings of the run, and the device.
     Returns:
         How the quantized model compares with the original on `calibration.held_out`; None without these, or for
         models that return no logits.

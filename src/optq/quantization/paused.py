@@ -60,7 +60,7 @@ class PausedForwards:
         return len(self._threads)
 
     def start(self, number: int, run: Callable[[], Any]) -> None:
-        """Begin a forward, up to its first group."""
+        """Start a forward, and run it up to its first group."""
         thread: TurnThread[_AtGroup] = TurnThread(self, run, number)
         self._threads[number] = thread
         thread.start()
@@ -74,7 +74,7 @@ class PausedForwards:
         self._reached.clear()
 
     def inputs_of(self, number: int, group: list[Stage]) -> dict[Stage, Tensor]:
-        """Let a forward run on to a group: the inputs there, as far as there are any."""
+        """Run a forward up to a group of stages: their inputs, (..., in) each; stages without tokens are left out."""
         wanted = self._groups.index(group)
         while isinstance(reached := self._reached[number], _AtGroup) and reached.index < wanted:
             self._run_on(number)
@@ -85,7 +85,7 @@ class PausedForwards:
         return {stage: x for stage, x in inputs.items() if isinstance(x, Tensor) and x.numel()}
 
     def output_of(self, number: int) -> Any:
-        """Let a forward run to its end."""
+        """Run a forward to its end, and return the block's output."""
         while not isinstance(reached := self._reached[number], Finished):
             self._run_on(number)
         del self._reached[number]

@@ -20,7 +20,7 @@ EXCLUDED, ROUTES = "excluded by the configuration", "it routes tokens to experts
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A linear that will be quantized, and how."""
+    """A linear that will be quantized, and its scheme."""
 
     view: LinearView
     scheme: LayerScheme
@@ -28,7 +28,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be done, decided and checked before the work.
+    """Which linears of which blocks will be quantized and how, checked before the work.
 
     Args:
         blocks: name and module, in order.
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def all_targets(self) -> tuple[Target, ...]:
-        """Those of all blocks."""
+        """The targets of all blocks."""
         return tuple(target for targets in self.targets.values() for target in targets)
 
     @property
@@ -54,11 +54,11 @@ class Plan:
 
     @property
     def propagates(self) -> bool:
-        """Whether any layer makes up for the errors of earlier ones, so that the original model must run as well."""
+        """Whether any layer compensates the errors of earlier ones, so that the original model must run as well."""
         return any(target.scheme.propagation > 0 for target in self.all_targets)
 
     def without_head(self) -> "Plan":
-        """The same, but the output head is no block: nothing of it is quantized."""
+        """A copy of the plan without the output head: it is no block, and not quantized."""
         blocks = {name: block for name, block in self.blocks.items() if name != self.head}
         targets = {name: targets for name, targets in self.targets.items() if name != self.head}
         return replace(self, blocks=blocks, targets=targets, head=None)

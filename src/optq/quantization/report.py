@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """A linear that is done.
+    """A solved linear.
 
     Args:
         relative_loss: the energy of the output's error, as a part of the output's.
@@ -46,10 +46,10 @@ class Solved:
 
 @dataclass(kw_only=True)
 class BlockReport:
-    """Tells the log about one block.
+    """Reports one block to the log.
 
     Attributes:
-        observing_seconds: that went into the statistics of its inputs.
+        observing_seconds: time that went into the statistics of its inputs.
     """
 
     block: str
@@ -84,12 +84,12 @@ class BlockReport:
     def linear(
         self, done: Solved, scheme: LayerScheme, solution: Solution, *, rtn_loss: float, tokens: int, seconds: float
     ) -> None:
-        """A solved linear.
+        """Log a solved linear.
 
         Args:
-            solution: of all linears that were stacked with it.
-            rtn_loss: relative, of rounding to nearest.
-            tokens: of calibration that its inputs were summed over.
+            solution: the solution of all linears that were stacked with it.
+            rtn_loss: relative loss of rounding to nearest.
+            tokens: calibration tokens that its inputs were summed over.
         """
         self.log.emit(
             LinearQuantized(
@@ -123,11 +123,11 @@ class BlockReport:
         )
 
     def restored(self, seconds: float) -> None:
-        """The block was finished in a former run."""
+        """Log that the block was finished in a former run."""
         self.log.emit(BlockRestored(block=self.block, seconds=round(seconds, 2)))
 
     def finished(self, solved: list[Solved], seconds: float) -> None:
-        """One line for a block, unless nothing of it was solved."""
+        """Log one line about the block, unless nothing of it was solved."""
         if not solved:
             return
         scheme_of = {target.view: target.scheme for target in self.targets}

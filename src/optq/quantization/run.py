@@ -15,7 +15,7 @@ from .activations import ActivationStore
 
 
 class BlockSource(Protocol):
-    """Where blocks come from that are not in memory."""
+    """Reads the tensors of blocks that are not in memory."""
 
     def read(self, name: str) -> None:
         """Fill a block with its tensors."""
@@ -25,18 +25,18 @@ class BlockSource(Protocol):
 
 
 class BlockSink(Protocol):
-    """Where finished blocks go at once, and what it has of a former run."""
+    """Writes finished blocks at once, and knows those of a former run."""
 
     def recorded(self, name: str) -> dict[str, PackedWeight] | None:
         """The packed linears of a block that was finished before, by name; None if it was not."""
 
     def write(self, name: str) -> None:
-        """Take a finished block."""
+        """Write the finished block `name`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How a model is quantized.
+    """Settings of a quantization run: where and how a model is quantized.
 
     Args:
         device: where blocks are run and solved, one at a time; by default the accelerator, if there is one.

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class BlockRunner:
-    """A block that is on the device where it is quantized.
+    """Runs one block on the device where it is quantized.
 
     Args:
         forward: the block's own forward.
@@ -47,7 +47,7 @@ class BlockRunner:
         self._most_samples = 1
 
     def run(self, call: BlockCall) -> Any:
-        """What the block returns, with its present weights."""
+        """The block's output for a call, with its present weights."""
         if self.store.parts == 1:
             args, kwargs = self.store.fetched((call.args, call.kwargs))
             self._most_samples = max(self._most_samples, hidden_states((args, kwargs)).shape[0])
@@ -78,13 +78,13 @@ class BlockRunner:
             yield part, *tree_map(partial(cut, part=part), (args, kwargs))
 
     def run_original(self, call: BlockCall) -> Any:
-        """What the block returned before it was quantized."""
+        """The block's output for a call, with its original weights."""
         with self.original_weights():
             return self.run(call)
 
     @contextmanager
     def original_weights(self) -> Iterator[None]:
-        """The linears' weights as they were, for a while."""
+        """A context in which the linears have their original weights."""
         present = {view: view.parameter.data for view in self.originals}
         self.restore(self.originals)
         try:
@@ -130,7 +130,7 @@ class BlockRunner:
         return found
 
     def with_room(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns. When memory runs out, it is made, and `attempt` called again.
+        """Return what `attempt` returns. When memory runs out, some is freed, and `attempt` called again.
 
         Raises:
             OutOfMemoryError: there is nothing left to free.

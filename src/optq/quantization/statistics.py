@@ -19,10 +19,10 @@ from .runner import BlockRunner
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationCalls:
-    """The calls of a block that it is calibrated on.
+    """The calls of a block that its linears are calibrated on.
 
     Args:
-        calls: as the quantized model makes them.
+        calls: the quantized model's calls.
         references: the same micro-batches as the original model computes them, by the number of the quantized model's
             call; empty if earlier layers' errors are not to be propagated.
         masks: (samples, tokens), 0 for padding, or None; by the number of the call.
@@ -35,7 +35,7 @@ class CalibrationCalls:
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatistics:
-    """What is known of a stage's inputs, over all micro-batches of all processes; without a drift if not compared."""
+    """A stage's Hessian and drift over the calibration data of all processes; drift is None if not compared."""
 
     stage: Stage
     hessian: Hessian

@@ -22,11 +22,11 @@ Watched = Callable[[], AbstractContextManager[None]]
 
 
 class Streams:
-    """All forwards of a run, at the block that they wait for.
+    """All forwards of a run, suspended at the same block.
 
     Args:
         forwards: has none yet.
-        device: that the model runs on.
+        device: where the model runs.
         follow_all: the original model runs all micro-batches, not only those held out.
     Attributes:
         waiting: the calls of the present block.
@@ -54,10 +54,10 @@ class Streams:
         self.waiting += self.forwards.start(self._inputs[number] for number in numbers)
 
     def find_repeats(self, output: Any) -> None:
-        """See whether the model calls its first block again, once that has returned.
+        """Find out whether the model calls its first block again once that has returned.
 
         Args:
-            output: of the block, for the first call.
+            output: the block's output for the first call.
         """
         (call,) = self.forwards.start(self._inputs[:1])
         posted = self.forwards.resume(call, output)
@@ -87,7 +87,7 @@ class Streams:
         return self._fitted <= call.batch < len(self.batches)
 
     def held_out(self) -> list[tuple[MicroBatch, BlockCall, BlockCall]]:
-        """Every micro-batch held out with the quantized model's call and the original model's."""
+        """The micro-batches held out, each with the quantized model's call and the original model's."""
         originals = {self._number_of[call.batch]: call for call in self.waiting if self.is_original(call)}
         return [
             (self.batches[call.batch], call, originals[call.batch]) for call in self.waiting if self.is_held_out(call)
@@ -97,7 +97,7 @@ class Streams:
         """Run a finished block on all that waits for it, and carry the model on to the next one.
 
         Args:
-            outputs: of the block, by the number of the call, where they are known already. Emptied.
+            outputs: the block's outputs that are known already, by the number of the call. Emptied.
             watched: what the quantized block's runs on batches held out are done in.
         """
 
@@ -123,6 +123,6 @@ class Streams:
         return posted
 
     def tokens(self, *, held_out: bool) -> int:
-        """How many run through every block, in both models: those held out, or those to calibrate on."""
+        """Number of tokens that run through every block in both models, of batches held out or of the others."""
         numbers = (*range(len(self.batches)), *self._number_of.values())
         return sum(self.batches[n].input_ids.numel() for n in numbers if (n >= self._fitted) is held_out)

@@ -89,7 +89,7 @@ def _label_blocks(axes: Axes, blocks: Sequence[str], *, vertical: bool = False) 
 def _table(
     linears: Iterable[LinearQuantized], value: Callable[[list[LinearQuantized]], float]
 ) -> dict[tuple[str, str], float]:
-    """By kind and block: `value` of the linears there, of which experts have many."""
+    """`value` of the linears of each kind in each block; experts have many linears of one kind."""
     cells: dict[tuple[str, str], list[LinearQuantized]] = {}
     for linear in linears:
         cells.setdefault((linear.kind, linear.block), []).append(linear)
@@ -156,7 +156,7 @@ def _kinds(run: Run) -> list[str]:
 
 
 def draw_loss(run: Run, file: Path) -> Picture:
-    """Which layers hurt: the loss of every kind of linear in every block, and that of rounding to nearest."""
+    """Draw the loss of every kind of linear in every block, and that of rounding to nearest."""
     blocks, kinds = run.blocks, _kinds(run)
     losses = _table(run.linears, lambda found: fmean(linear.relative_loss for linear in found))
     worst = sorted(losses, key=lambda cell: -losses[cell])[:NUMBERED]
@@ -216,7 +216,7 @@ def _number_cell(axes: Axes, column: int, row: int, number: int, size: float) ->
 
 
 def draw_bits(run: Run, file: Path) -> Picture:
-    """Where a budget, or the configuration, spent the bits."""
+    """Draw the bits that a budget, or the configuration, gave to every linear."""
     return _draw_kinds(
         run,
         file,
@@ -229,7 +229,7 @@ def draw_bits(run: Run, file: Path) -> Picture:
 
 
 def draw_damping(run: Run, file: Path) -> Picture:
-    """Where the Hessian was singular."""
+    """Draw where the Hessian was singular, so that more damping was needed."""
     raised = _table(run.linears, lambda found: max(linear.damping / linear.damping_asked for linear in found))
     return _draw_kinds(
         run,
@@ -244,7 +244,7 @@ def draw_damping(run: Run, file: Path) -> Picture:
 
 
 def draw_dead_columns(run: Run, file: Path) -> Picture:
-    """Where inputs were always zero."""
+    """Draw where inputs were always zero during calibration."""
     return _draw_kinds(
         run,
         file,
@@ -285,7 +285,7 @@ def _draw_kinds(
 
 
 def draw_experts(run: Run, file: Path) -> Picture:
-    """How many calibration tokens every expert saw."""
+    """Draw the number of calibration tokens that every expert saw."""
     members = [linear for linear in run.linears if linear.expert is not None]
     tokens = {(str(linear.experts), str(linear.expert)): linear.tokens for linear in members}
     block_of = {str(linear.experts): linear.block for linear in members}
@@ -335,7 +335,7 @@ def draw_experts(run: Run, file: Path) -> Picture:
 
 
 def draw_time_and_memory(run: Run, file: Path) -> Picture:
-    """Where the seconds of every block went, and the peak of memory so far."""
+    """Draw the seconds that every block took, and the peak of memory so far."""
     done = {event.block: event for event in run.events_of(BlockQuantized)}
     reconstructed = {event.block: event.seconds for event in run.events_of(BlockReconstructed)}
     blocks = list(done)
@@ -384,7 +384,7 @@ def draw_time_and_memory(run: Run, file: Path) -> Picture:
 
 
 def draw_comparison(runs: Sequence[Run], file: Path) -> Picture:
-    """Quality against bits per weight; runs by their number in `runs`, from 1, without those not compared."""
+    """Draw quality against bits per weight, for the runs that were compared; runs are numbered from 1."""
     points = [(number, *run.standing) for number, run in enumerate(runs, 1) if run.standing is not None]
     with _drawing(file, 4) as figure:
         axes = figure.subplots()

@@ -22,7 +22,7 @@ WORST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `report` has written.
+    """The files that `report` has written.
 
     Args:
         page: the HTML file; it holds the pictures as well.

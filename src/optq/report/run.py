@@ -31,13 +31,13 @@ NAMED = 4  # of those that a note is about
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run, which may have been interrupted and continued.
+    """One run, which may have been interrupted and continued, as its folder shows it.
 
     Args:
         events: of the last session, and of earlier ones those of the blocks that it did not have to do again.
-        seconds: of all sessions.
+        seconds: time of all sessions together.
         info: `quantization_config` of the finished checkpoint; empty without one.
-        size_gib: of all weight files; None while there is no finished checkpoint.
+        size_gib: size of all weight files; None while there is no finished checkpoint.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def model(self) -> str:
-        """Its id on the Hub, or the name of its folder."""
+        """The model's id on the Hub, or the name of its folder."""
         name = self.started.model
         return Path(name).name if Path(name).is_absolute() else name
 
@@ -69,12 +69,12 @@ class Run:
 
     @cached_property
     def linears(self) -> tuple[LinearQuantized, ...]:
-        """In the order in which they were solved."""
+        """The quantized linears, in the order in which they were solved."""
         return tuple(self.events_of(LinearQuantized))
 
     @property
     def blocks(self) -> list[str]:
-        """Those with quantized linears, in order."""
+        """Names of the blocks with quantized linears, in order."""
         return list(dict.fromkeys(linear.block for linear in self.linears))
 
     @property
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Of all linears solved so far, scales and zeros included."""
+        """Bits per weight of all linears solved so far, scales and zeros included."""
         return bits_per_weight(self.linears) if self.linears else None
 
     @property
@@ -106,12 +106,12 @@ def bits_per_weight(linears: Iterable[LinearQuantized]) -> float:
 
 
 def percent(fraction: float) -> str:
-    """Two digits, or more if they stand before the point."""
+    """Format a fraction as a percentage with two significant digits, or more before the point."""
     return f"{100 * fraction:#.2g} %" if fraction < 0.0995 else f"{100 * fraction:.0f} %"
 
 
 def notes_on(run: Run) -> list[str]:
-    """Whatever a run did otherwise than asked, or could do better."""
+    """Sentences on what a run did otherwise than asked, or could do better."""
     notes = [f"Weak calibration data: {weakness}." for weakness in run.started.weaknesses]
     if base := run.last(Dequantized):
         notes.append(f"The original is stored in {base.quant_method}; it was dequantized as it was read.")
@@ -144,7 +144,7 @@ def _named(names: list[str], plural: str = "linears") -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """What `optq.quantize(..., output_dir=folder)` has written so far.
+    """Read the log and config.json that `optq.quantize(..., output_dir=folder)` has written so far.
 
     Raises:
         ReportError: there is no log, or it cannot be read.

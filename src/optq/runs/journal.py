@@ -130,7 +130,7 @@ class Journal:
         write_whole(self._files[name], lambda target: save_file(named, target, metadata={"format": "pt"}))
 
     def final_names(self, rest: Path) -> dict[str, str]:
-        """What the blocks' files, and `rest` with all other tensors, are called in a checkpoint; writes its index."""
+        """Final names of the blocks' files and of `rest`, the file with all other tensors; writes their index."""
         shards = [*self._files.values(), rest]
         finals = {
             shard.name: f"model-{number:05}-of-{len(shards):05}.safetensors" for number, shard in enumerate(shards, 1)
@@ -162,10 +162,10 @@ def kept_samples(
     asked: dict[str, Any],
     write: Callable[[list[list[int]], Callable[[list[list[int]]], None]], list[list[int]]],
 ) -> list[list[int]]:
-    """What `write` returns, or returned in the run that goes on in `folder`, or in this process if that is None.
+    """The samples that `write` returns. They are kept in `folder`, or in this process, for a run that goes on.
 
     Args:
-        files, asked: the model's files, and whatever else decides what is written; `samples` says how many.
+        files, asked: the model's files, and the settings that decide what is written; `samples` is their number.
         write: goes on with the samples that are there; calls its second argument with all samples, after every part.
     Raises:
         OutputError: blocks were finished on samples that were written otherwise.
@@ -213,13 +213,13 @@ def _say_kept(before: list[list[int]], samples: int) -> None:
 
 
 def differences_to(folder: Path, config: GPTQConfig) -> list[str]:
-    """How the settings of the run in `folder` differ from `config`."""
+    """Differences between the settings of the run in `folder` and `config`, in words."""
     found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["settings"]
     return _differences(found, json.loads(json.dumps(config.settings(), default=str)))
 
 
 def differences_to_finished(log: Path, asked: dict[str, Any]) -> list[str] | None:
-    """How the run that wrote a log differs from what is asked for; None if the log does not say what run it was.
+    """Differences between the run that wrote a log and what is asked for; None if the log does not tell.
 
     Args:
         asked: a part of what `described` returns.
@@ -250,7 +250,7 @@ def check_same(descriptions: Sequence[dict[str, Any]]) -> None:
 def described(
     files: Iterable[str], settings: dict[str, Any], calibration: Calibration, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What a run must have in common with the one that it continues."""
+    """The facts that a run must have in common with the one that it continues."""
     return {
         "journal": FORMAT,
         "optq": __version__,

@@ -87,7 +87,7 @@ def write_own_text(
 
 
 def opening_of(model: Any) -> list[int]:
-    """What a text begins with: the token for that, if the model has one."""
+    """The token ids that a generated text begins with: the model's BOS token, if it has one."""
     bos = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
     return [] if bos is None else [int(bos)]
 

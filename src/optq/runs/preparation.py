@@ -43,7 +43,7 @@ Write = Callable[[int, int], list[list[int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What was decided before any work.
+    """What is decided before any work: the plan, the calibration data and the experts to split.
 
     Args:
         calibration: None if the model has to write some of it first.
@@ -139,7 +139,7 @@ def _refuse_shared(model: Any, plan: Plan) -> None:
 
 
 def budget_of(model: Any, config: GPTQConfig, plan: Plan) -> float:
-    """How many bits the planned linears may take: what `target_bits_per_weight` or `target_size_gib` leaves for them.
+    """Bits that `target_bits_per_weight` or `target_size_gib` leaves for the planned linears.
 
     Args:
         model: may be on the meta device; its experts are split.
@@ -170,7 +170,7 @@ def budget_of(model: Any, config: GPTQConfig, plan: Plan) -> float:
 
 
 def dense_bytes(model: Any, plan: Plan) -> int:
-    """What is not quantized takes; `model` may be on the meta device, and its experts are split."""
+    """Bytes of what is not quantized; `model` may be on the meta device, and its experts are split."""
     quantized = {id(target.view.parameter) for target in plan.all_targets}
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # on the meta device they may not be tied yet
     sizes = {
@@ -208,7 +208,7 @@ def _has_decoder_inputs(model: Any) -> bool:
 
 
 def vocabulary_of(model: Any) -> int:
-    """How many token ids there are."""
+    """Number of token ids that the model's embedding has."""
     embedding = _embedding(model)
     if isinstance(getattr(embedding, "weight", None), torch.Tensor):
         return int(embedding.weight.shape[0])

@@ -195,7 +195,7 @@ def _check_devices(device_map: Any) -> None:
 
 
 def _device_name(place: Any) -> str:
-    """As `devices_here` writes it; transformers takes numbers of accelerators, too."""
+    """A device as `devices_here` writes it; transformers also takes numbers of accelerators."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if isinstance(place, int) and not isinstance(place, bool):
         return f"{accelerator.type if accelerator is not None else 'accelerator'}:{place}"
@@ -218,7 +218,7 @@ def _check_covered(model: Any, plan: Plan, device_map: Mapping[str, Any]) -> Non
 
 
 def _schemes(config: GPTQConfig, view: LinearView, planned: LayerScheme) -> Iterable[LayerScheme]:
-    """Those that a linear may end with."""
+    """All schemes that a linear may get."""
     return config.candidates_for(view.name, *view.shape) if config.has_budget else (planned,)
 
 

@@ -22,7 +22,7 @@ def why_not_by_itself(place: str | None, stated: dict[str, Any], reader: str, ve
         place: its folder, or its id on the Hub. Of one that is not on this machine yet, only `stated` is known.
         stated: quantization_config of its config.json.
         reader: "vllm" or "vllm-cpu".
-        version: of vLLM; one that the table of readers does not know counts as the newest in it.
+        version: vLLM's; one that the table of readers does not know counts as the newest in it.
     """
     try:
         rules_of(reader, version)

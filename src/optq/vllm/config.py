@@ -33,7 +33,7 @@ LEAST_CAPABILITY = 75
 
 
 class OptqConfig(QuantizationConfig):
-    """How a checkpoint is quantized.
+    """vLLM's quantization config for GPTQ checkpoints that optq serves.
 
     Args:
         stated: quantization_config of its config.json.
@@ -89,7 +89,7 @@ class OptqConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
     ) -> None:
-        """Learn from the headers which of the checkpoint's linears are packed."""
+        """Read from the headers which of the checkpoint's linears are packed."""
         names = list(get_safetensors_params_metadata(model_name, revision=revision))
         self._packed = {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
         self._dense = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}

@@ -21,7 +21,7 @@ PLACES = {"w13": ("w1", "w3"), "w2": ("w2",)}
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):
-    """Of all experts of a layer.
+    """vLLM's quantization method for the experts of a layer.
 
     Args:
         moe: how vLLM divides them.
@@ -41,7 +41,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Make a parameter for every tensor that may arrive: empty, since which will is not known yet."""
+        """Register an empty parameter for every tensor that the checkpoint may have; which it has is not known yet."""
         arriving = ArrivingExperts(
             layer.layer_name,
             experts=num_experts,
@@ -84,7 +84,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         *_: Any,
         **__: Any,
     ) -> Tensor:
-        """What the experts make of x (tokens, hidden), weighted and summed; shared experts are vLLM's to call."""
+        """The weighted sum of the experts' outputs, (tokens, hidden); shared experts are vLLM's to call."""
         chosen = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)

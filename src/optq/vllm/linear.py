@@ -22,7 +22,7 @@ Loader = Callable[..., Any]
 
 
 class PackedLinearMethod(LinearMethodBase):
-    """Of one linear.
+    """vLLM's quantization method for one linear.
 
     Args:
         name: the linear's.
@@ -42,7 +42,7 @@ class PackedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Make a parameter for every tensor that may arrive: empty, since which will is not known yet."""
+        """Register an empty parameter for every tensor that the checkpoint may have; which it has is not known yet."""
         loader = extra_weight_attrs["weight_loader"]
         outputs = sum(output_partition_sizes)
         arriving = ArrivingWeight(
@@ -77,6 +77,7 @@ class PackedLinearMethod(LinearMethodBase):
         layer.register_parameter(name, nn.Parameter(first.tensor, requires_grad=False))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype; bias (out,) or None. Sizes are those of this process."""
         output: Tensor = layer.optq_product(x)
         return output if bias is None else output + bias
 

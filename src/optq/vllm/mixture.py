@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experts of a layer as a server holds them: each expert's first linears as one, and its last one.
+"""The experts of a layer as a server holds them: each expert's first linears as one product, and its last one.
 
 Where a kernel has a grouped product, all experts make two products, and nothing asks on the host which of them have
 tokens; elsewhere each expert with tokens multiplies by itself. Nothing in here imports a server.
@@ -29,15 +29,15 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class ArrivingExperts:
-    """Takes the tensors of the experts as they are read.
+    """Collects the tensors of a layer's experts as a server reads them, and makes `PackedExperts` of them.
 
     Args:
         name: the layer's, for errors.
-        experts: that this process has.
+        experts: number of experts that this process has.
         hidden: features of a token.
-        inside: features between an expert's linears, of this process.
+        inside: intermediate features of an expert that this process has.
         rank, ranks: this process among those that share every expert.
-        gated: there are two first linears; else only w1.
+        gated: there are two first linears, w1 and w3; else only w1.
         zero_format, device, dtype: see `ArrivingWeight`.
     """
 
@@ -82,12 +82,14 @@ class ArrivingExperts:
         ]
 
     def take(self, part: str, tensor: Tensor, expert: int, which: str) -> None:
-        """One tensor, whole.
+        """Take one tensor of an expert's linear as on disk, not yet split, such as qweight (in · bits / 32, out).
 
         Args:
-            part: of `optq.vllm.weights.PARTS`, or "bias".
-            expert: among those of this process.
+            part: a name in `optq.vllm.weights.PARTS`, or "bias", (out,).
+            expert: index among those of this process.
             which: "w1", "w2" or "w3".
+        Raises:
+            CheckpointError: its shape does not fit the layer, or this process's part would cut words.
         """
         if part == "bias":
             self._biases[expert, which] = tensor
@@ -97,7 +99,7 @@ class ArrivingExperts:
             self._up[expert].take(part, tensor, which, lambda count: self._origins(count, self.firsts.index(which)))
 
     def _origins(self, count: int, place: int) -> Tensor:
-        """Of a first linear: its part of the features inside."""
+        """This process's outputs of a first linear, in the checkpoint's numbering; see `optq.vllm.weights.Origins`."""
         if count != self.inside * self.ranks:
             raise CheckpointError(f"{self.name}: an expert has {count} features, not {self.inside * self.ranks}.")
         origins = torch.full((len(self.firsts) * self.inside,), -1, dtype=torch.int64, device="cpu")
@@ -106,10 +108,11 @@ class ArrivingExperts:
         return origins
 
     def experts(self, activate: Activation) -> "PackedExperts":
-        """What all that has arrived makes.
+        """Make the module of all tensors that have arrived.
 
         Raises:
-            CheckpointError: something is missing, or contradicts the rest.
+            CheckpointError: a tensor is missing, or contradicts the others.
+            KernelError: no kernel multiplies them here.
         """
         ups, downs = ([arriving.product() for arriving in each] for each in (self._up, self._down))
         biases: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -134,10 +137,10 @@ class PackedExperts(nn.Module):
 
     Args:
         name: the layer's.
-        ups: (…, hidden) -> (…, gate and up side by side), of each expert.
-        downs: (…, inside) -> (…, hidden).
+        ups: of each expert, (..., hidden) -> (..., gate and up side by side).
+        downs: of each expert, (..., inside) -> (..., hidden).
         up_bias, down_bias: (experts, outputs), or None.
-        activate: what is between them.
+        activate: the activation between them, with the gate.
     """
 
     def __init__(
@@ -161,7 +164,7 @@ class PackedExperts(nn.Module):
         )
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum of what a token's experts make of it.
+        """The sum of the outputs of each token's chosen experts, times their weights.
 
         Args:
             x: (tokens, hidden).
@@ -176,7 +179,7 @@ class PackedExperts(nn.Module):
         return self.output(x, chosen, weights)
 
     def output(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """As `forward`, never inside of a graph."""
+        """Eager `forward`: x (tokens, hidden), chosen and weights (tokens, choices) -> (tokens, hidden)."""
         choices = chosen.shape[1]
         experts, order = chosen.where(chosen >= 0, self.count).reshape(-1).sort(stable=True)
         rows = x[order // choices]

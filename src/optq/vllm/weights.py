@@ -28,11 +28,11 @@ Origins = Callable[[int], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Neighbouring outputs of a linear of the checkpoint, which are neighbours here, too.
+    """Consecutive outputs of a checkpoint's linear that are consecutive in the server's linear as well.
 
     Args:
-        at: the first one's place here.
-        outputs: which they are there.
+        at: the first one's index in the server's linear.
+        outputs: their range in the checkpoint's linear.
     """
 
     at: int
@@ -40,7 +40,7 @@ class Run:
 
 
 def runs_of(origins: Tensor) -> Iterator[Run]:
-    """The runs in what `Origins` gives."""
+    """Yield the runs of consecutive outputs in what `Origins` returns, (own outputs,) int64."""
     here = (origins >= 0).nonzero()[:, 0].tolist()
     there = origins[here].tolist()
     breaks = [0, *(n for n in range(1, len(here)) if here[n] != here[n - 1] + 1 or there[n] != there[n - 1] + 1)]
@@ -66,13 +66,13 @@ class _Arrived:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Some neighbouring outputs of a linear and how they are made.
+    """Consecutive outputs of the server's linear, and how they are computed.
 
     Args:
-        at: the first one.
-        outputs: how many they are.
-        kernel: multiplies by `prepared`; None of a part that is not packed.
-        weight: (outputs, in), of such a part.
+        at: index of the first one.
+        outputs: their number.
+        kernel: multiplies by `prepared`; None for a part that is not packed.
+        weight: (outputs, in), of a part that is not packed.
     """
 
     at: int
@@ -83,7 +83,7 @@ class Part:
 
     @property
     def tensor(self) -> Tensor:
-        """The largest that it multiplies by."""
+        """The part's largest tensor: the dense weight (outputs, in), or the codes in the kernel's layout (...)."""
         tensor = self.weight if self.prepared is None else self.prepared.codes
         assert tensor is not None
         return tensor
@@ -96,11 +96,11 @@ class Part:
 
 
 class Product(nn.Module):
-    """x (…, in) -> (…, out) in x's dtype, by all parts of a linear; outputs that no part makes are zeros.
+    """A server's linear: x (..., in) -> (..., out) in x's dtype. Outputs that no part makes are zeros.
 
     Args:
         parts: in the order of their outputs.
-        outputs: of the linear.
+        outputs: number of outputs.
     """
 
     def __init__(self, parts: Sequence[Part], outputs: int) -> None:
@@ -113,6 +113,7 @@ class Product(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., outputs) in x's dtype, without bias."""
         made = []
         for gap, part in zip(self.gaps, (*self.parts, None), strict=True):
             if gap:
@@ -123,16 +124,16 @@ class Product(nn.Module):
 
 
 class ArrivingWeight:
-    """Takes the tensors of a linear as they are read, and makes a `Product` of them.
+    """Collects the tensors of a linear as a server reads them, and makes a `Product` of them.
 
     Args:
         name: the linear's, for errors.
-        outputs: of the linear, of this process.
-        all_inputs: of the checkpoint's linears.
-        inputs: which of these this process has.
+        outputs: number of outputs that this process has.
+        all_inputs: number of inputs of the checkpoint's linears.
+        inputs: the range of them that this process has.
         zero_format: how zeros are stored, see `optq.checkpoint.zeros`.
         device, dtype: where it multiplies, and which activations.
-        padded: outputs that do not arrive are zeros, as those of a vocabulary that is rounded up.
+        padded: outputs that do not arrive are zeros, as in a vocabulary that is rounded up.
     """
 
     def __init__(
@@ -153,13 +154,16 @@ class ArrivingWeight:
         self._arrived: dict[Hashable, _Arrived] = {}
 
     def take(self, part: str, tensor: Tensor, which: Hashable, origins: Origins) -> None:
-        """One tensor, whole.
+        """Take one tensor of a checkpoint's linear, not yet split.
 
         Args:
-            part: of `PARTS`.
-            which: the linear of the checkpoint, among those that this one is made of.
+            part: its name, one of `PARTS`.
+            tensor: with the shape on disk, such as qweight (in · bits / 32, out) int32 or weight (out, in).
+            which: which of the checkpoint's linears that this one is made of.
+            origins: number of the checkpoint's outputs -> which of them each own output is, (own outputs,) int64; or
+                -1.
         Raises:
-            CheckpointError: its shape is none of this linear, or the part of this process would cut words.
+            CheckpointError: its shape does not fit the linear, or this process's part would cut words.
         """
         arrived = self._arrived.setdefault(which, _Arrived())
         if part not in ("qweight", "weight"):
@@ -186,10 +190,10 @@ class ArrivingWeight:
         ]
 
     def product(self) -> Product:
-        """What all that has arrived makes.
+        """Make the linear of all tensors that have arrived.
 
         Raises:
-            CheckpointError: something is missing, or contradicts the rest.
+            CheckpointError: a tensor is missing, or contradicts the others.
             KernelError: no kernel multiplies it here.
         """
         parts = sorted(
