@@ -164,7 +164,7 @@ class QuantizedWeight:
     def decode(self) -> Tensor:
         """Dequantize: the (out, in) float32 values that every reader of the checkpoint must reproduce."""
         steps, zeros = self.codes.float(), self.zeros.float()
-        if (width := run_width(self.group_of_column, self.scales.shape[1])) is not None:
+        if (width := _known_width(self.group_of_column, self.scales.shape[1])) is not None:
             by_group = steps.view(*self.scales.shape, width)
             return by_group.sub_(zeros[..., None]).mul_(self.scales[..., None]).view_as(steps)
         return (steps - per_column(zeros, self.group_of_column)) * per_column(self.scales, self.group_of_column)
@@ -182,11 +182,16 @@ class QuantizedWeight:
 
 def per_column(values: Tensor, group_of_column: Tensor) -> Tensor:
     """Spread values per group, (out, groups), over the columns of each group: (out, in)."""
-    width = run_width(group_of_column, values.shape[1])
+    width = _known_width(group_of_column, values.shape[1])
     if width is None:
         return values[:, group_of_column.long()]
     # The same, ten times as fast as gathering columns.
     return values[:, :, None].expand(-1, -1, width).reshape(values.shape[0], -1)
+
+
+def _known_width(group_of_column: Tensor, groups: int) -> int | None:
+    """As `run_width`, but None on accelerators, where asking waits for the device and gathering takes no time."""
+    return run_width(group_of_column, groups) if group_of_column.device.type == "cpu" else None
 
 
 def run_width(group_of_column: Tensor, groups: int) -> int | None:

@@ -3,6 +3,8 @@
 
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -219,3 +221,24 @@ def test_zeros_that_contradict_the_label_are_said_when_loading(old, caplog, form
     logits_of(old)
     assert ("every stored zero is 7" in caplog.text) == warned
     assert caplog.text.count("off by one step") == 7 * warned  # once for each kind of linear
+
+
+def test_settings_that_are_left_beside_a_dense_model_make_it_no_quantized_one(tiny_llama, tmp_path):
+    folder = tmp_path / "dense"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "quantize_config.json").write_text(json.dumps(STATED))
+    assert not hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", ""])
+def test_settings_that_cannot_be_read_are_ignored_aloud(text, tiny_llama, tmp_path, caplog):
+    folder = tmp_path / "dense"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "quantize_config.json").write_text(text)
+    assert not hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
+    assert "quantize_config.json is ignored" in caplog.text
+
+
+def test_vllm_reads_such_folders_by_its_own_rules(old, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    assert not hasattr(AutoConfig.from_pretrained(old), "quantization_config")

@@ -58,6 +58,27 @@ def test_a_label_that_hides_the_order_of_columns_is_claimed(copied):
     assert "its groups are not runs of neighbouring columns" in why(copied)
 
 
+def test_an_order_that_only_a_later_layer_has_is_found(copied):
+    tensors = load_file(copied / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.g_idx"] = tensors["model.layers.1.mlp.up_proj.g_idx"].flip(0).contiguous()
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    assert "model.layers.1.mlp.up_proj" in why(copied)
+
+
+def test_zeros_that_a_label_makes_wrong_are_none_of_its_business(copied):
+    """vLLM does not look at the zeros of symmetric weights: it serves them right."""
+    relabelled(copied, checkpoint_format="gptq_v2")
+    assert why(copied) is None
+
+
+@pytest.mark.parametrize("index", ["none", '{"weight_map": 3}', "[]", '{"weight_map": {"a": 5}}'])
+def test_an_index_that_is_none_is_for_vllm_to_say(index, copied, caplog):
+    (copied / "model.safetensors").rename(copied / "other.safetensors")
+    (copied / "model.safetensors.index.json").write_text(index)
+    assert why(copied) is None
+    assert "leaves this checkpoint to vLLM" in caplog.text
+
+
 def test_what_a_damaged_file_holds_is_for_vllm_to_say(copied, caplog):
     (copied / "model.safetensors").write_bytes(b"none")
     assert why(copied) is None

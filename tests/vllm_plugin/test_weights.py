@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server's linear makes of the tensors of a checkpoint, against the dense product."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -175,6 +176,19 @@ def test_a_checkpoint_without_g_idx_has_groups_of_neighbours():
     torch.testing.assert_close(weight.product()(torch.eye(IN)), dense(packed), rtol=0, atol=1e-5)
 
 
+def test_without_g_idx_the_config_says_how_wide_uneven_groups_are():
+    packed, weight = packed_weight(64, group_size=80), arriving(64, group_sizes=(80, 32))
+    for name in ("qweight", "qzeros", "scales"):
+        weight.take(name, getattr(packed, name), None, whole)
+    torch.testing.assert_close(weight.product()(torch.eye(IN)), dense(packed), rtol=0, atol=1e-5)
+
+
+def test_a_part_of_a_vocabulary_that_is_all_padding_is_zeros():
+    weight = arriving(64, padded=True)
+    give(weight, packed_weight(64), None, lambda count: torch.full((64,), -1))
+    assert bool((weight.product()(torch.randn(2, IN)) == 0).all())
+
+
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_graphs_hold_one_call_per_product(size):
     packed = packed_weight(64)
@@ -215,8 +229,19 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("name", "change", "message"),
         [
-            ("qweight", lambda t: t[:-1], "no whole bits"),
-            ("qweight", lambda t: t[0], "two dimensions"),
+            ("qweight", lambda t: t[:-1], "qweight has 23 rows of words, which does not fit 192 inputs"),
+            ("qweight", lambda t: t[: len(t) // 2], r"g_idx has shape \(192,\), but qweight implies \(96,\)"),
+            ("qweight", lambda t: t[0], r"of shape \(64,\).*2 dimensions"),
+            ("qweight", lambda t: t.short(), "qweight is torch.int16"),
+            ("qweight", lambda t: t.float(), "qweight is torch.float32"),
+            ("qzeros", lambda t: t.float(), "qzeros is torch.float32"),
+            ("qzeros", lambda t: t[:, ::2], "g_idx has shape"),
+            ("scales", lambda t: t.int(), "scales is torch.int32"),
+            ("scales", lambda t: t.to(torch.float8_e4m3fn), "scales is torch.float8_e4m3fn"),
+            ("scales", lambda t: t[:, :0], "scales is"),
+            ("scales", lambda t: t[0, 0], "scales is"),
+            ("g_idx", lambda t: t.float(), "g_idx is torch.float32"),
+            ("g_idx", lambda t: t.bool(), "g_idx is torch.bool"),
             ("scales", lambda t: t[:, :-8], "fit no GPTQ layout"),
             ("scales", lambda t: t[:-1], "disagree"),
             ("scales", lambda t: t * torch.inf, "not all finite"),
@@ -230,6 +255,27 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=message):
             for part, tensor in packed.tensors().items():
                 weight.take(part, change(tensor) if part == name else tensor, None, whole)
+            weight.product()
+
+    @pytest.mark.parametrize("change", [lambda t: t.int(), lambda t: t[:, :-1], lambda t: t[0]])
+    def test_a_dense_weight_of_another_kind(self, change):
+        with pytest.raises(CheckpointError, match=r"a\.linear \(q\): weight"):
+            arriving(64).take("weight", change(torch.randn(64, IN)), "q", whole)
+
+    def test_uneven_groups_without_g_idx_of_which_nothing_is_known(self):
+        packed, weight = packed_weight(64, group_size=50), arriving(64, group_sizes=(32,))  # four of 192: 48 divides
+        packed = replace(packed, scales=packed.scales.repeat(2, 1)[:5], qzeros=packed.qzeros.repeat(2, 1)[:5])
+        for name in ("qweight", "qzeros", "scales"):
+            weight.take(name, getattr(packed, name), None, whole)
+        with pytest.raises(CheckpointError, match="g_idx is missing, and 5 groups of 192"):
+            weight.product()
+
+    def test_rows_and_zeros_of_different_bits(self):
+        packed, weight = packed_weight(64, bits=4), arriving(64)
+        for name in ("qweight", "qzeros", "scales"):
+            tensor = getattr(packed, name)
+            weight.take(name, tensor[: len(tensor) // 2] if name == "qweight" else tensor, None, whole)
+        with pytest.raises(CheckpointError, match="by its rows qweight has 2 bits, by qzeros and scales 4"):
             weight.product()
 
     def test_processes_that_would_cut_words(self):

@@ -89,7 +89,7 @@ def inspect(
             f"{source} has packed GPTQ tensors, but its config.json says nothing about quantization. "
             "Add its quantization_config: bits, group_size, desc_act, sym and checkpoint_format at least."
         )
-    linears = {} if config is None else _linears_of(quantized, config, described)
+    linears = {} if config is None else linears_of(quantized, config, described)
     dense = {
         name: header
         for name, header in headers.items()
@@ -118,7 +118,7 @@ def inspect(
     )
 
 
-def _linears_of(quantized: Mapping[str, QuantizedTensors], config: GPTQConfig, described: Any) -> dict[str, Linear]:
+def linears_of(quantized: Mapping[str, QuantizedTensors], config: GPTQConfig, described: Any) -> dict[str, Linear]:
     """The packed linears as readers see them, by name."""
     plan = parallel_plan_of(described)
     return {

@@ -322,8 +322,8 @@ def _length(row: MicroBatch) -> int:
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """Shape and values of a CPU tensor of any shape (...) and dtype as bytes, to be hashed."""
-    return str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    """Shape and values of a tensor of any shape (...) and dtype as bytes, to be hashed."""
+    return str(tuple(tensor.shape)).encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _peeked(dataset: Any) -> tuple[Any, bool]:

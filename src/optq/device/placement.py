@@ -73,11 +73,12 @@ def placed(tensors: list[Tensor], device: torch.device, dtype: torch.dtype | Non
 
     Values written in between are kept: they come back cast to the tensor's own dtype.
     """
+    device = torch.empty(0, device=device).device  # with its index: "cuda" is the present one
     homes: list[tuple[Tensor, torch.device, torch.dtype]] = []
     try:
         for tensor in tensors:
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            if tensor.device.type != device.type or tensor.dtype != wanted:
+            if tensor.device != device or tensor.dtype != wanted:
                 homes.append((tensor, tensor.device, tensor.dtype))
                 tensor.data = tensor.data.to(device, wanted)
         yield

@@ -8,6 +8,7 @@ there does it also show whether the caller asks for pickled weights.
 """
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from typing import Any
 from huggingface_hub import HfApi, is_offline_mode
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from optq.checkpoint import read_headers
 from optq.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 QUANTIZE_CONFIG = "quantize_config.json"
 
@@ -62,9 +66,9 @@ def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> N
     if not folder.is_dir() and "gptq" not in source.lower():
         return
     file = cached_file(source, QUANTIZE_CONFIG, _raise_exceptions_for_missing_entries=False, **where)
-    beside = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
+    beside = _settings_in(Path(file)) if file is not None else {}
     if stated is None:
-        if "bits" not in beside or beside.get("quant_method", "gptq") != "gptq":
+        if "bits" not in beside or beside.get("quant_method", "gptq") != "gptq" or _is_dense(folder):
             return
         marlin = {"checkpoint_format": "marlin"} if beside.get("is_marlin_format") else {}
         settings = {key: value for key, value in beside.items() if key not in NOT_SETTINGS}
@@ -78,6 +82,27 @@ def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> N
         names = [name.removeprefix(f"{folder.relative_to(source)}/") for name in listed]
     if "transformers_weights" not in config and (name := unusual_name(names, beside)) is not None:
         config["transformers_weights"] = name
+
+
+def _settings_in(file: Path) -> dict[str, Any]:
+    """What quantize_config.json says; nothing, with a warning, if that is no object of JSON."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        settings = error
+    if isinstance(settings, dict):
+        return settings
+    logger.warning("%s is ignored: it holds no JSON object (%s).", file, settings)
+    return {}
+
+
+def _is_dense(folder: Path) -> bool:
+    """Whether a folder's safetensors files hold no packed linear: then quantize_config.json is left from elsewhere."""
+    files = [str(path) for path in folder.glob("*.safetensors")] if folder.is_dir() else []
+    try:
+        return bool(files) and not any(name.endswith(".qweight") for name in read_headers(files))
+    except CheckpointError:  # which whoever reads the weights will say
+        return False
 
 
 def entry_of(stated: Any) -> dict[str, Any]:

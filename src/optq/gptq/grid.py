@@ -61,11 +61,11 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
     Raises:
         ModelError: a weight is so large that its scale overflows float16.
     """
-    grouped_gemm, costs = _grouped(weight, group_of_column, importance)
+    grouped, costs = _grouped(weight, group_of_column, importance)
     at_once = ELEMENTS_AT_ONCE if weight.device.type == "cpu" else weight.numel()
     fitted = [
         _fit(rows, costs if importance is not None else None, scheme)
-        for rows in grouped_gemm.split(max(1, at_once // weight.shape[1]))
+        for rows in grouped.split(max(1, at_once // weight.shape[1]))
     ]
     scales, zeros = (torch.cat(parts) for parts in zip(*fitted, strict=True))
     if (largest := scales.abs().max()) > LARGEST_SCALE:
@@ -76,15 +76,15 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
     return Grid(scales=scales, zeros=zeros, max_code=scheme.max_code)
 
 
-def _fit(grouped_gemm: Tensor, costs: Tensor | None, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
+def _fit(grouped: Tensor, costs: Tensor | None, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
     """Scales and zeros, both (rows, groups), of rows cut into groups, (rows, groups, width)."""
     # Zero is always inside the span, so that it is represented exactly.
-    low, high = grouped_gemm.amin(2).clamp_(max=0), grouped_gemm.amax(2).clamp_(min=0)
+    low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
     scales, zeros = _spanning(low, high, scheme)
     if costs is not None:
-        best = _cost(grouped_gemm, costs, scales, zeros, scheme)
+        best = _cost(grouped, costs, scales, zeros, scheme)
         for tried_scales, tried_zeros in _candidates(low, high, scheme):
-            cost = _cost(grouped_gemm, costs, tried_scales, tried_zeros, scheme)
+            cost = _cost(grouped, costs, tried_scales, tried_zeros, scheme)
             better = cost < best  # False for the NaN of a scale that overflows
             best = torch.where(better, cost, best)
             scales, zeros = torch.where(better, tried_scales, scales), torch.where(better, tried_zeros, zeros)
@@ -125,15 +125,15 @@ def _candidates(low: Tensor, high: Tensor, scheme: LayerScheme) -> Iterator[tupl
                 yield scales, (zeros + shift).clamp_(1, scheme.max_code)
 
 
-def _cost(grouped_gemm: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: LayerScheme) -> Tensor:
+def _cost(grouped: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: LayerScheme) -> Tensor:
     """The weighted squared error of rounding to a grid, (out, groups)."""
-    steps = grouped_gemm * scales.reciprocal()[..., None]
+    steps = grouped * scales.reciprocal()[..., None]
     if scheme.symmetric:  # one zero for all, and clamping to numbers is faster than to tensors
         middle = (scheme.max_code + 1) / 2
         steps.round_().clamp_(-middle, scheme.max_code - middle)
     else:
         steps.round_().add_(zeros[..., None]).clamp_(0, scheme.max_code).sub_(zeros[..., None])
-    return steps.mul_(scales[..., None]).sub_(grouped_gemm).square_().mul_(costs).sum(2)
+    return steps.mul_(scales[..., None]).sub_(grouped).square_().mul_(costs).sum(2)
 
 
 def _spanning(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ still importing itself; so what needs more of it is imported when it is first us
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ def read_old_folders() -> None:
             from optq.files.legacy import complete_config
 
             config, unused = read(cls, source, **kwargs)
-            complete_config(config, str(source), kwargs)
+            if "vllm" not in sys.modules:  # which finds quantize_config.json, and weights of any name, by itself
+                complete_config(config, str(source), kwargs)
             return config, unused
 
         return get_config_dict

@@ -88,14 +88,17 @@ class TurnThread(threading.Thread, Generic[Posted]):
         """Wait until the forward pauses or ends."""
         posted = self._to_driver.get()
         if isinstance(posted, _Failure):
-            raise posted.error
+            try:
+                raise posted.error
+            finally:
+                del posted  # this frame and the error would keep one another, and what the forward was computing
         return posted
 
     def answer(self, output: Any) -> None:
         self._to_thread.put(output)
 
     def abandon(self) -> None:
-        self._to_thread.put(_Abandoned())
+        self._to_thread.put(_Abandoned)
         self.join()
 
     def pause(self, posted: Posted) -> Any:
@@ -103,8 +106,8 @@ class TurnThread(threading.Thread, Generic[Posted]):
         self._to_driver.put(posted)
         del posted  # the driver may free what is in it while this frame waits
         output = self._to_thread.get()
-        if isinstance(output, _Abandoned):
-            raise output
+        if output is _Abandoned:
+            raise _Abandoned  # made here: in a variable it would keep this frame, and so all that the forward computed
         return output
 
     def run(self) -> None:

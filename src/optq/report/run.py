@@ -90,7 +90,7 @@ class Run:
     def standing(self) -> tuple[float, float] | None:
         """Bits per weight, and the divergence from the original in nats per token; None if it was not measured."""
         quality = self.last(Quality)
-        if quality is None or not quality.divergence or not self.bits_per_weight:
+        if quality is None or quality.divergence is None or not self.bits_per_weight:
             return None
         return self.bits_per_weight, quality.divergence
 

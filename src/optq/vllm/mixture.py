@@ -38,7 +38,7 @@ class ArrivingExperts:
         inside: intermediate features of an expert that this process has.
         rank, ranks: this process among those that share every expert.
         gated: there are two first linears, w1 and w3; else only w1.
-        zero_format, device, dtype: see `ArrivingWeight`.
+        zero_format, group_sizes, device, dtype: see `ArrivingWeight`.
     """
 
     def __init__(
@@ -54,12 +54,18 @@ class ArrivingExperts:
         zero_format: str,
         device: torch.device,
         dtype: torch.dtype,
+        group_sizes: tuple[int, ...] = (),
     ) -> None:
         self.name, self.hidden, self.inside, self.rank, self.ranks = name, hidden, inside, rank, ranks
         self.device, self.dtype = device, dtype
         self.firsts = FIRSTS if gated else FIRSTS[:1]
         self._biases: dict[tuple[int, str], Tensor] = {}
-        shared: dict[str, Any] = {"zero_format": zero_format, "device": device, "dtype": dtype}
+        shared: dict[str, Any] = {
+            "zero_format": zero_format,
+            "group_sizes": group_sizes,
+            "device": device,
+            "dtype": dtype,
+        }
         self._up = [
             ArrivingWeight(
                 f"{name}.{index}",
@@ -125,11 +131,12 @@ class ArrivingExperts:
                 torch.stack(up).to(self.device, self.dtype),
                 torch.stack(down).to(self.device, self.dtype),
             )
+            self._biases.clear()
         return PackedExperts(self.name, ups, downs, *biases, activate)
 
     def _bias(self, expert: int, which: str) -> Tensor:
         found = self._biases.get((expert, which))
-        return torch.zeros(self.hidden if which == LAST else self.inside * self.ranks) if found is None else found
+        return _zeros(self.hidden if which == LAST else self.inside * self.ranks) if found is None else found.cpu()
 
 
 class PackedExperts(nn.Module):
@@ -188,7 +195,7 @@ class PackedExperts(nn.Module):
         made = made.masked_fill((experts == self.count)[:, None], 0)
         result = torch.empty_like(made)
         result[order] = made
-        return result.view(*chosen.shape, -1).sum(1).to(x.dtype)
+        return result.view(*chosen.shape, made.shape[1]).sum(1).to(x.dtype)
 
     def _made(self, rows: Tensor, experts: Tensor) -> Tensor:
         """Rows that are sorted by expert, through the linears of theirs."""
@@ -219,6 +226,10 @@ class PackedExperts(nn.Module):
     def _biased(self, output: Tensor, place: int, experts: Tensor) -> Tensor:
         bias = self.biases[place]
         return output if bias is None else output + bias[experts.long()]
+
+
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, device="cpu")
 
 
 def _joined_of(products: Sequence[Product]) -> Part | None:

@@ -15,12 +15,23 @@ from torch.nn.functional import linear
 
 from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears, part_of, words_of
 from optq.checkpoint.layout import TensorHeader
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, counted
 from optq.kernels import Kernel, Prepared, choose_kernel, matmul
-from optq.scheme import PACKED_WORD_BITS, trivial_groups
+from optq.scheme import BITS, PACKED_WORD_BITS, trivial_groups
 
 PARTS = (*TENSOR_NAMES, "weight")
 """Last parts of the names of tensors that may arrive: of a packed linear, or of one that is not."""
+
+_INTEGERS = (torch.int32, torch.int64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+ALLOWED: dict[str, tuple[tuple[torch.dtype, ...], int]] = {
+    "qweight": ((torch.int32,), 2),
+    "qzeros": ((torch.int32,), 2),
+    "scales": (_FLOATS, 2),
+    "g_idx": (_INTEGERS, 1),
+    "weight": ((*_FLOATS, torch.float64), 2),
+}
+"""The dtypes that a tensor may have, and its number of dimensions."""
 
 Origins = Callable[[int], Tensor]
 """Outputs of a linear of the checkpoint -> (own outputs,) int64 on the CPU: which of them each own one is, or -1."""
@@ -62,6 +73,7 @@ class _Arrived:
     large: list[Tensor] = field(default_factory=list)
     others: dict[str, Tensor] = field(default_factory=dict)
     outputs: int = 0
+    bits: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +144,7 @@ class ArrivingWeight:
         all_inputs: number of inputs of the checkpoint's linears.
         inputs: the range of them that this process has.
         zero_format: how zeros are stored, see `optq.checkpoint.zeros`.
+        group_sizes: those of the config, for linears without g_idx.
         device, dtype: where it multiplies, and which activations.
         padded: outputs that do not arrive are zeros, as in a vocabulary that is rounded up.
     """
@@ -146,8 +159,10 @@ class ArrivingWeight:
         zero_format: str,
         device: torch.device,
         dtype: torch.dtype,
+        group_sizes: tuple[int, ...] = (),
         padded: bool = False,
     ) -> None:
+        self.group_sizes = group_sizes
         self.name, self.outputs, self.padded = name, outputs, padded
         self.all_inputs, self.inputs = all_inputs, inputs
         self.zero_format, self.device, self.dtype = zero_format, device, dtype
@@ -166,21 +181,29 @@ class ArrivingWeight:
             CheckpointError: its shape does not fit the linear, or this process's part would cut words.
         """
         arrived = self._arrived.setdefault(which, _Arrived())
+        allowed, dimensions = ALLOWED[part]
+        if tensor.dtype not in allowed or tensor.ndim != dimensions or not tensor.numel():
+            raise CheckpointError(
+                f"{self._of(which)}: {part} is {tensor.dtype} of shape {tuple(tensor.shape)}; allowed are "
+                f"{', '.join(map(str, allowed))} of {counted(dimensions, 'dimension')}. The file is damaged, or of "
+                "another format."
+            )
         if part not in ("qweight", "weight"):
             arrived.others[part] = tensor
             return
-        if tensor.ndim != 2:
-            raise CheckpointError(f"{self._of(which)}: {part} has shape {tuple(tensor.shape)}, not two dimensions.")
         if part == "weight":
-            tensor = tensor.T
+            tensor, rows = tensor.T, self.inputs
+            fits = len(tensor) == self.all_inputs
         else:
-            bits, rest = divmod(tensor.shape[0] * PACKED_WORD_BITS, self.all_inputs)
-            if rest:
-                raise CheckpointError(
-                    f"{self._of(which)}: qweight has {tensor.shape[0]} rows, which are no whole bits for each of "
-                    f"{self.all_inputs} inputs."
-                )
-        rows = self.inputs if part == "weight" else words_of(self.inputs, bits, f"{self._of(which)}: inputs")
+            arrived.bits, rest = divmod(len(tensor) * PACKED_WORD_BITS, self.all_inputs)
+            fits = not rest and arrived.bits in BITS
+        if not fits:
+            raise CheckpointError(
+                f"{self._of(which)}: {part} has {len(tensor)} {'inputs' if part == 'weight' else 'rows of words'}, "
+                f"which does not fit {self.all_inputs} inputs. It is damaged, or of another model."
+            )
+        if part == "qweight":
+            rows = words_of(self.inputs, arrived.bits, f"{self._of(which)}: inputs")
         arrived.outputs = tensor.shape[1]
         arrived.runs = list(runs_of(origins(tensor.shape[1])))
         dtype = self.dtype if part == "weight" else tensor.dtype
@@ -211,7 +234,7 @@ class ArrivingWeight:
         return product
 
     def _parts(self, which: Hashable, arrived: _Arrived) -> Iterator[Part]:
-        if not arrived.large:
+        if not arrived.outputs:
             raise CheckpointError(
                 f"{self._of(which)}: the checkpoint has {', '.join(sorted(arrived.others))}, but no qweight."
             )
@@ -235,7 +258,7 @@ class ArrivingWeight:
                 qweight=qweight,
                 qzeros=cut.qzeros.to(self.device).contiguous(),
                 scales=cut.scales.to(self.device).contiguous(),
-                g_idx=cut.g_idx.to(self.device),
+                g_idx=cut.g_idx.to(self.device, torch.int32),
                 bits=bits,
                 checkpoint_format=self.zero_format,
             )
@@ -245,16 +268,21 @@ class ArrivingWeight:
     def _checked(self, which: Hashable, arrived: _Arrived) -> tuple[int, dict[str, Tensor]]:
         """Bits, and the small tensors by name, once they fit one another."""
         name, tensors = self._of(which), dict(arrived.others)
-        words = arrived.large[0].shape[0] * self.all_inputs // (self.inputs.stop - self.inputs.start)
         headers = {
             f"{name}.{part}": TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype)
             for part, tensor in tensors.items()
         }
+        words = self.all_inputs * arrived.bits // PACKED_WORD_BITS
         headers[f"{name}.qweight"] = TensorHeader(shape=(words, arrived.outputs), dtype=torch.int32)
         found = find_quantized_linears(headers)[name]
+        if found.bits != arrived.bits:
+            raise CheckpointError(
+                f"{name}: by its rows qweight has {arrived.bits} bits, by qzeros and scales {found.bits}. The file is "
+                "damaged; copy or download it again."
+            )
         groups = len(tensors["scales"])
         if "g_idx" not in tensors:
-            tensors["g_idx"] = trivial_groups(self.all_inputs, -(-self.all_inputs // groups), torch.device("cpu"))
+            tensors["g_idx"] = trivial_groups(self.all_inputs, self._width_of(groups, name), torch.device("cpu"))
         lowest, highest = (int(group) for group in tensors["g_idx"].aminmax())
         if lowest < 0 or highest >= groups:
             raise CheckpointError(
@@ -266,6 +294,19 @@ class ArrivingWeight:
                 f"{name}: scales are not all finite. The file is damaged; copy or download it again."
             )
         return found.bits, {part: tensors[part] for part in ("qzeros", "scales", "g_idx")}
+
+    def _width_of(self, groups: int, name: str) -> int:
+        """The columns of a group, of a linear without g_idx."""
+        stated = {self.all_inputs if size == -1 else size for size in self.group_sizes}
+        widths = {size for size in stated if -(-self.all_inputs // size) == groups}
+        if not widths and self.all_inputs % groups == 0:
+            return self.all_inputs // groups
+        if len(widths) != 1:
+            raise CheckpointError(
+                f"{name}: g_idx is missing, and {groups} groups of {self.all_inputs} inputs may be of several widths. "
+                "Write the checkpoint again with its g_idx."
+            )
+        return widths.pop()
 
     def _of(self, which: Hashable) -> str:
         return self.name if which in ((), None) else f"{self.name} ({which})"
