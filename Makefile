@@ -42,7 +42,7 @@ lint: $(VENV)/.installed
 
 # With the Python and the torch that the machine has: .venv's torch knows no GPU.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=src $(PYTHON) -m pytest tests/test_gpu.py -m gpu -o filterwarnings=default
 	PYTHONPATH=src $(PYTHON) benchmarks/kernels.py --bits 4
 	PYTHONPATH=src $(PYTHON) benchmarks/kernels.py --bits 2 3 8 --models 8B
 	PYTHONPATH=src $(PYTHON) benchmarks/experts.py

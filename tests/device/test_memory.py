@@ -11,7 +11,14 @@ import psutil
 import pytest
 import torch
 
-from optq.device.memory import MOST_GROWTH, all_finite, peak_gib, release_free_memory, reuse_of_free_memory
+from optq.device.memory import (
+    MOST_GROWTH,
+    all_finite,
+    free_bytes,
+    peak_gib,
+    release_free_memory,
+    reuse_of_free_memory,
+)
 
 
 def test_peak_follows_an_allocation():
@@ -19,6 +26,13 @@ def test_peak_follows_an_allocation():
     block = torch.ones(int(before * 2**30) // 4 + 50_000_000)  # more than everything so far
     assert peak_gib("cpu") > before + 0.15
     assert block.sum() > 0
+
+
+def test_what_torch_keeps_of_a_gpu_and_nobody_uses_is_free(monkeypatch):
+    figures = {"mem_get_info": (1000, 8000), "memory_reserved": 5000, "memory_allocated": 2000}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
+    assert free_bytes("cuda") == 1000 + 5000 - 2000
 
 
 @pytest.mark.slow

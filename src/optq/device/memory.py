@@ -36,10 +36,14 @@ def peak_gib(device: torch.device | str) -> float | None:
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Bytes that can still be allocated on an accelerator, or in the system's memory."""
+    """Bytes that can still be allocated on an accelerator, or in the system's memory.
+
+    What torch's allocator keeps of an accelerator's memory and nobody uses is free, although the driver does not know.
+    """
     device = torch.device(device)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
 
 
