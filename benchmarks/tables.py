@@ -20,6 +20,7 @@ PAGES = (
     "docs/kernels.md",
     "docs/large-models.md",
     "docs/onnx.md",
+    "docs/serving.md",
     "docs/coverage.md",
     "docs/interop.md",
 )
@@ -362,10 +363,40 @@ def interop() -> str:
         "transformers": f"transformers {named['transformers']} + optq, float32",
         "gptqmodel": f"GPTQModel {named['gptqmodel']}, bfloat16",
         "vllm-cpu": f"vLLM {named['vllm-cpu']} on a CPU, float16",
+        "vllm+optq": f"vLLM {named['vllm+optq']} + optq, the same",
     }
     lines = [f"| checkpoint | {' | '.join(readers.values())} |", f"|---|{'---|' * len(readers)}"]
     for name, row in content["results"].items():
         lines.append(f"| {name} | {' | '.join(_read_or_said(row.get(reader)) for reader in readers)} |")
+    return "\n".join(lines)
+
+
+def vllm() -> str:
+    """vLLM with optq's plugin on a CPU: how near its answers are, and how fast it is beside vLLM's own kernel."""
+    content = read("vllm-cpu")
+    found, environment, settings = content["results"], content["environment"], content["settings"]
+    text = (
+        f"{settings['model']}, groups of {settings['group_size']}; vLLM {settings['vllm']}, {environment['device']}, "
+        f"{environment['cores']} cores. Perplexity of {settings['windows'][0]} windows of {settings['windows'][1]} "
+        "tokens."
+    )
+    lines = [textwrap.fill(text, WIDTH), "", "| | transformers + optq, float32 | vLLM + optq, float16 | ratio |"]
+    lines.append("|---|---|---|---|")
+    for bits, row in found["perplexity"].items():
+        each = (row["transformers, float32"], row["vLLM, float16"])
+        lines.append(f"| {bits} | {each[0]:.3f} | {each[1]:.3f} | {row['ratio']:.4f} |")
+    lines += ["", "Medians of ratios, engines taking turns, and their quartiles:", "", "| | ratio | quartiles |"]
+    lines.append("|---|---|---|")
+    rows = {
+        f"decoding, {batch}: {name}": ratio
+        for batch, measured in found["decode"].items()
+        for name, ratio in measured.items()
+        if name != "milliseconds"
+    }
+    rows["loading 4 bits: time beside vLLM's own"] = found["load"]["time beside vLLM's own"]
+    for name, ratio in rows.items():
+        low, high = ratio["quartiles"]
+        lines.append(f"| {name} | {ratio['median']:.2f} | {low:.2f} … {high:.2f} |")
     return "\n".join(lines)
 
 
@@ -394,6 +425,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "onnx": onnx,
     "coverage": coverage,
     "interop": interop,
+    "vllm": vllm,
 }
 
 
