@@ -80,12 +80,10 @@ def save_tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random llama, float32, and its tokenizer. Not to be changed."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
+def save_tiny_llama(folder: Path, **changes: object) -> Path:
+    """A tiny random llama, float32, and its tokenizer; `changes` are its config's."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_llama_config())
+    model = AutoModelForCausalLM.from_config(tiny_llama_config(**changes))
     # Larger than the usual initialisation, so that quantization visibly changes the outputs.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,6 +92,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     save_tiny_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random llama and its tokenizer. Not to be changed."""
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="session")

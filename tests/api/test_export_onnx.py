@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
 import optq
-from conftest import save_tiny_tokenizer, tiny_llama_config
+from conftest import save_tiny_llama, save_tiny_tokenizer, tiny_llama_config
 from optq import GPTQConfig
 from optq.api import export_onnx as exporting
 from optq.cli import main
@@ -36,16 +36,7 @@ def quantized(dense, rows, folder, **settings):
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A llama of one block: torch's exporter takes its time for each."""
-    folder = tmp_path_factory.mktemp("dense")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_llama_config(num_hidden_layers=1))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    save_tiny_tokenizer(folder)
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("dense"), num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from .linear import group_sizes_of
 from .mixture import Activation, ArrivingExperts
 from .weights import PARTS
 
-PLACES = {"w13": ("w1", "w3"), "w2": ("w2",)}
-"""vLLM's parameters, and its names of an expert's linears in each: gate and up; down."""
+NAMES = tuple(f"{place}_{part}" for place in ("w13", "w2") for part in (*PARTS, "bias"))
+"""What vLLM calls the tensors of all experts: of gate and up, w13; of down, w2."""
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):
@@ -64,11 +64,11 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             device=torch.get_default_device(),
             dtype=params_dtype,
         )
-        for place in PLACES:
-            for part in (*PARTS, "bias"):
-                parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
-                set_weight_attrs(parameter, {"weight_loader": _Loader(layer, arriving, part)})
-                layer.register_parameter(f"{place}_{part}", parameter)
+        for name in NAMES:
+            parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            part = name.partition("_")[2]
+            set_weight_attrs(parameter, {"weight_loader": _Loader(layer, arriving, part)})
+            layer.register_parameter(name, parameter)
         layer.optq_arriving = arriving
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -76,9 +76,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         if arriving is None:
             return
         layer.optq_experts = arriving.experts(_activation_of(layer))
-        for place in PLACES:
-            for part in (*PARTS, "bias"):
-                delattr(layer, f"{place}_{part}")
+        for name in NAMES:
+            delattr(layer, name)
         codes = layer.optq_experts.products[1][0].parts[0].tensor
         layer.register_parameter("w2_qweight", nn.Parameter(codes, requires_grad=False))  # shows vLLM the device
 

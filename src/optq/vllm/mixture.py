@@ -135,8 +135,9 @@ class ArrivingExperts:
         return PackedExperts(self.name, ups, downs, *biases, activate)
 
     def _bias(self, expert: int, which: str) -> Tensor:
-        found = self._biases.get((expert, which))
-        return _zeros(self.hidden if which == LAST else self.inside * self.ranks) if found is None else found.cpu()
+        if (found := self._biases.get((expert, which))) is not None:
+            return found.cpu()
+        return torch.zeros(self.hidden if which == LAST else self.inside * self.ranks, device="cpu")
 
 
 class PackedExperts(nn.Module):
@@ -226,10 +227,6 @@ class PackedExperts(nn.Module):
     def _biased(self, output: Tensor, place: int, experts: Tensor) -> Tensor:
         bias = self.biases[place]
         return output if bias is None else output + bias[experts.long()]
-
-
-def _zeros(count: int) -> Tensor:
-    return torch.zeros(count, device="cpu")
 
 
 def _joined_of(products: Sequence[Product]) -> Part | None:
