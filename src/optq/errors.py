@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors of optq: one class per cause, all derived from `OptqError`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LONGEST_MESSAGE = 2000
@@ -25,6 +27,15 @@ def shortened(message: str, longest: int = LONGEST_MESSAGE) -> str:
 def counted(number: int, one: str, several: str | None = None) -> str:
     """A number and what it counts, by default with an s if it is not 1: "1 sample", "2 samples"."""
     return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
+@contextmanager
+def found_in(place: object) -> Iterator[None]:
+    """Begin the message of every error of optq that is raised inside with a place, such as a file or a tensor."""
+    try:
+        yield
+    except OptqError as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
 class ConfigError(OptqError, ValueError):

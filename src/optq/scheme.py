@@ -97,7 +97,7 @@ class LayerScheme:
 
     def group_width(self, in_features: int) -> int:
         """Columns per group of a layer with `in_features` columns: `group_size`, or all of them for -1."""
-        return in_features if self.group_size == -1 else self.group_size
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
 
     def group_count(self, in_features: int) -> int:
         """Groups per row; the last one is narrower when group_size does not divide in_features."""

@@ -3,10 +3,8 @@ import itertools
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from optq.checkpoint import find_quantized_linears, pack, read_headers, unpack
-from optq.checkpoint.layout import TensorHeader
+from optq.checkpoint import pack, unpack
 from optq.errors import CheckpointError
 from optq.gptq import round_to_nearest
 from optq.scheme import LayerScheme, QuantizedWeight
@@ -56,45 +54,3 @@ def test_scales_that_float16_would_round_are_refused():
     original.scales[0, 0] = 0.1
     with pytest.raises(CheckpointError, match="float16"):
         pack(original)
-
-
-def test_headers_tell_linears_and_bits(tmp_path):
-    file = str(tmp_path / "model.safetensors")
-    tensors = {"norm.weight": torch.ones(4)}
-    for bits in (2, 3, 4, 8):
-        packed = pack(quantized(bits, True, 32))
-        tensors |= {f"l{bits}.{part}": getattr(packed, part) for part in ("qweight", "qzeros", "scales", "g_idx")}
-    del tensors["l2.g_idx"]
-    save_file(tensors, file)
-    found = find_quantized_linears(read_headers([file]))
-    assert {name: linear.bits for name, linear in found.items()} == {"l2": 2, "l3": 3, "l4": 4, "l8": 8}
-    assert all((linear.in_features, linear.out_features) == (96, 32) for linear in found.values())
-    assert found["l3"].headers["scales"].dtype == torch.float16
-    assert "g_idx" not in found["l2"].headers
-
-
-def header(*shape: int) -> TensorHeader:
-    return TensorHeader(shape=shape, dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"qzeros": None}, "qzeros"),
-        ({"qzeros": header(3, 5)}, "fit no GPTQ layout"),
-        ({"qweight": header(12, 64)}, "fit no GPTQ layout"),
-        ({"g_idx": header(95)}, "g_idx"),
-        ({"scales": header(2, 32)}, "number of groups"),
-    ],
-)
-def test_contradicting_shapes_are_refused_by_name(changed, message):
-    headers = {"qweight": header(12, 32), "qzeros": header(3, 4), "scales": header(3, 32), "g_idx": header(96)}
-    assert find_quantized_linears({f"a.b.{part}": value for part, value in headers.items()})["a.b"].bits == 4
-    headers = {part: value for part, value in {**headers, **changed}.items() if value is not None}
-    with pytest.raises(CheckpointError, match=rf"a\.b.*{message}"):
-        find_quantized_linears({f"a.b.{part}": value for part, value in headers.items()})
-
-
-def test_pickled_files_are_refused():
-    with pytest.raises(CheckpointError, match="unpickling"):
-        read_headers(["pytorch_model.bin"])

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from optq.checkpoint import PackedWeight, read_headers
+from optq.checkpoint import PackedWeight, read_headers, value_errors
 from optq.config.metadata import ambiguity, groups_contradict, zeros_are_ambiguous, zeros_contradict
-from optq.errors import CheckpointError, ConfigError
+from optq.errors import CheckpointError, ConfigError, found_in
 from optq.files.legacy import WHERE
 from optq.files.output import output_folder, write_index
 from optq.files.source import (
@@ -31,6 +32,7 @@ from optq.files.source import (
 from optq.formats.gguf import opened_gguf
 from optq.formats.source import Opened, Source, Tensors
 from optq.formats.table import FORMATS, Write, describe
+from optq.hf.loading import check_loadable
 from optq.scheme import LayerScheme
 from optq.torch_state import default_torch_state
 
@@ -83,6 +85,8 @@ def convert(
     ):
         described = opened.described
         source = opened.source.without_desc_act() if without_desc_act else opened.source
+        if not isinstance(described.dtype, (torch.dtype, NoneType)):
+            raise CheckpointError(f"{origin}/config.json says dtype={described.dtype!r}, which is none of torch's.")
         opened.save_companions(partial)
         _write_weights(opened.tensors, source, target.write, described.dtype, partial)
         if target.entry is None:
@@ -119,25 +123,18 @@ def _converted(
     """The tensors of one linear in the format asked for, by the last part of their names."""
     scheme = source.schemes[linear]
     parts = {part: tensors[f"{linear}.{part}"] for part in source.parts if f"{linear}.{part}" in tensors}
-    with _told_about(linear):
+    with found_in(linear):
         packed = source.read(parts, scheme)
     _check(packed, linear, scheme)
-    with _told_about(linear):
+    with found_in(linear):
         return write(packed, scheme, dtype)
-
-
-@contextmanager
-def _told_about(linear: str) -> Iterator[None]:
-    """Name the linear in every error that is raised inside."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{linear}: {error}") from error
 
 
 def _check(packed: PackedWeight, name: str, scheme: LayerScheme) -> None:
     """The bytes must be what the labels say: readers of the new ones would believe them, too."""
+    width = scheme.group_width(packed.in_features)
     for contradiction in (
+        *value_errors(name, packed.scales, packed.g_idx, None, width),
         *zeros_contradict(name, scheme, packed.checkpoint_format, packed.qzeros),
         *groups_contradict(name, scheme, packed.g_idx),
     ):
@@ -154,7 +151,11 @@ def _opened_checkpoint(name: str, kwargs: dict[str, Any]) -> Iterator[Opened]:
     if not stated:
         raise CheckpointError(f"{name}: its config.json says nothing of quantization, so there is nothing to convert.")
     files = weight_files(name, described, kwargs)
-    source = describe(stated, read_headers([os.fspath(file) for file in files]))
+    headers = read_headers([os.fspath(file) for file in files])
+    with found_in(name):
+        source = describe(stated, headers)
+    if stated.get("quant_method") == "gptq":
+        check_loadable(described, [os.fspath(file) for file in files], source.config)
 
     def save_companions(folder: Path) -> None:
         copy_companions(companions_folder(name, kwargs), folder)

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optq.inspect`: what a checkpoint holds and who reads it, from its config and headers and a few small tensors."""
+"""`optq.inspect`: what a checkpoint holds and who reads it, from its config, headers and small tensors."""
 
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.config.gptq import GPTQConfig
-from optq.config.metadata import ambiguity, groups_contradict, scope_contradicts, zeros_are_ambiguous, zeros_contradict
+from optq.config.metadata import mislabelled, scope_contradicts, unusable, vectors_in
 from optq.device.memory import GIB
 from optq.device.placement import execution_device
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, OptqError
 from optq.files.source import (
     head_width_of,
     model_config_of,
@@ -27,6 +25,7 @@ from optq.files.source import (
     stated_quantization,
     weight_files,
 )
+from optq.hf.loading import check_loadable
 from optq.kernels import explain
 from optq.layers import QuantLinear
 from optq.readers import READERS, Linear, kind_of, refusals, split_of
@@ -65,6 +64,7 @@ def inspect(
     *,
     tensor_parallel: int = 1,
     versions: Mapping[str, str] | None = None,
+    verify: bool = False,
     **kwargs: Any,
 ) -> Inspection:
     """Say what a checkpoint holds, GPTQ or dense. Loads no model, and runs none of its code.
@@ -72,9 +72,12 @@ def inspect(
     Args:
         tensor_parallel: over how many GPUs a server will split it.
         versions: versions of readers, such as {"vllm": "0.32"}; by default the newest that is known.
+        verify: also compare the tensors with those of the model's class; and list all values that nothing can be
+            computed with as contradictions, instead of raising the first.
         kwargs: revision, token, trust_remote_code, cache_dir, … as for `from_pretrained`.
     Raises:
-        CheckpointError: no safetensors files, or tensors that fit no GPTQ layout.
+        CheckpointError: no safetensors files, tensors that fit no GPTQ layout, or values that nothing can be
+            computed with.
         ConfigError: there is no such reader, or nothing is known about that version of it.
     """
     readers: dict[str, str | None] = {**dict.fromkeys(READERS), **(versions or {})}
@@ -89,6 +92,16 @@ def inspect(
             f"{source} has packed GPTQ tensors, but its config.json says nothing about quantization. "
             "Add its quantization_config: bits, group_size, desc_act, sym and checkpoint_format at least."
         )
+    wrong = [] if config is None else unusable(quantized.values(), vectors_in(headers, quantized), config)
+    if not verify:
+        for error in wrong:
+            raise CheckpointError(error)
+    errors = list(wrong)
+    if verify and config is not None:
+        try:
+            check_loadable(described, [os.fspath(file) for file in files], config)
+        except OptqError as error:
+            errors += [] if str(error) in errors else [str(error)]
     linears = {} if config is None else linears_of(quantized, config, described)
     dense = {
         name: header
@@ -108,8 +121,9 @@ def inspect(
         bits_per_weight=8 * stored / weights if weights else math.nan,
         size_gib=sum(file.stat().st_size for file in files) / GIB,
         contradictions=(
+            *errors,
             *(scope_contradicts(config, quantized, _modules_of(dense)) if config is not None else ()),
-            *(_contradictions(files, linears.values(), config.zero_format) if config is not None else ()),
+            *(mislabelled(quantized.values(), config) if config is not None else ()),
         ),
         refused={
             reader: refusals(reader, linears.values(), tensor_parallel, _modules_of(dense), version)
@@ -204,20 +218,3 @@ def kernel_choices(
 
 def _modules_of(weights: Iterable[str]) -> list[str]:
     return [name.removesuffix(".weight") for name in weights]
-
-
-def _contradictions(files: Sequence[Path], linears: Iterable[Linear], zero_format: str) -> Iterator[str]:
-    """Where bytes and labels disagree, of the first linear of each kind."""
-    firsts = {(linear.kind, linear.scheme): linear for linear in reversed(list(linears))}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
-            for linear in firsts.values():
-                if f"{linear.name}.qzeros" in names:
-                    zeros = tensors.get_tensor(f"{linear.name}.qzeros")
-                    yield from zeros_contradict(linear.name, linear.scheme, zero_format, zeros)
-                    if zeros_are_ambiguous(linear.scheme.bits, zero_format, zeros):
-                        yield ambiguity([linear.name])
-                if f"{linear.name}.g_idx" in names:
-                    groups = tensors.get_tensor(f"{linear.name}.g_idx")
-                    yield from groups_contradict(linear.name, linear.scheme, groups)

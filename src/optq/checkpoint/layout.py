@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of one quantized linear on disk, and the headers that tell which linears a checkpoint has.
+"""The tensors of one quantized linear on disk.
 
 The format is specified in docs/checkpoint-format.md.
 """
 
 import math
-import os
-import pickle
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optq.errors import CheckpointError
-from optq.scheme import BITS, PACKED_WORD_BITS, QuantizedWeight, trivial_groups
+from optq.scheme import PACKED_WORD_BITS, QuantizedWeight, trivial_groups
 
 from .packing import pack_codes, unpack_codes
 from .zeros import BORROWING, CHECKPOINT_FORMATS, decode_zeros, encode_zeros, label_of
@@ -201,137 +197,3 @@ def with_trivial_groups(packed: PackedWeight, group_width: int) -> PackedWeight:
         )
     trivial = trivial_groups(packed.in_features, group_width, packed.g_idx.device)
     return replace(packed, qzeros=packed.qzeros[first], scales=packed.scales[first], g_idx=trivial)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorHeader:
-    """Shape and dtype of a tensor in a safetensors file, read without its data."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizedTensors:
-    """The headers of one quantized linear's tensors, and the bits that follow from their shapes."""
-
-    name: str
-    headers: dict[str, TensorHeader]  # by the last part of the tensor's name; "g_idx" and "bias" may be absent
-    bits: int
-
-    @property
-    def in_features(self) -> int:
-        return self.headers["qweight"].shape[0] * PACKED_WORD_BITS // self.bits
-
-    @property
-    def out_features(self) -> int:
-        return self.headers["qweight"].shape[1]
-
-
-_SAFETENSORS_DTYPES = {
-    **{"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
-    **{"I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "I64": torch.int64, "F64": torch.float64},
-}
-
-
-def open_whole(file: str | os.PathLike[str]) -> Any:
-    """Open a safetensors file.
-
-    Raises:
-        CheckpointError: it is missing or truncated.
-    """
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"The checkpoint lacks the file {os.fspath(file)}, which its index or config names. Copy or download it "
-            "again."
-        ) from error
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{os.fspath(file)} is no whole safetensors file: {error}. It may be cut short, or a pointer of Git LFS; "
-            "copy or download it again."
-        ) from error
-
-
-def read_headers(files: list[str], *, pickled: bool = False) -> dict[str, TensorHeader]:
-    """Read shape (...) and dtype of every tensor in `files`, by tensor name, without the data.
-
-    Args:
-        pickled: read files that torch.save wrote (.bin, .pt), too: their tensors only, as torch's weights_only does.
-    Raises:
-        CheckpointError: a file is missing, damaged or not safetensors, or it is pickled and holds more than tensors.
-    """
-    headers: dict[str, TensorHeader] = {}
-    for file in files:
-        if not os.fspath(file).endswith(".safetensors"):
-            if not pickled:
-                raise CheckpointError(
-                    f"{file}: only .safetensors files are read; unpickling a file from elsewhere can run its code. "
-                    "AutoModelForCausalLM.from_pretrained(..., use_safetensors=False) reads nothing but tensors "
-                    "from it, if weights_only stays True; save_pretrained() then writes safetensors."
-                )
-            headers |= _headers_of_pickle(file)
-            continue
-        with open_whole(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                part = tensors.get_slice(name)
-                headers[name] = TensorHeader(
-                    shape=tuple(part.get_shape()), dtype=_SAFETENSORS_DTYPES.get(part.get_dtype(), torch.float32)
-                )
-    return headers
-
-
-def _headers_of_pickle(file: str) -> dict[str, TensorHeader]:
-    try:
-        tensors = torch.load(file, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{file} is refused, since it holds more than tensors: {error}") from error
-    return {name: TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in tensors.items()}
-
-
-def find_quantized_linears(headers: dict[str, TensorHeader]) -> dict[str, QuantizedTensors]:
-    """Find the quantized linears of a checkpoint, by module name. Bits follow from the shapes, not from a label.
-
-    Args:
-        headers: those of a linear are qweight (in · bits / 32, out), qzeros (groups, out · bits / 32), scales
-            (groups, out), and maybe g_idx (in,) and bias (out,).
-    Raises:
-        CheckpointError: a linear's tensors are incomplete or their shapes contradict one another.
-    """
-    linears = {}
-    for key in headers:
-        name, _, last = key.rpartition(".")
-        if last != "qweight":
-            continue
-        own = {part: headers[f"{name}.{part}"] for part in (*TENSOR_NAMES, "bias") if f"{name}.{part}" in headers}
-        missing = [part for part in ("qzeros", "scales") if part not in own]
-        if missing:
-            raise CheckpointError(f"{name}: the checkpoint has qweight but not {' and '.join(missing)}.")
-        linears[name] = QuantizedTensors(name=name, headers=own, bits=_bits_of(name, own))
-    return linears
-
-
-def _bits_of(name: str, headers: dict[str, TensorHeader]) -> int:
-    """qzeros is (groups, out · bits / 32) and scales (groups, out), so their widths tell the bits."""
-    words, out_features = headers["qzeros"].shape[-1], headers["scales"].shape[-1]
-    bits = words * PACKED_WORD_BITS // out_features
-    shapes = {part: header.shape for part, header in headers.items()}
-    if (
-        bits not in BITS
-        or words * PACKED_WORD_BITS != bits * out_features
-        or headers["qweight"].shape[1] != out_features
-    ):
-        raise CheckpointError(
-            f"{name}: tensor shapes {shapes} fit no GPTQ layout of {', '.join(map(str, BITS))} bits "
-            "(qweight (in*bits/32, out), qzeros (groups, out*bits/32), scales (groups, out))."
-        )
-    in_features = headers["qweight"].shape[0] * PACKED_WORD_BITS // bits
-    if "g_idx" in headers and headers["g_idx"].shape != (in_features,):
-        raise CheckpointError(
-            f"{name}: g_idx has shape {headers['g_idx'].shape}, but qweight implies ({in_features},)."
-        )
-    if headers["scales"].shape[0] != headers["qzeros"].shape[0]:
-        raise CheckpointError(f"{name}: scales and qzeros disagree about the number of groups: {shapes}.")
-    return bits

@@ -22,6 +22,9 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VERSION",
         help="answer for this version of a reader, as vllm=0.29; may be repeated (the newest that is known)",
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="list all that is wrong with it, and do not stop at the first"
+    )
     add_source(parser)
 
 
@@ -44,7 +47,11 @@ def inspect(arguments: argparse.Namespace) -> int:
 
     versions = dict(arguments.reader)
     found = optq.inspect(
-        arguments.model, tensor_parallel=arguments.tensor_parallel, versions=versions, **loading(arguments)
+        arguments.model,
+        tensor_parallel=arguments.tensor_parallel,
+        versions=versions,
+        verify=arguments.verify,
+        **loading(arguments),
     )
     if arguments.json:
         linears = [

@@ -5,7 +5,10 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
+
+import regex  # a match of it may take no more than some time, which one of `re` may not
 
 from optq.errors import ConfigError
 from optq.readers import FUSED_NAMES
@@ -23,6 +26,18 @@ OVERRIDES = ("bits", "group_size", "sym", "desc_act", "damp_percent")
 """What a rule may change."""
 
 
+MOST_PATTERNS, LONGEST_PATTERN = 10_000, 4_000
+"""Rules that are more than the name of linears, and the characters of one: a file may hold millions."""
+
+SECONDS = 0.1
+"""For one match: as a pattern is written by a stranger, it may take longer than anyone lives."""
+
+EXACT = regex.compile(
+    r"\^(?:(?P<parent>(?:[\w-]|\\[.-])+)\\\.)?(?:\(\?:(?P<several>(?:[\w-]|\\-|\|)+)\)|(?P<one>[\w-]+))\$"
+)
+"""A pattern that matches nothing but the names that it lists, as `pattern_of` writes them."""
+
+
 def checked_rules(rules: Rules | None, *, of_file: bool) -> Rules | None:
     """The rules, each setting checked as the field of its name.
 
@@ -32,16 +47,15 @@ def checked_rules(rules: Rules | None, *, of_file: bool) -> Rules | None:
         ConfigError: one does not fit; rule and setting are named.
     """
     checked: Rules = {}
+    refuse_too_many(rules or {})
     for pattern, settings in (rules or {}).items():
         if not isinstance(pattern, str) or not isinstance(settings, dict):
             raise ConfigError(
                 f"dynamic: {short(pattern)}: {short(settings)} was asked for; the first is a pattern, and the second "
                 f"a dict of settings: {', '.join(OVERRIDES)}; or {{}}."
             )
-        try:
-            re.compile(pattern_in(pattern))
-        except re.error as error:
-            raise ConfigError(f"dynamic: {pattern!r} is not a regular expression: {error}.") from error
+        if not names_in(pattern_in(pattern)):
+            _compiled(pattern_in(pattern))
         checked[pattern] = dict(settings)
         for key, value in settings.items():
             label = f"dynamic: {pattern!r}: {key}"
@@ -56,6 +70,7 @@ def checked_rules(rules: Rules | None, *, of_file: bool) -> Rules | None:
 
 def rules_of_file(rules: Mapping[str, Any]) -> dict[str, Any]:
     """Rules of `dynamic` from JSON: null instead of a rule is an empty one, and null settings are left out."""
+    refuse_too_many(rules)
     read = {}
     for pattern, settings in rules.items():
         if isinstance(settings, dict):
@@ -72,8 +87,87 @@ def rules_of_file(rules: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def matching(rules: Rules | None, name: str) -> str | None:
-    """The pattern that counts for the linear of this name: the first that matches."""
-    return next((pattern for pattern in rules or {} if re.match(pattern_in(pattern), name)), None)
+    """The pattern that counts for the linear of this name: the first that matches.
+
+    Raises:
+        ConfigError: it takes too long to find out.
+    """
+    return _found(tuple(rules), name) if rules else None
+
+
+def matches(pattern: str, name: str, where: str = "dynamic") -> bool:
+    """Whether a regular expression matches the start of a name.
+
+    Raises:
+        ConfigError: it is none, or it takes too long to find out.
+    """
+    try:
+        return _compiled(pattern, where).match(name, timeout=SECONDS) is not None
+    except TimeoutError as error:
+        raise ConfigError(
+            f"{where}: {short(pattern)} takes longer than {SECONDS} s to be compared with {name!r}: it has repeats "
+            "inside of repeats, or as many. Write a simpler pattern, such as one that ends with a layer's own name."
+        ) from error
+
+
+def _found(patterns: tuple[str, ...], name: str) -> str | None:
+    exact, others = _indexed(patterns)
+    limit = exact.get(name, len(patterns))
+    place = next((place for place in others if place < limit and matches(pattern_in(patterns[place]), name)), limit)
+    return patterns[place] if place < len(patterns) else None
+
+
+@lru_cache(maxsize=8)
+def _indexed(patterns: tuple[str, ...]) -> tuple[dict[str, int], list[int]]:
+    """The first pattern that lists each name, by its place; and the places of those that are no lists."""
+    exact: dict[str, int] = {}
+    others = []
+    for place, pattern in enumerate(patterns):
+        names = names_in(pattern_in(pattern))
+        for name in names:
+            exact.setdefault(name, place)
+        if not names:
+            others.append(place)
+    return exact, others
+
+
+def names_in(pattern: str) -> list[str]:
+    """The names that a pattern lists; empty if it is more than a list."""
+    if (found := EXACT.fullmatch(pattern)) is None:
+        return []
+    parent = f"{found['parent']}." if found["parent"] else ""
+    return [f"{parent}{name}".replace("\\", "") for name in (found["one"] or found["several"]).split("|")]
+
+
+@lru_cache(maxsize=2 * MOST_PATTERNS)
+def _compiled(pattern: str, where: str = "dynamic") -> Any:
+    if len(pattern) > LONGEST_PATTERN:
+        raise ConfigError(
+            f"{where}: {short(pattern)} has {len(pattern)} characters; {LONGEST_PATTERN} are allowed. Write several."
+        )
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{where}: {short(pattern)} is not a regular expression: {error}.") from error
+
+
+def refuse_too_many(rules: Mapping[Any, Any]) -> None:
+    """Refuse more rules than can be looked through for every linear.
+
+    Raises:
+        ConfigError: there are more than `MOST_PATTERNS` that do not just list names.
+    """
+    if len(rules) <= MOST_PATTERNS:
+        return
+    # What does not begin with ^ is no list of names; to look closer takes seconds for a million.
+    count = sum(not (isinstance(pattern, str) and pattern_in(pattern).startswith("^")) for pattern in rules)
+    if count <= MOST_PATTERNS:
+        count = sum(not (isinstance(pattern, str) and names_in(pattern_in(pattern))) for pattern in rules)
+    if count > MOST_PATTERNS:
+        raise ConfigError(
+            f"dynamic has {count} patterns; {MOST_PATTERNS} are allowed, and as many as there are of those that only "
+            "list names, such as ^model\\.layers\\.0\\.mlp\\.(?:up_proj|gate_proj)$. Write fewer that match more."
+        )
 
 
 def choices_of(base: LayerScheme, serving: str | None, out_features: int, in_features: int) -> Iterator[LayerScheme]:

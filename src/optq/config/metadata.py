@@ -8,12 +8,22 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from optq.checkpoint import CHECKPOINT_FORMATS, QuantizedTensors, decode_zeros, label_of, rules_differ, unpack_codes
+from optq.checkpoint import (
+    CHECKPOINT_FORMATS,
+    QuantizedTensors,
+    label_of,
+    reader_of,
+    rules_differ,
+    unpack_codes,
+    value_errors,
+)
+from optq.checkpoint.headers import TensorHeader
+from optq.checkpoint.zeros import encode_zeros
 from optq.errors import CheckpointError, counted
 from optq.readers import kind_of
-from optq.scheme import LayerScheme, trivial_groups
+from optq.scheme import PACKED_WORD_BITS, LayerScheme, trivial_groups
 
-from .dynamic import pattern_in
+from .dynamic import matches, pattern_in
 from .gptq import GPTQConfig
 
 HEAD_NAMES = ("lm_head", "embed_out", "output")
@@ -28,7 +38,11 @@ def zeros_contradict(name: str, scheme: LayerScheme, zero_format: str, qzeros: T
         qzeros: (groups, out · bits / 32) int32.
     """
     checkpoint_format, middle = label_of(zero_format), 2 ** (scheme.bits - 1)
-    if not scheme.symmetric or bool((decode_zeros(qzeros, scheme.bits, zero_format) == middle).all()):
+    if not scheme.symmetric:
+        return
+    outputs = qzeros.shape[1] * PACKED_WORD_BITS // scheme.bits
+    row = encode_zeros(torch.full((1, outputs), middle, dtype=torch.int16), scheme.bits, zero_format)
+    if torch.equal(qzeros, row.to(qzeros.device).expand_as(qzeros)):
         return
     stored = set(unpack_codes(qzeros.T.contiguous(), scheme.bits).unique().tolist())
     offset = CHECKPOINT_FORMATS[checkpoint_format]
@@ -73,11 +87,70 @@ def groups_contradict(name: str, scheme: LayerScheme, g_idx: Tensor) -> Iterator
         )
 
 
+SMALL = ("scales", "g_idx", "bias")
+"""The tensors of a packed linear that are read to be checked: a few hundredths of it."""
+
+
+def unusable(
+    quantized: Iterable[QuantizedTensors], vectors: Iterable[TensorHeader], config: GPTQConfig
+) -> Iterator[str]:
+    """Read the small tensors of a checkpoint, and yield one sentence for each that cannot be computed with.
+
+    Args:
+        quantized: the packed linears, as their headers say: qweight is (in · bits / 32, out).
+        vectors: other tensors that have to be finite, such as the (features,) weights of norms.
+        config: may state another group size for each linear.
+    """
+    linears, others = list(quantized), [header for header in vectors if header.dtype.is_floating_point]
+    with reader_of([*others, *(x.headers[part] for x in linears for part in SMALL if part in x.headers)]) as read:
+        for linear in linears:
+            scales, g_idx, bias = (read(linear.headers[part]) if part in linear.headers else None for part in SMALL)
+            assert scales is not None  # no linear without
+            scheme = config.scheme_for(linear.name)
+            is_told = scheme is not None and linear.groups in _group_counts(scheme, linear.in_features)
+            width = scheme.group_width(linear.in_features) if scheme is not None and is_told else None
+            yield from value_errors(f"{linear.file}: {linear.name}", scales, g_idx, bias, width)
+        for header in others:
+            if not bool(read(header).float().isfinite().all()):
+                yield f"{header}: it is not finite. The file is damaged; download it again."
+
+
+def mislabelled(quantized: Iterable[QuantizedTensors], config: GPTQConfig) -> Iterator[str]:
+    """Read zeros and groups of a checkpoint, and yield where they are not what config.json says: once per kind.
+
+    Args:
+        quantized: the packed linears, as their headers say: qweight is (in · bits / 32, out).
+    """
+    linears, zero_format = list(quantized), config.zero_format
+    found: dict[tuple[str, str], str] = {}  # by the linear's kind, and by what is the matter
+    unclear = []
+    with reader_of(x.headers[part] for x in linears for part in ("qzeros", "g_idx") if part in x.headers) as read:
+        for linear in linears:
+            if (scheme := config.scheme_for(linear.name)) is None:
+                continue
+            zeros = read(linear.headers["qzeros"])
+            for sentence in zeros_contradict(linear.name, scheme, zero_format, zeros):
+                found.setdefault((kind_of(linear.name), "zeros"), sentence)
+            if zeros_are_ambiguous(scheme.bits, zero_format, zeros):
+                unclear.append(linear.name)
+            if "g_idx" in linear.headers:
+                for sentence in groups_contradict(linear.name, scheme, read(linear.headers["g_idx"])):
+                    found.setdefault((kind_of(linear.name), "groups"), sentence)
+    yield from found.values()
+    if unclear:
+        yield ambiguity(unclear)
+
+
+def vectors_in(headers: Mapping[str, TensorHeader], quantized: Mapping[str, QuantizedTensors]) -> list[TensorHeader]:
+    """The tensors of one dimension, (features,), that belong to no packed linear."""
+    return [x for key, x in headers.items() if len(x.shape) == 1 and key.rpartition(".")[0] not in quantized]
+
+
 def check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
-    """Check bits and group size against a linear's qweight (in · bits / 32, out) and scales (groups, out).
+    """Check bits, group size and desc_act against a linear's qweight (in · bits / 32, out) and scales (groups, out).
 
     Raises:
-        CheckpointError: the shapes contradict `scheme`.
+        CheckpointError: the tensors contradict `scheme`.
     """
     if scheme is None:
         return
@@ -86,15 +159,24 @@ def check_label(tensors: QuantizedTensors, scheme: LayerScheme | None) -> None:
             f"{tensors.name}: config.json says {scheme.bits} bits, but the tensors hold {tensors.bits}. "
             "Correct quantization_config.bits, or its dynamic entry for this layer."
         )
-    groups = tensors.headers["scales"].shape[0]
-    # Writers disagree whether a narrower last group exists; both counts are read.
-    width = scheme.group_width(tensors.in_features)
-    if groups not in (scheme.group_count(tensors.in_features), tensors.in_features // width):
+    groups = tensors.groups
+    if groups not in _group_counts(scheme, tensors.in_features):
         raise CheckpointError(
             f"{tensors.name}: config.json says group_size {scheme.group_size}, which makes "
             f"{counted(scheme.group_count(tensors.in_features), 'group')} of {tensors.in_features} columns, but the "
             f"tensors hold {groups}. Correct quantization_config.group_size, or its dynamic entry for this layer."
         )
+    if scheme.act_order == "desc_act" and groups > 1 and "g_idx" not in tensors.headers:
+        raise CheckpointError(
+            f"{tensors.name}: config.json says desc_act=true, so columns are in any group, but the checkpoint has no "
+            f"{tensors.name}.g_idx that says in which. Correct desc_act to false if they are runs of neighbours; else "
+            "download the checkpoint again."
+        )
+
+
+def _group_counts(scheme: LayerScheme, in_features: int) -> tuple[int, int]:
+    """How many groups so many columns may have: writers disagree whether a narrower last one exists."""
+    return scheme.group_count(in_features), in_features // scheme.group_width(in_features)
 
 
 def scope_contradicts(
@@ -149,7 +231,7 @@ def without_effect(config: GPTQConfig, linears: list[str]) -> list[str]:
         if not any(name.endswith(f".{entry}") and kind_of(name) != name for name in linears)
     ]
     for pattern in config.dynamic or {}:
-        matched = [name for name in linears if re.match(pattern_in(pattern), name)]
+        matched = [name for name in linears if matches(pattern_in(pattern), name)]
         if matched and not config.lm_head and not pattern.startswith("-:") and all(kind_of(n) == n for n in matched):
             found.append(
                 f"dynamic: {pattern!r} matches only the output head, which stays as it is, so it has no effect. The "

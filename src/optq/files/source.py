@@ -4,7 +4,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from optq.checkpoint import read_headers
+from optq.config.field import short
 from optq.config.gptq import GPTQConfig
-from optq.errors import CheckpointError, ModelError
+from optq.errors import CheckpointError, ModelError, OptqError, found_in
 from optq.readers import FUSED_NAMES
 
 from .legacy import WHERE, entry_of
@@ -60,22 +62,40 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
         raise ModelError(
             f"{folder} has no config.json, so it is no model. Name a model's folder, or its id on the Hub."
         )
-    if as_data:
+    with _refusing(source):
         written, _ = PreTrainedConfig.get_config_dict(source, **_only(keys, kwargs))
-        if "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
+        if as_data and "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
             return PreTrainedConfig.from_dict(written)
-    try:
         return AutoConfig.from_pretrained(source, **_only(keys, kwargs))
-    except ValueError as error:
+
+
+@contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    """Name the file in what transformers says of a config that it cannot read, which may be any error."""
+    try:
+        yield
+    except (OptqError, OSError):  # these do, or say that there is no such model
+        raise
+    except Exception as error:
         raise ModelError(
-            f"{source}: transformers {transformers.__version__} cannot read its config: {error}"
+            f"{source}/config.json: transformers {transformers.__version__} cannot read it: {type(error).__name__}: "
+            f"{error}"
         ) from error
 
 
 def stated_quantization(model_config: Any) -> GPTQConfig | None:
     """The config of a GPTQ checkpoint from its model's config; None if that states no GPTQ."""
     stated = quantization_entry(model_config)
-    return GPTQConfig.from_dict(stated) if stated else None
+    if not stated:
+        return None
+    if (method := stated.get("quant_method")) != "gptq":
+        raise CheckpointError(
+            f"{model_config.name_or_path}/config.json says quant_method={short(method)}, but the tensors are packed "
+            'as GPTQ packs them. Correct it to "gptq", or download the weights again.'
+        )
+    with found_in(f"{model_config.name_or_path}/config.json: quantization_config"):
+        config: GPTQConfig = GPTQConfig.from_dict(stated)
+        return config
 
 
 def quantization_entry(model_config: Any) -> dict[str, Any] | None:
@@ -137,8 +157,10 @@ def model_class_of(model_config: Any) -> Any:
     """The class that the model's own config names, else the causal language model."""
     if getattr(model_config, "auto_map", None):
         return AutoModelForCausalLM
-    name = (model_config.architectures or [""])[0]
-    return getattr(transformers, name, AutoModelForCausalLM)
+    named = model_config.architectures
+    if not isinstance(named, (list, tuple)) or not named or not isinstance(named[0], str):
+        return AutoModelForCausalLM
+    return getattr(transformers, named[0], AutoModelForCausalLM)
 
 
 def companions_folder(source: str, kwargs: dict[str, Any]) -> Path:
@@ -187,7 +209,7 @@ def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list
     name = getattr(model_config, "transformers_weights", None)
     names = [name or SAFE_WEIGHTS_NAME]
     if (index := file(name or SAFE_WEIGHTS_INDEX_NAME)) is not None and index.suffix == ".json":
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = shards_of(index)
     files = {name: file(name) for name in names}
     if missing := [name for name, path in files.items() if path is None]:
         raise CheckpointError(
@@ -208,12 +230,49 @@ def check_files(source: str, kwargs: dict[str, Any]) -> None:
     index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
     if kwargs.get("use_safetensors") is False or kwargs.get("variant"):  # others are read
         return
-    names: set[str] = set()
-    if whole.exists():  # transformers looks for it first
-        names = {SAFE_WEIGHTS_NAME}
+    names: list[str] = []
+    if os.path.lexists(whole):  # transformers looks for it first
+        names = [SAFE_WEIGHTS_NAME]
     elif index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    read_headers([os.fspath(folder / name) for name in sorted(names)])
+        names = shards_of(index)
+    read_headers([os.fspath(folder / name) for name in names])
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of a checkpoint's files, sorted, by its index.
+
+    Raises:
+        CheckpointError: the index is damaged, or names a file that is not beside it.
+    """
+    content = json_object(index)
+    homes = content.get("weight_map")
+    if not isinstance(homes, dict) or not homes or not isinstance(content.get("metadata"), dict):
+        raise CheckpointError(
+            f'{index} is no index of a checkpoint: it has {short(content)} instead of "metadata" and a "weight_map" '
+            "from tensors to files. Download it again."
+        )
+    for tensor, file in homes.items():
+        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} says that {short(tensor)} is in {short(file)}; allowed are names of .safetensors files in "
+                "the same folder. Download it again from where you trust it."
+            )
+    return sorted(set(homes.values()))
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds {short(content)}, and no JSON object. Download it again.")
+    return content
 
 
 def _only(keys: tuple[str, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Its codes are signed, and 2 ** (bits - 1) is added to codes and zeros before the
 which makes them the unsigned ones that GPTQ packs. compressed-tensors 0.20 was read and run.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from optq.checkpoint.layout import PackedWeight, as_float16, relabel
 from optq.checkpoint.packing import pack_codes
+from optq.config.dynamic import matches
 from optq.errors import CheckpointError
 from optq.scheme import BITS, PACKED_WORD_BITS, ActOrder, LayerScheme, trivial_groups
 
@@ -115,7 +115,7 @@ def describe_compressed(stated: dict[str, Any], headers: Headers) -> Source:
 
 
 def _is_pattern_of(target: str, name: str) -> bool:
-    return target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None
+    return target.startswith("re:") and matches(target.removeprefix("re:"), name, "config_groups")
 
 
 def _compressed_scheme(key: str, group: dict[str, Any], form: str | None, act_order: ActOrder) -> LayerScheme:

@@ -7,7 +7,7 @@ from typing import Any
 from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears
 from optq.config.gptq import GPTQConfig
 from optq.config.metadata import check_label
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, found_in
 from optq.scheme import PACKED_WORD_BITS, LayerScheme, trivial_groups
 from optq.version import __version__
 
@@ -15,7 +15,8 @@ from .source import Headers, Parts, Source, dense_matrices
 
 
 def describe_gptq(stated: dict[str, Any], headers: Headers) -> Source:
-    config = GPTQConfig.from_dict(stated)
+    with found_in("config.json: quantization_config"):
+        config = GPTQConfig.from_dict(stated)
     linears = find_quantized_linears(dict(headers))
 
     def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:

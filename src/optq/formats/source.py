@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from optq.checkpoint import PackedWeight, with_trivial_groups
-from optq.checkpoint.layout import TensorHeader
+from optq.checkpoint.headers import TensorHeader
 from optq.config.dynamic import dynamic_rules, pattern_of
 from optq.config.gptq import GPTQConfig
 from optq.errors import CheckpointError

@@ -10,7 +10,7 @@ from typing import Any
 
 from optq.checkpoint import open_whole
 from optq.compat import transformers as compat
-from optq.errors import ModelError
+from optq.errors import CheckpointError, ModelError
 from optq.files.legacy import entry_of
 from optq.files.source import nested_quantization, quantization_entry
 
@@ -100,6 +100,12 @@ def check_says_something(stated: Any) -> None:
         raise ModelError(
             "config.json has an empty quantization_config, so nobody can tell whether and how the model is quantized; "
             'it is a dict with "quant_method". Correct it, or remove it if the weights are not quantized.'
+        )
+    # Of bitsandbytes, older files say these instead.
+    if not any(entry_of(stated).get(key) for key in ("quant_method", "load_in_8bit", "load_in_4bit")):
+        raise CheckpointError(
+            "config.json has a quantization_config without quant_method, so nobody can tell how the model is "
+            'quantized; of a GPTQ checkpoint it is "gptq". Add it.'
         )
 
 

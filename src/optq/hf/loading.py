@@ -12,14 +12,23 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from optq.checkpoint import find_quantized_linears, read_headers
+from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
+from optq.checkpoint.headers import TensorHeader
 from optq.compat import transformers as compat
+from optq.compat.call import name_told, told, where_told
 from optq.config.gptq import GPTQConfig
-from optq.config.metadata import ambiguity, check_label, zeros_are_ambiguous, zeros_contradict
+from optq.config.metadata import (
+    check_label,
+    mislabelled,
+    unusable,
+    vectors_in,
+)
 from optq.device.memory import release_free_memory
-from optq.errors import CheckpointError, counted
+from optq.errors import CheckpointError, ModelError, counted
 from optq.files.legacy import UNPICKLE
+from optq.files.source import check_files, model_class_of
 from optq.integrations import tensor_parallel as parallel
 from optq.integrations.tensor_parallel import ParallelLinear
 from optq.kernels import tune
@@ -27,6 +36,8 @@ from optq.layers import QuantLinear, fuse_experts, fuse_projections
 from optq.model import LINEAR_TYPES, ROLES, Experts, find_fused_experts, put_fused, put_split
 from optq.readers import kind_of
 from optq.scheme import LayerScheme
+
+from .completeness import check_complete
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +65,9 @@ class PackedLoad:
         self._weights_only = True
 
     def validate(self, device_map: Any, weights_only: bool) -> None:
-        """Remember whether files that may hold code are refused; nothing else can be checked yet."""
+        """Check the files, and remember whether those that may hold code are refused."""
         self._weights_only = weights_only
+        check_files(name_told(), {**where_told(), **told(("use_safetensors",))})
 
     def device_map(self, asked: Any) -> Any:
         return asked
@@ -98,22 +110,35 @@ class PackedLoad:
             raise CheckpointError(
                 f"{counted(len(strangers), 'quantized tensor')} of the checkpoint, such as {min(strangers)}, "
                 f"{'belongs' if len(strangers) == 1 else 'belong'} to no linear layer of "
-                f"{type(model).__name__}. The checkpoint was made for another architecture."
+                f"{type(model).__name__}. The checkpoint was made for another architecture, or "
+                f"its config.json states other sizes."
             )
         self._packed = list(fitting)
         if self.config.lm_head and not any(kind_of(name) == name for name in fitting):  # this model has no head
             self.config = copy.copy(self.config)
             self.config.lm_head = False
             model.config.quantization_config = self.config
+        check_complete(model, headers, fitting)
+        for name, tensors in fitting.items():
+            check_label(tensors, self.config.scheme_for(name))
+        if not pickled:
+            self._check_values(fitting, vectors_in(headers, found))
         dtype, zero_format, backend = model.dtype, self.config.zero_format, self.config.backend
         layer_type = ParallelLinear if parallel.wants_parallel(model) else QuantLinear
         for name, tensors in fitting.items():
-            check_label(tensors, self.config.scheme_for(name))
             if "g_idx" not in tensors.headers:
                 self._without_g_idx.add(name)
             model.set_submodule(name, layer_type.empty(tensors, zero_format, backend, dtype))
         if layer_type is ParallelLinear:
             parallel.make_ready(model, self.experts)
+
+    def _check_values(self, quantized: dict[str, QuantizedTensors], vectors: list[TensorHeader]) -> None:
+        """Refuse values that nothing can be computed with, and warn of labels that are not true."""
+        with torch.device("cpu"):  # the model is being made on the meta device
+            for error in unusable(quantized.values(), vectors, self.config):
+                raise CheckpointError(error)
+            for contradiction in mislabelled(quantized.values(), self.config):
+                logger.warning("%s", contradiction)
 
     def _split_experts(self, model: Any, headers: Iterable[str]) -> None:
         """Split the experts that the checkpoint has one by one, if any of them is packed.
@@ -143,20 +168,7 @@ class PackedLoad:
                 layer.fill_trivial_groups(scheme.group_width(layer.in_features))
             if isinstance(layer, ParallelLinear):
                 layer.take_part()  # drops what belongs to other processes
-        self._doubt_labels(model)
         self.make_ready(model)
-
-    def _doubt_labels(self, model: Any) -> None:
-        """Warn where the first layer of a kind has zeros that its label does not explain, or any has unclear ones."""
-        layers = {name: x for name, x in _quantized_layers(model).items() if x.qzeros.device.type != "meta"}
-        zero_format = self.config.zero_format
-        for name, layer in {kind_of(name): (name, layer) for name, layer in reversed(layers.items())}.values():
-            if (scheme := self.config.scheme_for(name)) is not None:
-                for contradiction in zeros_contradict(name, scheme, zero_format, layer.qzeros):
-                    logger.warning(contradiction)
-        unclear = [name for name, x in layers.items() if zeros_are_ambiguous(x.bits, zero_format, x.qzeros)]
-        if unclear:
-            logger.warning("%s", ambiguity(unclear))
 
     def make_ready(self, model: Any) -> None:
         """Let every layer choose its kernel; offloaded layers do so when they are called."""
@@ -205,6 +217,31 @@ class PackedLoad:
             experts.return_weights()
         put_fused(model, self.experts)
         self.experts = {}
+
+
+def check_loadable(described: Any, files: list[str], config: GPTQConfig) -> None:
+    """Do all that loading a packed checkpoint does before it reads the weights, on a model that is thrown away.
+
+    Args:
+        described: the model's config; nothing is done if transformers does not know its class.
+        files: the checkpoint's.
+    Raises:
+        CheckpointError: it cannot be loaded.
+        ModelError: no model can be made of its config.
+    """
+    kind = model_class_of(described)
+    if kind is AutoModelForCausalLM and type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    try:
+        with torch.device("meta"):
+            make = kind.from_config if kind is AutoModelForCausalLM else kind
+            model = make(copy.deepcopy(described))
+    except Exception as error:  # a config of a stranger may break any model in any way
+        raise ModelError(
+            f"{described.name_or_path}/config.json: no {kind.__name__} can be made of it: {type(error).__name__}: "
+            f"{error}. Download it again."
+        ) from error
+    PackedLoad(config).before(model, files, None)
 
 
 def _quantized_layers(model: Any) -> dict[str, QuantLinear]:

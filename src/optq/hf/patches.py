@@ -8,9 +8,11 @@ still importing itself; so what needs more of it is imported when it is first us
 import copy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from optq.compat.call import NAME, called_with
+from optq.compat.call import NAME, called_with, name_told
+from optq.errors import found_in
 from optq.patching import assign, put, wrap
 
 
@@ -21,8 +23,14 @@ def read_old_folders() -> None:
     def make(read: Callable[..., Any]) -> Callable[..., Any]:
         def get_config_dict(cls: type[Any], /, source: Any, **kwargs: Any) -> Any:
             from optq.files.legacy import complete_config
+            from optq.files.source import json_object
 
-            config, unused = read(cls, source, **kwargs)
+            try:
+                config, unused = read(cls, source, **kwargs)
+            except (AttributeError, TypeError, RecursionError):
+                if (file := Path(source, kwargs.get("subfolder") or "", "config.json")).is_file():
+                    json_object(file)  # raises, if it is for this that transformers does not name the file
+                raise
             if "vllm" not in sys.modules:  # which finds quantize_config.json, and weights of any name, by itself
                 complete_config(config, str(source), kwargs)
             return config, unused
@@ -64,7 +72,10 @@ def quantize_with_optq() -> None:
     def make_merge(merge: Callable[..., Any]) -> Callable[..., Any]:
         def merge_quantization_configs(cls: type[Any], stated: Any, asked: Any) -> Any:
             found = merged(stated, asked) if isinstance(asked, StockConfig) else None
-            return merge(cls, stated, asked) if found is None else found
+            if found is not None:
+                return found
+            with found_in(f"{name_told()}/config.json: quantization_config"):
+                return merge(cls, stated, asked)
 
         return merge_quantization_configs
 
@@ -118,7 +129,6 @@ def merged(stated: Any, asked: Any) -> Any:
     Raises:
         ModelError: it cannot be quantized again.
     """
-    from optq.compat.call import name_told
     from optq.config.gptq import GPTQConfig
     from optq.errors import ModelError
 

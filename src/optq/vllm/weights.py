@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears, part_of, words_of
-from optq.checkpoint.layout import TensorHeader
+from optq.checkpoint.headers import TensorHeader
 from optq.errors import CheckpointError, counted
 from optq.kernels import Kernel, Prepared, choose_kernel, matmul
 from optq.scheme import BITS, PACKED_WORD_BITS, trivial_groups

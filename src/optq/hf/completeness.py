@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a checkpoint has all of a model in its shapes: transformers fills what is missing with random numbers."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from optq.checkpoint import QuantizedTensors
+from optq.checkpoint.headers import TensorHeader
+from optq.errors import CheckpointError
+from optq.model import LINEAR_TYPES
+from optq.readers import kind_of
+
+NUMBERED = re.compile(r"(.*?\.)?[^.]+\.\d+\.")
+"""The name of something in a list of blocks, up to that list's owner."""
+
+
+def check_complete(model: Any, headers: Mapping[str, TensorHeader], quantized: Mapping[str, QuantizedTensors]) -> None:
+    """Compare a packed checkpoint with the model that it is to be read into.
+
+    Args:
+        model: on the meta device, with the dense linears that are to be replaced.
+        headers: of all tensors, by their names in the model.
+        quantized: of the packed linears.
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape.
+    """
+    present = {f"{name}.weight" for name in quantized} | headers.keys()
+    for name in _missing(model, present, quantized):
+        raise CheckpointError(
+            f"{model.config.name_or_path} has no tensor {name!r}, which {type(model).__name__} needs; it would be "
+            "filled with random numbers. A file of the checkpoint may be missing, or its config.json be of another "
+            "model; download it again."
+        )
+    for name, tensors in quantized.items():
+        wanted, found = _features(model.get_submodule(name)), (tensors.out_features, tensors.in_features)
+        if wanted != found:
+            raise CheckpointError(
+                f"{tensors.file}: {name} is packed for {found[0]} outputs of {found[1]} inputs, and "
+                f"{type(model).__name__} has {wanted[0]} of {wanted[1]} there, as its config.json says. The weights "
+                "or the config are of another model; download both again."
+            )
+    for name, tensor in model.state_dict().items():
+        header = headers.get(name)
+        is_plain = tensor.ndim <= 1 or isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding)
+        if header is None or not is_plain:  # others may be converted
+            continue
+        if header.shape != tuple(tensor.shape) or header.dtype.is_floating_point is not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{header} has shape {header.shape} and is of {header.dtype}; {type(model).__name__} has "
+                f"{tuple(tensor.shape)} of {tensor.dtype} there, as its config.json says. The weights or the config "
+                "are of another model; download both again."
+            )
+
+
+def _features(module: torch.nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear."""
+    assert isinstance(module, LINEAR_TYPES)
+    if isinstance(module, torch.nn.Linear):
+        return module.out_features, module.in_features
+    inputs, outputs = module.weight.shape
+    return outputs, inputs
+
+
+def _missing(model: Any, present: set[str], quantized: Iterable[str]) -> Iterator[str]:
+    """Parameters that are surely meant to be in the checkpoint, and are not.
+
+    Those are what other blocks have under the same name, and what lies beside the blocks, such as the last norm.
+    Others, such as a pooler or the head of another task, may be left to be trained.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied |= {source: target for target, source in tied.items()}
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    kinds = set(map(kind_of, present))
+    beside = {found[1] or "" for name in quantized if (found := NUMBERED.match(name)) is not None}
+    embedding = model.get_input_embeddings()
+    for name, parameter in model.named_parameters():
+        if name in present or tied.get(name) in present or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        kind = kind_of(name)
+        is_of_block = kind != name and kind in kinds
+        is_beside = kind == name and any(name.startswith(owner) and owner for owner in beside)
+        is_embedding = embedding is not None and parameter is getattr(embedding, "weight", None)
+        if is_of_block or is_beside or is_embedding:
+            yield name

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of damage, and what loading, inspecting and converting make of it: docs/reliability.md says more."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import save_tiny_llama
+from optq import GPTQConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+try:
+    import cases
+    import trial
+finally:
+    sys.path.pop(0)
+
+pytestmark = [
+    pytest.mark.minutes,
+    pytest.mark.skipif(sys.platform != "linux", reason="each trial is a fork of this process"),
+]
+
+GROUPS = sorted({case.group for case in cases.cases()})
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, token_rows):
+    """A checkpoint in two files, and the logits that it has."""
+    folder = tmp_path_factory.mktemp("good")
+    trial.make_good(
+        save_tiny_llama(folder / "dense"), folder / "packed", GPTQConfig(bits=4, group_size=32), token_rows
+    )
+    return folder / "packed", trial.logits_of(folder / "packed")
+
+
+def test_the_good_checkpoint_is_right(good, tmp_path):
+    nothing = cases.Case("none", "nothing", lambda folder: None, ())
+    found = trial.trial(nothing, good[0], tmp_path, good[1])
+    assert {verb: made["outcome"] for verb, made in found.items()} == dict.fromkeys(trial.VERBS, "right")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_damage_is_named_and_nothing_else_comes_of_it(group, good, tmp_path):
+    folder, wanted = good
+    bad = []
+    for case in (case for case in cases.cases() if case.group == group):
+        for verb, made in trial.trial(case, folder, tmp_path / "scratch", wanted).items():
+            if made["outcome"] not in trial.GOOD:
+                bad.append(f"{case.name}: {verb}: {made['outcome']}: {made['said'][:300]}")
+    assert not bad, "\n".join(bad)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of hostile checkpoints: each is loaded, inspected and converted in a process of its own."""
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import select
+import shutil
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERBS = ("load", "inspect", "convert")
+SECONDS = 5
+"""Longer is called a hang."""
+
+GOOD = ("named error", "named warning", "right")
+"""What may come of it; else "raw error", "wrong", "hang", "killed", "code ran" or "large"."""
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """Of some tokens, in float32: (1, 24, vocabulary)."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(4, 28)[None]
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+
+def make_good(dense: Path, packed: Path, config: Any, rows: list[Any]) -> None:
+    """Quantize a tiny model, and save it in two files with an index."""
+    import copy
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = copy.copy(config)
+    config.dataset, config.effort, config.quality_gate = rows, "fast", "off"
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    model.save_pretrained(packed, max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(packed)
+
+
+def tried(verb: str, folder: Path, named: tuple[str, ...], wanted: torch.Tensor) -> dict[str, Any]:
+    """What the verb makes of a folder, in a child of this process."""
+    end, start = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(end)
+            os.write(start, json.dumps(_outcome(verb, folder, named, wanted)).encode()[:60_000])
+        finally:
+            os._exit(0)
+    os.close(start)
+    content, deadline = b"", time.monotonic() + SECONDS
+    while (left := deadline - time.monotonic()) > 0 and select.select([end], [], [], left)[0]:
+        if not (part := os.read(end, 65536)):
+            break
+        content += part
+    else:
+        os.kill(child, signal.SIGKILL)
+    os.close(end)
+    _, status = os.waitpid(child, 0)
+    if content:
+        return json.loads(content)
+    is_hang = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and left <= 0
+    return {"outcome": "hang" if is_hang else "killed", "said": f"status {status}"}
+
+
+def _outcome(verb: str, folder: Path, named: tuple[str, ...], wanted: torch.Tensor) -> dict[str, Any]:
+    from optq.errors import OptqError
+
+    warnings.simplefilter("ignore")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    os.chdir(folder)
+    told = _Records()
+    logging.getLogger("optq").addHandler(told)
+    said, found, began = "", "right", time.monotonic()
+    try:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+            DOING[verb](folder, wanted)
+    except Wrong as error:
+        warned = " ".join(record.getMessage() for record in told.records)
+        found, said = ("named warning", warned) if any(name in warned for name in named) else ("wrong", str(error))
+    except BaseException as error:  # whatever it is, it is told
+        said = f"{type(error).__name__}: {error}"
+        is_named = any(name in said for name in named) and (isinstance(error, OptqError) or str(folder) in said)
+        found = "named error" if is_named else "raw error"
+        said = said[:500] + ("" if is_named else "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:]))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if (folder / "EXECUTED").exists():
+        found = "code ran"
+    return {
+        "outcome": found,
+        "said": said,
+        "megabytes": round(grown, 1),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+class _Records(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class Wrong(Exception):
+    """It was read, but what came of it is not what it was made from."""
+
+
+def _compare(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    if found.shape != wanted.shape or not bool((found - wanted).norm() <= 1e-4 * wanted.norm()):
+        raise Wrong("the logits are others")
+
+
+def _load(folder: Path, wanted: torch.Tensor) -> None:
+    _compare(logits_of(folder), wanted)
+
+
+def _inspect(folder: Path, wanted: torch.Tensor) -> None:
+    """Right if it says what is wrong, or if the checkpoint can be loaded."""
+    import optq
+
+    if not optq.inspect(folder, verify=True).contradictions:
+        try:
+            _load(folder, wanted)
+        except Exception as error:
+            raise Wrong(f"nothing was found, but loading says {type(error).__name__}: {error}") from error
+
+
+def _convert(folder: Path, wanted: torch.Tensor) -> None:
+    import optq
+
+    _compare(logits_of(optq.convert(folder, output_dir=folder.parent / "dense", to="dense")), wanted)
+
+
+DOING: dict[str, Callable[[Path, torch.Tensor], None]] = {"load": _load, "inspect": _inspect, "convert": _convert}
+
+
+def trial(
+    case: Any, good: Path, scratch: Path, wanted: torch.Tensor, verbs: tuple[str, ...] = VERBS
+) -> dict[str, Any]:
+    """Do a case's damage to a copy of the good checkpoint, and see what each verb makes of it."""
+    found = {}
+    for verb in case.verbs:
+        shutil.rmtree(scratch, ignore_errors=True)
+        folder = scratch / "checkpoint"
+        shutil.copytree(good, folder)
+        case.damage(folder)
+        found[verb] = tried(verb, folder, case.named, wanted)
+        if found[verb]["outcome"] == "named error" and (scratch / "dense").exists():
+            found[verb]["outcome"] = "left something"
+    shutil.rmtree(scratch, ignore_errors=True)
+    return found
