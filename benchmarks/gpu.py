@@ -11,7 +11,8 @@ starts; what it had measured by then is kept. In the folder of results: the JSON
 printed, `parts.json` with how each ended, and `summary.md`, in which every figure has its floor beside it: what bytes
 or arithmetic take at least, at the rates of plain copies and products on the same machine.
 
-Asked of the machine: torch, Triton and a C compiler, transformers, accelerate, psutil, rich and pytest; no network.
+Asked of the machine: torch, Triton and a C compiler, transformers, accelerate, psutil, rich, pytest, greenlet; and no
+network. What is missing may lie in any folder of PYTHONPATH: `pip install --target FOLDER greenlet`.
 """
 
 import argparse
@@ -32,7 +33,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 STEP_SECONDS = 570.0  # ten minutes, less what it takes to start and to write the table
 SECONDS_TO_END = 10.0  # after which a program that was asked to end is killed
-NEEDED = ("torch", "triton", "transformers", "accelerate", "safetensors", "psutil", "rich", "tqdm", "pytest")
+NEEDED = (
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "psutil",
+    "rich",
+    "tqdm",
+    "greenlet",
+    "pytest",
+)
 ENDED = "PASSED|FAILED|ERROR|SKIPPED"
 OUTCOME = re.compile(
     rf"^(?:\[gw\d+\].*?({ENDED}) tests/|tests/\S+::.* ({ENDED})\b)", re.MULTILINE
@@ -243,8 +255,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if missing := [name for name in NEEDED if not find_spec(name)]:
         raise SystemExit(
-            f"{sys.executable} lacks {', '.join(missing)}. Install what is missing, or put a folder that "
-            "has it into PYTHONPATH."
+            f"{sys.executable} lacks {', '.join(missing)}. Install what is missing, or name a folder that has it "
+            "in PYTHONPATH; `pip install --target FOLDER NAME` makes one."
         )
     failed = False
     for step in arguments.steps:

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where the machine asks for no bytecode, each of the many processes here would compile transformers anew: six seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import gc
 import json
 import logging
 import signal
@@ -32,6 +33,7 @@ from optq import GPTQConfig
 from optq.device import triton as triton_devices
 from optq.kernels import KERNELS, triton_gpu
 from optq.quantization.activations import ActivationStore
+from optq.quantization.coroutines import Coroutine
 from optq.runs.journal import Journal
 
 
@@ -196,6 +198,11 @@ def correlated_problem() -> Callable[[int, int], tuple[torch.Tensor, torch.Tenso
         return weight, inputs.T @ inputs / inputs.shape[0]
 
     return make
+
+
+def waiting_forwards() -> list[Coroutine[Any]]:
+    """Those that have begun and not ended."""
+    return [each for each in gc.get_objects() if issubclass(type(each), Coroutine) and each]
 
 
 class SideStream:

@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import nn, overrides
+from torch.utils import _python_dispatch
 
 
 @contextmanager
@@ -40,6 +41,42 @@ def default_torch_state(*, device: bool = True) -> Iterator[None]:
             torch.set_default_dtype(dtype)
             for backend, precision in zip(products, precisions, strict=True):
                 backend.fp32_precision = precision
+
+
+@contextmanager
+def own_torch_state() -> Iterator[None]:
+    """Torch's state of this thread is the same afterwards, whatever others, who run on it meanwhile, leave it in.
+
+    For coroutines, which change places in the middle of `with torch.no_grad()` and the like: grad and inference mode,
+    autocast, and the modes that look at every operation.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", accelerator.type if accelerator is not None else "cpu"}
+    cached = torch.is_autocast_cache_enabled()
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    functions, dispatches = (
+        overrides._get_current_function_mode_stack(),
+        _python_dispatch._get_current_dispatch_mode_stack(),
+    )
+    with torch.inference_mode(torch.is_inference_mode_enabled()):  # leaving it restores grad mode as well
+        try:
+            yield
+        finally:
+            for kind, enabled, dtype in autocast:
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_cache_enabled(cached)
+            _exchange(overrides._get_current_function_mode_stack(), functions, overrides)
+            _exchange(_python_dispatch._get_current_dispatch_mode_stack(), dispatches, _python_dispatch)
+
+
+def _exchange(present: list[Any], wanted: list[Any], stack: Any) -> None:
+    """Put other modes on one of torch's stacks of modes, which are public one by one only."""
+    if present != wanted:
+        for _ in present:
+            stack._pop_mode()
+        for mode in wanted:
+            stack._push_mode(mode)
 
 
 def leave_inference_mode(model: nn.Module) -> None:
