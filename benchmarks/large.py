@@ -133,7 +133,7 @@ def bounds(log: list[dict[str, Any]], tokens: int, streams: int, scheme: Any, de
             continue
         (rows, columns), expert = event["shape"], event["family"] is not None
         found["forwards"] += rows * columns * event["tokens"] * streams / forward
-        work = work_of(rows, columns, scheme, drift=not expert)
+        work = work_of(rows, columns, scheme, drift=not expert, device=device)
         found["solving"] += work.products / solving
         linear = event["linear"].rpartition(".")[2]
         stage = next((group for group in ("qkv", "gate_proj up_proj") if linear[:-5] in group), linear)

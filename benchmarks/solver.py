@@ -68,7 +68,7 @@ def measured(shape: tuple[int, int], bits: int, turns: int, device: str) -> dict
                     times[way].append(taken)
         columns.why_not_fused = chosen
         found[effort] = {way: round(statistics.median(values), 4) for way, values in times.items()}
-        work = work_of(shape[1], shape[0], scheme, drift=True)
+        work = work_of(shape[1], shape[0], scheme, drift=True, device=weight.device)
         multiplications = operations_per_second(device, torch.float32) / 2
         found[effort]["floor"] = round((work.products + work.cubes) / multiplications, 4)
     return found

@@ -23,7 +23,7 @@ def default_torch_state(*, device: bool = True) -> Iterator[None]:
     """
     dtype = torch.get_default_dtype()
     products: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    precisions = [backend.fp32_precision for backend in products]
+    precisions, legacy = [backend.fp32_precision for backend in products], _legacy_precision()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -34,13 +34,25 @@ def default_torch_state(*, device: bool = True) -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         try:
             torch.set_default_dtype(torch.float32)
+            if legacy not in (None, "highest"):
+                torch.set_float32_matmul_precision("highest")  # else reading the old flags in between would raise
             for backend in products:
                 backend.fp32_precision = "ieee"
             yield
         finally:
             torch.set_default_dtype(dtype)
+            if legacy not in (None, "highest"):
+                torch.set_float32_matmul_precision(legacy)
             for backend, precision in zip(products, precisions, strict=True):
                 backend.fp32_precision = precision
+
+
+def _legacy_precision() -> str | None:
+    """What the older one of torch's two interfaces says; None if the caller has used the newer one only."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 @contextmanager

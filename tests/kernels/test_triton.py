@@ -273,11 +273,13 @@ def test_refuses_in_words(monkeypatch):
     triton_on_cpus(monkeypatch)
     assert KERNELS["triton"].why_not(packed, torch.float16) is None
     assert "these are torch.float64" in KERNELS["triton"].why_not(packed, torch.float64)
-    with monkeypatch.context() as old:
-        old.setattr(triton_gpu, "_takes_ptx", lambda device: True)
-        old.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        assert "load the model in float16" in triton_gpu.why_not(packed, torch.bfloat16)
-        assert triton_gpu.why_not(packed, torch.float16) is None
+    with monkeypatch.context() as gpu:
+        gpu.setattr(triton_devices, "DEVICES", ("cuda",))
+        gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        why_not = triton_devices.why_no_triton(torch.device("cuda"))
+        assert why_not == "needs compute capability 8.0 or newer, this GPU has 7.5"
+        gpu.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert triton_devices.why_no_triton(torch.device("cuda")) is None
     monkeypatch.setattr(triton_devices, "find_spec", lambda name: None)
     assert "pip install triton" in triton_gpu.why_not(packed, torch.float16)
     monkeypatch.undo()

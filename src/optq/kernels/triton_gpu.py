@@ -57,11 +57,7 @@ WEIGHTS_PER_MICROSECOND, PRODUCTS_PER_MICROSECOND, LATENCY, SECOND_PROGRAM = 60_
 
 def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
     device = packed.scales.device
-    if reason := why_no_triton(device):
-        return reason
-    if dtype == torch.bfloat16 and _takes_ptx(device) and torch.cuda.get_device_capability(device) < (8, 0):
-        return "bfloat16 arithmetic needs compute capability 8.0 or newer; load the model in float16"
-    return why_not_laid_out(packed, dtype) or _why_wrong(device, packed.bits, dtype)
+    return why_no_triton(device) or why_not_laid_out(packed, dtype) or _why_wrong(device, packed.bits, dtype)
 
 
 def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -229,7 +225,7 @@ class Launch:
             else:
                 parts = torch.empty((self.splits, *self.shape), dtype=torch.float32, device=x.device)
                 self.multiply(*inputs, *self.weight, parts, *self.constants)
-                self.add(parts, output, self.splits, self.shape[0] * self.shape[1], SUMMED)
+                self.add(parts, output, self.splits, *self.shape, SUMMED)
         return output
 
 
