@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn, overrides
+from torch._C._dynamo import eval_frame
 from torch.utils import _python_dispatch
 
 
@@ -60,7 +61,7 @@ def own_torch_state() -> Iterator[None]:
     """Torch's state of this thread is the same afterwards, whatever others, who run on it meanwhile, leave it in.
 
     For coroutines, which change places in the middle of `with torch.no_grad()` and the like: grad and inference mode,
-    autocast, and the modes that look at every operation.
+    autocast, the modes that look at every operation, and torch.compile.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", accelerator.type if accelerator is not None else "cpu"}
@@ -70,10 +71,12 @@ def own_torch_state() -> Iterator[None]:
         overrides._get_current_function_mode_stack(),
         _python_dispatch._get_current_dispatch_mode_stack(),
     )
+    compiler = eval_frame.set_eval_frame(None)  # of a compiled model; it would compile those others as well
     with torch.inference_mode(torch.is_inference_mode_enabled()):  # leaving it restores grad mode as well
         try:
             yield
         finally:
+            eval_frame.set_eval_frame(compiler)
             for kind, enabled, dtype in autocast:
                 torch.set_autocast_enabled(kind, enabled)
                 torch.set_autocast_dtype(kind, dtype)

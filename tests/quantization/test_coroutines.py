@@ -4,6 +4,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 import torch
+from torch._C._dynamo import eval_frame
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -139,8 +140,24 @@ def torch_state():
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        "compiler": _exchanged_compiler(None),
         "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
     }
+
+
+def _exchanged_compiler(other):
+    """What runs each Python function for torch.compile; False: only what has been compiled already."""
+    before = eval_frame.set_eval_frame(other)
+    if other is None:
+        eval_frame.set_eval_frame(before)
+    return before
+
+
+@contextmanager
+def compiled():
+    before = _exchanged_compiler(False)
+    yield
+    eval_frame.set_eval_frame(before)
 
 
 @contextmanager
@@ -154,6 +171,7 @@ STATES = {
     "autocast": lambda: torch.autocast("cpu", torch.float16),
     "a function mode": Functions,
     "a dispatch mode": Dispatches,
+    "torch.compile": compiled,
     "nothing": no_state,
 }
 
