@@ -140,7 +140,7 @@ def run_part(part: Part, folder: Path, seconds: float) -> Ended:
             env=environment,
             stdout=printed,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            preexec_fn=os.setpgrp,  # and no session of its own, which whoever ends ours would pass over
         )
         try:
             outcome = "failed" if process.wait(seconds) else "done"
@@ -152,7 +152,7 @@ def run_part(part: Part, folder: Path, seconds: float) -> Ended:
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process with all that it has started in its session, also if the process itself is gone."""
+    """End a process with all that it has started in its group, also if the process itself is gone."""
     for kind, patience in ((signal.SIGTERM, SECONDS_TO_END), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, kind)
@@ -258,6 +258,7 @@ def main() -> None:
             f"{sys.executable} lacks {', '.join(missing)}. Install what is missing, or name a folder that has it "
             "in PYTHONPATH; `pip install --target FOLDER NAME` makes one."
         )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and with us what we have started
     failed = False
     for step in arguments.steps:
         ended = run(STEPS[step], arguments.results)

@@ -39,7 +39,7 @@ class Roofline:
         return max(WHOLE_ROWS, int(moving / gain) // WHOLE_ROWS * WHOLE_ROWS)
 
 
-H200 = Roofline(processors=132, weights=63_000, products=3_700_000)
+H200 = Roofline(processors=132, weights=63_300, products=4_055_000)
 
 
 @cache

@@ -93,7 +93,7 @@ class Coroutine(greenlet, Generic[Posted]):
 
     def abandon(self) -> None:
         """End the forward where it waits, and free what it holds."""
-        if self and not self.dead:
+        if self:  # it has begun and not ended
             self.parent = getcurrent()
             with own_torch_state():
                 self.throw()  # GreenletExit, which is no `Exception`, so that no model code catches it
