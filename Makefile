@@ -8,8 +8,8 @@ AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Modules are compiled when they are first imported, and not by every process anew where the machine asks for that.
 unexport PYTHONDONTWRITEBYTECODE
 
-# `make gpu` is for machines that have one.
-.PHONY: demo check test test-min test-latest test-versions gpu vllm lint format clean
+# `make gpu` and its steps are for machines that have one.
+.PHONY: demo check test test-min test-latest test-versions gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -40,15 +40,11 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# With the Python and the torch that the machine has: .venv's torch knows no GPU.
-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest tests/test_gpu.py -m gpu -o filterwarnings=default
-	PYTHONPATH=src $(PYTHON) benchmarks/kernels.py --bits 4
-	PYTHONPATH=src $(PYTHON) benchmarks/kernels.py --bits 2 3 8 --models 8B
-	PYTHONPATH=src $(PYTHON) benchmarks/experts.py
-	PYTHONPATH=src $(PYTHON) benchmarks/generate.py
-	PYTHONPATH=src $(PYTHON) benchmarks/solver.py
-	PYTHONPATH=src $(PYTHON) benchmarks/large.py
+# Five steps of ten minutes at most, with the Python and the torch that the machine has: .venv's torch knows no GPU.
+GPU_RESULTS ?= build/gpu
+gpu: STEPS := 1 2 3 4 5
+gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5:
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu.py $(or $(STEPS),$(@:gpu-%=%)) --results $(GPU_RESULTS)
 
 # A real vLLM for CPUs beside ours, in .cache: 3 GB and 5 minutes the first time.
 vllm: $(VENV)/.installed

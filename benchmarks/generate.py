@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import record
+from peaks import peaks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -110,6 +111,26 @@ def seconds_to_decode(model: Any, prompt: Any, **arguments: Any) -> float:
     return time.perf_counter() - started
 
 
+def most_tokens_per_second(model: Any, held: int, tokens: int) -> float:
+    """What memory and arithmetic allow: for `tokens` tokens, of which the last one gets logits, all weights but the
+    embedding's are read once.
+
+    Args:
+        held: bytes of what was quantized, as `prepare` returns it; 0: nothing was.
+    """
+    dense = sum(
+        parameter.nbytes
+        for parameter in model.parameters()
+        if parameter is not model.get_input_embeddings().weight or model.config.tie_word_embeddings
+    )
+    head = model.get_output_embeddings()
+    sizes = {
+        layer: layer.in_features * layer.out_features for layer in model.modules() if hasattr(layer, "out_features")
+    }
+    operations = 2 * tokens * (sum(sizes.values()) - sizes[head]) + 2 * sizes[head]
+    return tokens / peaks(model.device.type).floor_seconds(dense + held, operations)
+
+
 def main() -> None:
     import torch
 
@@ -122,7 +143,11 @@ def main() -> None:
     ours = quantized(original(gpu, torch.bfloat16), arguments.bits, arguments.group_size)
     results: dict[str, Any] = {"loading": prepare(ours, torch.bfloat16)}
     alone = quantized(original(gpu, torch.bfloat16), arguments.bits, arguments.group_size)
-    prepare(alone, torch.bfloat16, joined=False)
+    prepared = {
+        "quantized": results["loading"],
+        "quantized, no products joined": prepare(alone, torch.bfloat16, joined=False),
+    }
+    held = {name: facts["bytes_in_memory"] for name, facts in prepared.items()}
     models = {
         "quantized": ours,
         "quantized, no products joined": alone,
@@ -139,6 +164,15 @@ def main() -> None:
         ways["decode, compiled for a static cache"] = lambda model, ids: seconds_to_decode(
             model, ids[:, :12], cache_implementation="static"
         )
+    settings = {
+        "model": "Llama-3.1-8B's shape, random weights" if gpu else "SmolLM2-135M-Instruct",
+        "bits": arguments.bits,
+        "group_size": arguments.group_size,
+        "new_tokens": TOKENS,
+        "rounds": ROUNDS,
+        "seed": SEED,
+    }
+    kind = torch.cuda.get_device_name().replace(" ", "-").lower() if gpu else "cpu"
     for way, seconds in ways.items():
         times: dict[str, list[float]] = {name: [] for name in models}
         for turn in range(ROUNDS + 2):
@@ -148,22 +182,18 @@ def main() -> None:
                     times[name].append(round(taken, 4))
         medians = {name: statistics.median(values) for name, values in times.items()}
         tokens = PROMPT_TOKENS if "prompt" in way else TOKENS
+        at_once = PROMPT_TOKENS if "prompt" in way else 1
         results[way] = {
             "tokens_per_second": {name: round(tokens / value, 2) for name, value in medians.items()},
+            "most_tokens_per_second": {
+                name: round(most_tokens_per_second(model, held.get(name, 0), at_once), 2)
+                for name, model in models.items()
+            },
             "ratios": {name: round(value / medians["quantized"], 3) for name, value in medians.items()},
             "seconds": times,
         }
         print(way, results[way]["tokens_per_second"], results[way]["ratios"], flush=True)
-    settings = {
-        "model": "Llama-3.1-8B's shape, random weights" if gpu else "SmolLM2-135M-Instruct",
-        "bits": arguments.bits,
-        "group_size": arguments.group_size,
-        "new_tokens": TOKENS,
-        "rounds": ROUNDS,
-        "seed": SEED,
-    }
-    device = torch.cuda.get_device_name().replace(" ", "-").lower() if gpu else "cpu"
-    record.write(f"generate-{device}", settings, results, quiet=True)
+        record.write(f"generate-{kind}", settings, results, quiet=True)
     print(results["loading"])
 
 

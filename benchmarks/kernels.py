@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import record
+from peaks import Peaks, peaks
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {  # in, out
     "135M": {"gate": (576, 1536), "down": (1536, 576)},
@@ -31,11 +32,6 @@ GPU_MODELS, CPU_MODELS = ("1B", "8B", "70B"), ("135M", "1B", "7B")
 GPU_ROWS, CPU_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096), (1, 8, 16, 32, 64, 96, 128, 256, 512, 1024, 2048)
 CPU_TURNS, GPU_REPLAYS, GRAPH_CALLS, SEED = 7, 30, 20, 0
 PAST_THE_CACHE = 3e8  # bytes of weights that take turns: several times any GPU's second-level cache
-PEAKS: dict[str, tuple[float, float]] = {  # bytes/s, bfloat16 operations/s
-    "NVIDIA H200": (4.3e12, 790e12),  # measured with large copies and products
-    "NVIDIA H100 80GB HBM3": (3.0e12, 700e12),
-    "NVIDIA A100-SXM4-80GB": (1.8e12, 270e12),
-}
 
 
 def bytes_moved(shape: tuple[int, int], rows: int, bits: float, group_size: int) -> float:
@@ -44,25 +40,10 @@ def bytes_moved(shape: tuple[int, int], rows: int, bits: float, group_size: int)
     return (columns * outputs * bits + grid + 16 * rows * (columns + outputs)) / 8
 
 
-def floor_us(
-    shape: tuple[int, int], rows: int, bits: float, group_size: int, peaks: tuple[float, float] | None
-) -> float | None:
+def floor_us(shape: tuple[int, int], rows: int, bits: float, group_size: int, peaks: Peaks) -> float:
     """The time to read everything once, or to do the arithmetic, whichever is longer."""
-    if peaks is None:
-        return None
-    bandwidth, speed = peaks
     operations = 2 * rows * shape[0] * shape[1]
-    return round(1e6 * max(bytes_moved(shape, rows, bits, group_size) / bandwidth, operations / speed), 2)
-
-
-def cpu_peaks(moved: float) -> tuple[float, float]:
-    """Bytes per second of copies of so many bytes, which may stay in caches as weights do; operations of a product."""
-    import torch
-
-    source = torch.zeros(int(moved) // 2, dtype=torch.uint8)  # half is read and half is written
-    target, square = torch.empty_like(source), torch.randn(2048, 2048).bfloat16()
-    times = on_cpu({"copy": [partial(target.copy_, source)], "product": [partial(torch.mm, square, square)]})
-    return 1e6 * moved / times["copy"], 1e6 * 2 * 2048**3 / times["product"]
+    return round(1e6 * peaks.floor_seconds(bytes_moved(shape, rows, bits, group_size), operations), 2)
 
 
 def packed_weights(shape: tuple[int, int], bits: int, group_size: int, copies: int, device: str) -> list[Any]:
@@ -150,7 +131,7 @@ def measure(shape: tuple[int, int], bits: int, group_size: int, all_rows: tuple[
     dense = [torch.randn(outputs, columns, device=device).bfloat16() for _ in range(min(dense_copies, 64))]
     for_gemlite = [KERNELS["gemlite"].prepare(each) for each in packed] if gpu else []
     found: dict[str, Any] = {}
-    peaks = PEAKS.get(torch.cuda.get_device_name()) if gpu else cpu_peaks(bytes_moved(shape, 1, bits, group_size))
+    limits = peaks(device) if gpu else peaks(device, int(bytes_moved(shape, 1, bits, group_size)))
     for rows in all_rows:
         x = torch.randn(rows, columns, device=device).bfloat16()
         ways: dict[str, list[Callable[[], Any]]] = {
@@ -171,12 +152,13 @@ def measure(shape: tuple[int, int], bits: int, group_size: int, all_rows: tuple[
         if gpu and KERNELS["gemlite"].why_not(packed[0], torch.bfloat16) is None:
             ways["gemlite"] = [partial(KERNELS["gemlite"].matmul, x, each) for each in for_gemlite]
         times = on_gpu(ways) if gpu else on_cpu(ways)
-        floor = floor_us(shape, rows, bits, group_size, peaks)
+        floor = floor_us(shape, rows, bits, group_size, limits)
         ours = times[f"optq {kernel.name}"]
         found[str(rows)] = {
             "us": times,
             "floor_us": floor,
-            "of_floor": round(floor / ours, 3) if floor else None,
+            "of_floor": round(floor / ours, 3),
+            "dense_floor_us": floor_us(shape, rows, 16, group_size, limits),
             **{
                 f"times_{way.replace(' ', '_')}": round(times[way] / ours, 3)
                 for way in times
@@ -209,9 +191,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for shape, rows in results.items():
         counts = [int(count) for count in rows]
         axes.plot(counts, [each["times_dense_bfloat16"] for each in rows.values()], marker="o", label=shape)
-        if all(each["floor_us"] for each in rows.values()):
-            ideal = [each["us"]["dense bfloat16"] / each["floor_us"] for each in rows.values()]
-            axes.plot(counts, ideal, linestyle=":", color=axes.lines[-1].get_color())
+        ideal = [each["us"]["dense bfloat16"] / each["floor_us"] for each in rows.values()]
+        axes.plot(counts, ideal, linestyle=":", color=axes.lines[-1].get_color())
     axes.axhline(1, color="grey", linewidth=0.5)
     axes.set(xscale="log", yscale="log", xlabel="rows of activations", ylabel="times the speed of dense bfloat16")
     marks = [count for count in counts if not count & (count - 1)]  # powers of two have room for their labels
@@ -240,23 +221,20 @@ def main() -> None:
         draw(json.loads(path.read_text())["results"], arguments.picture)
         return
     torch.manual_seed(SEED)
-    results = {
-        f"{model} {part}, {shape[0]} x {shape[1]}, {bits} bits": measure(
-            shape, bits, arguments.group_size, GPU_ROWS if gpu else CPU_ROWS
-        )
-        for model in arguments.models
-        for part, shape in SHAPES[model].items()
-        for bits in arguments.bits
-    }
-    if path.exists():  # what was measured of other bits and shapes stays
-        results = json.loads(path.read_text())["results"] | results
     settings = {
         "group_size": arguments.group_size,
         "activations": "bfloat16",
         "unit": "us per product; median of graph replays" if gpu else "us per product; best of the turns",
         "seed": SEED,
     }
-    record.write(name, settings, results, quiet=True)
+    results = record.read(name)  # what was measured of other bits and shapes stays
+    for model in arguments.models:
+        for part, shape in SHAPES[model].items():
+            for bits in arguments.bits:
+                results[f"{model} {part}, {shape[0]} x {shape[1]}, {bits} bits"] = measure(
+                    shape, bits, arguments.group_size, GPU_ROWS if gpu else CPU_ROWS
+                )
+                record.write(name, settings, results, quiet=True)
 
 
 if __name__ == "__main__":

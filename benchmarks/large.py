@@ -8,6 +8,7 @@ The bound of a part is its arithmetic at the speed of plain products, which are 
 ones for forwards, TF32 ones for Hessians, float32 ones for solving.
 
     python benchmarks/large.py                              # on a GPU: 8B whole, 70B and 30B-A3B in part
+    python benchmarks/large.py --only "8B in part"          # some minutes on a GPU
     python benchmarks/large.py --only "tiny*"               # anywhere, to try the script
 
 Rows are written to benchmarks/results/large-DEVICE.json as they are done.
@@ -25,10 +26,12 @@ from typing import Any
 
 import duration
 import record
+from peaks import operations_per_second, settle
 
 SEED = 0
 DENSE = {"type": "llama", "experts": 0, "chosen": 0}
 MIXTURE = {"type": "qwen3_moe", "chosen": 8}
+LLAMA_8B = {**DENSE, "hidden": 4096, "inner": 14336, "heads": 32, "kv_heads": 8, "of": 32}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {**DENSE, "hidden": 256, "inner": 512, "heads": 4, "kv_heads": 2, "blocks": 4, "of": 4},
     "tiny mixture": {
@@ -41,7 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "blocks": 2,
         "of": 2,
     },
-    "8B": {**DENSE, "hidden": 4096, "inner": 14336, "heads": 32, "kv_heads": 8, "blocks": 32, "of": 32},
+    "8B": {**LLAMA_8B, "blocks": 32},
+    "8B in part": {**LLAMA_8B, "blocks": 4},
     "70B": {**DENSE, "hidden": 8192, "inner": 28672, "heads": 64, "kv_heads": 8, "blocks": 4, "of": 80},
     "30B-A3B": {
         **MIXTURE,
@@ -110,32 +114,6 @@ def write_model(shape: dict[str, Any], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(sizes))
 
 
-def products_per_second(device: Any, dtype: Any, tf32: bool = False) -> float:
-    """Multiplications in a plain product on this machine."""
-    import torch
-
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if tf32 else "ieee"
-    least = float("inf")
-    for _ in range(5):
-        settle(device)
-        started = time.perf_counter()
-        a @ b
-        settle(device)
-        least = min(least, time.perf_counter() - started)
-    matmul.fp32_precision = before
-    return size**3 / least
-
-
-def settle(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def bounds(log: list[dict[str, Any]], tokens: int, streams: int, scheme: Any, device: Any) -> dict[str, float]:
     """Seconds by part if everything ran as fast as plain products do."""
     import torch
@@ -143,10 +121,10 @@ def bounds(log: list[dict[str, Any]], tokens: int, streams: int, scheme: Any, de
     from optq.gptq.cost import work_of
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    forward, hessian, solving = (
-        products_per_second(device, dtype),
-        products_per_second(device, torch.float32, tf32=True),
-        products_per_second(device, torch.float32),
+    forward, hessian, solving = (  # multiplications per second
+        operations_per_second(device.type, dtype) / 2,
+        operations_per_second(device.type, torch.float32, tf32=True) / 2,
+        operations_per_second(device.type, torch.float32) / 2,
     )
     found = {"forwards": 0.0, "Hessians": 0.0, "solving": 0.0}
     inputs: set[tuple[Any, ...]] = set()
@@ -155,7 +133,7 @@ def bounds(log: list[dict[str, Any]], tokens: int, streams: int, scheme: Any, de
             continue
         (rows, columns), expert = event["shape"], event["family"] is not None
         found["forwards"] += rows * columns * event["tokens"] * streams / forward
-        work = work_of(rows, columns, scheme, drift=not expert)
+        work = work_of(rows, columns, scheme, drift=not expert, device=device)
         found["solving"] += work.products / solving
         linear = event["linear"].rpartition(".")[2]
         stage = next((group for group in ("qkv", "gate_proj up_proj") if linear[:-5] in group), linear)
@@ -205,7 +183,7 @@ def main() -> None:
 
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="[!t]*", metavar="PATTERN")
+    parser.add_argument("--only", nargs="+", default=["8B", "70B", "30B-A3B"], metavar="PATTERN")
     parser.add_argument("--case", nargs=3, metavar=("SHAPE", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -215,7 +193,7 @@ def main() -> None:
     result = "large-" + (torch.cuda.get_device_name().replace(" ", "-").lower() if gpu else "cpu")
     results = record.read(result)
     for name, shape in SHAPES.items():
-        if not fnmatch(name, arguments.only):
+        if not any(fnmatch(name, pattern) for pattern in arguments.only):
             continue
         with tempfile.TemporaryDirectory() as scratch:
             source, output = Path(scratch, "source"), Path(scratch, "out")

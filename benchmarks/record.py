@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(os.environ.get("OPTQ_RESULTS") or Path(__file__).resolve().parent / "results")
 
 
 def write(name: str, settings: dict[str, Any], results: dict[str, Any], *, quiet: bool = False) -> Path:
-    """benchmarks/results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
+    """benchmarks/results/NAME.json, or in the folder OPTQ_RESULTS of the environment."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {"settings": settings, "results": results, "environment": environment()}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -25,7 +25,7 @@ def write(name: str, settings: dict[str, Any], results: dict[str, Any], *, quiet
 
 
 def read(name: str) -> dict[str, Any]:
-    """The results in benchmarks/results/NAME.json so far; none without the file."""
+    """The results in that file so far; none without it."""
     path = RESULTS / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
     return found

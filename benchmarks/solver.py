@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of `optq.gptq.solve` by shape: on a GPU the fused loops over columns against single operations, alternating.
 
+The floor is the arithmetic of its products with Hessians, factors and inverses at the speed of large float32 products.
+
 python benchmarks/solver.py                         # on a GPU: 8B shapes and an expert's; about 3 minutes
 python benchmarks/solver.py --models 135M --turns 3 # anywhere
 """
@@ -12,6 +14,7 @@ from typing import Any
 
 import record
 from kernels import SHAPES
+from peaks import operations_per_second
 
 SEED, TOKENS = 0, 4096
 EXPERT = {"30B-A3B expert": {"gate/up": (2048, 1536), "down": (768, 2048)}}  # in, out; 128 of each in a layer
@@ -47,6 +50,7 @@ def measured(shape: tuple[int, int], bits: int, turns: int, device: str) -> dict
     import torch
 
     from optq.gptq import columns
+    from optq.gptq.cost import work_of
     from optq.scheme import LayerScheme
 
     weight, hessian = problem(shape, device)
@@ -64,6 +68,9 @@ def measured(shape: tuple[int, int], bits: int, turns: int, device: str) -> dict
                     times[way].append(taken)
         columns.why_not_fused = chosen
         found[effort] = {way: round(statistics.median(values), 4) for way, values in times.items()}
+        work = work_of(shape[1], shape[0], scheme, drift=True, device=weight.device)
+        multiplications = operations_per_second(device, torch.float32) / 2
+        found[effort]["floor"] = round((work.products + work.cubes) / multiplications, 4)
     return found
 
 
@@ -77,15 +84,16 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     device = "cuda" if on_gpu else "cpu"
-    results: dict[str, Any] = {}
+    name_of_file = f"solver-{device}"
+    settings = {"bits": arguments.bits, "turns": arguments.turns, "seconds": "median per solve", "seed": SEED}
+    results = record.read(name_of_file)  # what was measured of other shapes stays
     for model in arguments.models:
         for name, shape in ALL[model].items():
             results[f"{model} {name}, {shape[0]} x {shape[1]}"] = facts = measured(
                 shape, arguments.bits, arguments.turns, device
             )
             print(model, name, facts, flush=True)
-    settings = {"bits": arguments.bits, "turns": arguments.turns, "seconds": "median per solve", "seed": SEED}
-    record.write(f"solver-{device}", settings, results, quiet=True)
+            record.write(name_of_file, settings, results, quiet=True)
 
 
 if __name__ == "__main__":

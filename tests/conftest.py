@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where the machine asks for no bytecode, each of the many processes here would compile transformers anew: six seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import gc
 import json
 import logging
 import signal
@@ -32,6 +33,7 @@ from optq import GPTQConfig
 from optq.device import triton as triton_devices
 from optq.kernels import KERNELS, triton_gpu
 from optq.quantization.activations import ActivationStore
+from optq.quantization.coroutines import Coroutine
 from optq.runs.journal import Journal
 
 
@@ -198,6 +200,11 @@ def correlated_problem() -> Callable[[int, int], tuple[torch.Tensor, torch.Tenso
     return make
 
 
+def waiting_forwards() -> list[Coroutine[Any]]:
+    """Those that have begun and not ended."""
+    return [each for each in gc.get_objects() if issubclass(type(each), Coroutine) and each]
+
+
 class SideStream:
     """What copies ahead, without a device: it says what it was asked for, in order."""
 
@@ -228,8 +235,24 @@ def side_stream(monkeypatch: pytest.MonkeyPatch) -> SideStream:
     return side
 
 
+@pytest.fixture(autouse=True)
+def _no_program_gives_up(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Triton program that cannot be started is an error in tests, and nothing takes its place."""
+
+    def give_up(launch: triton_gpu.Launch, error: Exception) -> None:
+        raise error
+
+    if "may_give_up" not in request.keywords:
+        monkeypatch.setattr(triton_gpu, "_give_up", give_up)
+
+
 def triton_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have everything that runs on GPUs with Triton take CPUs for such."""
+    """Have everything that runs on GPUs with Triton take CPUs for such.
+
+    Less is tried before it is used: the interpreter is slow.
+    """
+    monkeypatch.setattr(triton_gpu, "TRIED_ROWS", (3, 70))
+    monkeypatch.setattr(triton_gpu, "TRIED_COLUMNS", 256)
     monkeypatch.setattr(triton_devices, "DEVICES", ("cpu",))
     for name in ("triton", "gemlite"):
         monkeypatch.setitem(KERNELS, name, replace(KERNELS[name], devices=frozenset({"cpu"})))
@@ -251,15 +274,22 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the Triton products that are launched."""
+    """The names of the Triton products that are launched, but for those that are tried before."""
     made: list[str] = []
-    launch = triton_gpu.Launch.__call__
+    launch, why_wrong = triton_gpu.Launch.__call__, triton_gpu.why_wrong
 
     def noted(self: triton_gpu.Launch, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         made.append(self.multiply.function.fn.__name__)
         return launch(self, inputs)
 
+    def tried(*arguments: Any) -> str | None:
+        before = len(made)
+        reason = why_wrong(*arguments)
+        del made[before:]
+        return reason
+
     monkeypatch.setattr(triton_gpu.Launch, "__call__", noted)
+    monkeypatch.setattr(triton_gpu, "why_wrong", tried)
     return made
 
 

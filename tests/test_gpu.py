@@ -4,6 +4,7 @@
 import itertools
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from test_fused_experts import KINDS, inputs, mixture
@@ -14,6 +15,7 @@ from optq.checkpoint import PackedWeight, pack, unpack_codes
 from optq.gptq import columns, round_to_nearest, solve
 from optq.kernels import choose_kernel, tilings, tune
 from optq.quantization.activations import _SideStream
+from optq.quantization.coroutines import Coroutine
 from optq.scheme import LayerScheme
 
 pytestmark = [
@@ -139,6 +141,28 @@ def test_a_captured_graph_replays_the_kernel(rows):
     x.normal_()
     graph.replay()
     assert torch.equal(output, kernel.matmul(x, prepared))
+
+
+def test_a_graph_may_be_captured_for_a_number_of_rows_that_was_never_multiplied():
+    """What was compiled for one number is there for all of a tiling: nothing is compiled while a graph is made."""
+    packed = on_gpu(packed_weight(4, 128, True, shape=(1040, 4096 + 32)))
+    kernel = choose_kernel(packed, torch.float16)
+    prepared, x = kernel.prepare(packed), torch.randn(7, packed.in_features, device="cuda").half()
+    kernel.matmul(x[:2].contiguous(), prepared)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = kernel.matmul(x, prepared)
+    graph.replay()
+    assert torch.equal(output, kernel.matmul(x, prepared))
+
+
+def test_waiting_forwards_add_no_thread_and_so_no_handles_or_workspaces(tiny_llama, token_rows, monkeypatch):
+    most, wait = [], Coroutine.wait
+    monkeypatch.setattr(Coroutine, "wait", lambda each: (most.append(psutil.Process().num_threads()), wait(each))[1])
+    config = GPTQConfig(bits=4, group_size=32, dataset=token_rows * 8, batch_size=1)
+    AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+    assert len(most) > 256  # as many forwards of two models
+    assert max(most) <= most[0] + 16
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

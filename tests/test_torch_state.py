@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The caller's ambient torch state changes no result, and is as it was afterwards."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -219,3 +221,60 @@ def test_tensors_of_inference_mode_become_normal_and_stay_shared():
     leave_inference_mode(model)
     assert first.weight is second.weight
     assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+
+
+INTERFACES = """
+import os
+from types import SimpleNamespace
+
+import torch
+from optq.gptq.hessian import _fast_products
+from optq.torch_state import default_torch_state
+
+products = torch.backends.cuda.matmul
+SETTINGS = {
+    "untouched": lambda: None,
+    "the old flag": lambda: setattr(products, "allow_tf32", True),
+    "the old function": lambda: torch.set_float32_matmul_precision("medium"),
+    "the new setting": lambda: setattr(products, "fp32_precision", "tf32"),
+    "the new setting for all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+def precisions():
+    found = [products.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    for read in (lambda: products.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("raises")  # as torch does after some uses of both interfaces
+    return found
+
+
+def check(name):
+    SETTINGS[name]()
+    before = precisions()
+    with default_torch_state():
+        inside = precisions()
+        with _fast_products(SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)):
+            assert products.fp32_precision == "tf32"
+        assert precisions() == inside
+    assert inside[:2] == ["ieee", "ieee"], inside
+    assert "raises" in before or inside[2:] == [False, "highest"], (name, before, inside)
+    assert precisions() == before, (name, before, precisions())
+
+
+for name in SETTINGS:
+    if not (child := os.fork()):  # each in a process that has touched none
+        check(name)
+        print(name, "is well", flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts processes by forking")
+def test_float32_products_are_exact_inside_and_as_they_were_after_by_either_interface():
+    """torch has two, and asks of one raise after some uses of the other."""
+    ran = subprocess.run([sys.executable, "-c", INTERFACES], capture_output=True, text=True)
+    assert ran.stdout.count("is well") == 5, ran.stderr[-2000:]

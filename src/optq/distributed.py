@@ -98,7 +98,7 @@ def join() -> Ranks:
     """This process among those that were started together; waits for the others, and is silent unless it is the first.
 
     Raises:
-        RankError: the others do not come.
+        RankError: the others do not come, or there are more of them than accelerators.
     """
     if not dist.is_available():
         return ALONE
@@ -106,7 +106,7 @@ def join() -> Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return ALONE
         if torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.accelerator.set_device_index(_own_accelerator())
         from torch.distributed.rendezvous import rendezvous  # not there in every build of torch
 
         try:
@@ -127,6 +127,18 @@ def join() -> Ranks:
     if not ranks.is_first:
         logging.getLogger("optq").setLevel(logging.ERROR)
     return ranks
+
+
+def _own_accelerator() -> int:
+    """The index of the accelerator that this process has to itself."""
+    index, here = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if index >= here:
+        raise RankError(
+            f"LOCAL_RANK={index} says that at least {index + 1} processes were started on this machine, which has "
+            f"{here} accelerator{'s' * (here > 1)}; each process needs one to itself. Start no more than that "
+            f"(torchrun --nproc-per-node={here}), or hide the accelerators from them to use the CPU."
+        )
+    return index
 
 
 @cache

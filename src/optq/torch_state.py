@@ -10,7 +10,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import nn, overrides
+from torch._C._dynamo import eval_frame
+from torch.utils import _python_dispatch
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def default_torch_state(*, device: bool = True) -> Iterator[None]:
     """
     dtype = torch.get_default_dtype()
     products: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    precisions = [backend.fp32_precision for backend in products]
+    precisions, legacy = [backend.fp32_precision for backend in products], _legacy_precision()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -33,13 +35,63 @@ def default_torch_state(*, device: bool = True) -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         try:
             torch.set_default_dtype(torch.float32)
+            if legacy not in (None, "highest"):
+                torch.set_float32_matmul_precision("highest")  # else reading the old flags in between would raise
             for backend in products:
                 backend.fp32_precision = "ieee"
             yield
         finally:
             torch.set_default_dtype(dtype)
+            if legacy not in (None, "highest"):
+                torch.set_float32_matmul_precision(legacy)
             for backend, precision in zip(products, precisions, strict=True):
                 backend.fp32_precision = precision
+
+
+def _legacy_precision() -> str | None:
+    """What the older one of torch's two interfaces says; None if the caller has used the newer one only."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+@contextmanager
+def own_torch_state() -> Iterator[None]:
+    """Torch's state of this thread is the same afterwards, whatever others, who run on it meanwhile, leave it in.
+
+    For coroutines, which change places in the middle of `with torch.no_grad()` and the like: grad and inference mode,
+    autocast, the modes that look at every operation, and torch.compile.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", accelerator.type if accelerator is not None else "cpu"}
+    cached = torch.is_autocast_cache_enabled()
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    functions, dispatches = (
+        overrides._get_current_function_mode_stack(),
+        _python_dispatch._get_current_dispatch_mode_stack(),
+    )
+    compiler = eval_frame.set_eval_frame(None)  # of a compiled model; it would compile those others as well
+    with torch.inference_mode(torch.is_inference_mode_enabled()):  # leaving it restores grad mode as well
+        try:
+            yield
+        finally:
+            eval_frame.set_eval_frame(compiler)
+            for kind, enabled, dtype in autocast:
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_cache_enabled(cached)
+            _exchange(overrides._get_current_function_mode_stack(), functions, overrides)
+            _exchange(_python_dispatch._get_current_dispatch_mode_stack(), dispatches, _python_dispatch)
+
+
+def _exchange(present: list[Any], wanted: list[Any], stack: Any) -> None:
+    """Put other modes on one of torch's stacks of modes, which are public one by one only."""
+    if present != wanted:
+        for _ in present:
+            stack._pop_mode()
+        for mode in wanted:
+            stack._push_mode(mode)
 
 
 def leave_inference_mode(model: nn.Module) -> None:

@@ -6,9 +6,11 @@ python journey.py LIBRARY FOLDER '[{"model": "llama", …}, …]'
 
 import gc
 import json
+import os
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ SETTINGS: dict[str, Any] = {
     "effort": "fast",
     "config": {},
     "dtype": "float32",
+    "used_in": None,  # the dtype that the quantized model is loaded in, if another one
     "present": 0,  # the current device
     "device_map": None,
     "limit": 0,  # memory of the device that quantizing may use, times what the journey before took
     "fault": None,  # of faults.py
     "used": True,  # and not only quantized
+    "interpreted": False,  # Triton's programs run, in its interpreter; of all journeys of a process
 }
 
 
@@ -32,13 +36,19 @@ PEAKS: dict[str, int] = {}
 
 
 def main() -> None:
-    library, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    library, folder, journeys = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    interpreted = any(asked.get("interpreted") for asked in journeys)
+    os.environ["TRITON_INTERPRET"] = str(int(interpreted))  # before anyone imports Triton
     fake = accelerator.install(library, devices=DEVICES)
     import faults
     import torch
 
     torch.set_num_threads(1)
-    for number, asked in enumerate(json.loads(sys.argv[3])):
+    if interpreted:
+        interpret()
+    if "RANK" in os.environ:
+        meet_over_the_host()
+    for number, asked in enumerate(journeys):
         settings = {**SETTINGS, **asked}
         fake.exchange_device(settings["present"])
         fake.reset_counts()
@@ -53,6 +63,49 @@ def main() -> None:
         gc.enable()
         gc.collect()
         print(json.dumps(found), flush=True)
+
+
+def interpret() -> None:
+    """Have Triton's interpreter run our programs on the device: without assembly, and in fewer and larger programs.
+
+    It takes as long for eight rows of a weight as for sixty-four. Its own copies to the host are not counted.
+    """
+    from triton.runtime.interpreter import GridExecutor
+
+    from optq.gptq import columns
+    from optq.kernels import triton_gpu
+
+    execute = GridExecutor.__call__
+
+    def uncounted(self: Any, *arguments: Any, **constants: Any) -> None:
+        before = accelerator.WAITS.copy()
+        execute(self, *arguments, **constants)
+        accelerator.WAITS.clear()
+        accelerator.WAITS.update(before)
+
+    GridExecutor.__call__ = uncounted
+    triton_gpu._takes_ptx = lambda device: False
+    triton_gpu.TRIED_ROWS, triton_gpu.TRIED_COLUMNS = (3, 70), 256
+    columns.FUSED_BLOCK, columns.FUSED_ROWS = 32, 64
+
+
+def meet_over_the_host() -> None:
+    """Have processes sum through gloo, by way of the host: NCCL is not in this torch."""
+    import torch
+    import torch.distributed as dist
+
+    from optq import distributed
+
+    all_reduce = dist.all_reduce
+
+    def through_the_host(tensor: torch.Tensor, **settings: Any) -> None:
+        host = tensor.cpu()
+        all_reduce(host, **settings)
+        tensor.copy_(host)
+
+    dist.all_reduce = through_the_host
+    dist.init_process_group = partial(dist.init_process_group, backend="gloo")
+    distributed._group = cache(lambda: dist.new_group(timeout=distributed.PATIENCE, backend="gloo"))
 
 
 def travel(fake: Any, asked: dict[str, Any], folder: Path, found: dict[str, Any]) -> None:
@@ -109,12 +162,14 @@ def quantize(fake: Any, asked: dict[str, Any], dense: Path, packed: Path, found:
         "peak": fake.peak(asked["present"]) - before[asked["present"]],
         "waits_while_quantizing": waits(),
     }
+    found["digest_in_memory"] = models.digest_of(model)
     model.save_pretrained(packed)
-    found["digest"] = models.digest(packed)
+    if os.environ.get("RANK", "0") == "0":  # the others write nothing
+        found["digest"] = models.digest(packed)
     held = sum(tensor.nbytes for tensor in model.state_dict().values() if tensor.is_cuda)
     del model, log
-    if held:
-        gc.collect()  # accelerate's hooks and a model refer to one another
+    if held or asked["interpreted"]:
+        gc.collect()  # accelerate's hooks and a model refer to one another, and so do parts of Triton's interpreter
     after = [fake.allocated(index) for index in range(DEVICES)]
     found |= {
         "kept_bytes": sum(after) - sum(before),
@@ -131,9 +186,10 @@ def use(asked: dict[str, Any], packed: Path, folder: Path, found: dict[str, Any]
     import torch
 
     from optq import QuantLinear
+    from optq.gptq import columns
 
     device = torch.device("cuda", asked["present"])
-    dtype = getattr(torch, asked["dtype"])
+    dtype = getattr(torch, asked["used_in"] or asked["dtype"])
     kind = models.kind_of(asked["model"])
     exact = kind.from_pretrained(packed, dtype=torch.float32, device_map="cpu")
     model = kind.from_pretrained(packed, dtype=dtype, device_map=device)
@@ -143,6 +199,7 @@ def use(asked: dict[str, Any], packed: Path, folder: Path, found: dict[str, Any]
     with torch.no_grad():
         wanted, got = exact(**inputs).logits, model(**there).logits
     found |= {
+        "fused_columns_not_run": columns.why_not_fused(torch.device("cuda", torch.cuda.current_device())),
         "kernels": sorted({str(layer.kernel_name) for layer in layers}),
         "logits_on": str(got.device),
         "error": difference(got, wanted),

@@ -33,7 +33,16 @@ VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "n
 IMAGE = 3
 """The token in whose 16 places an image stands."""
 
+SMALL: dict[str, Any] = {
+    **SHARED,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
 CONFIGS: dict[str, Any] = {
+    "small llama": lambda: LlamaConfig(**SMALL),
     "llama": lambda: LlamaConfig(**SHARED),
     "mixture": lambda: Qwen3MoeConfig(
         **SHARED, moe_intermediate_size=32, head_dim=16, num_experts=4, num_experts_per_tok=2
@@ -49,7 +58,7 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 KINDS: dict[str, Any] = {"encoder-decoder": AutoModelForSeq2SeqLM, "vision": AutoModelForImageTextToText}
-DECODERS = ("llama", "mixture")
+DECODERS = ("llama", "small llama", "mixture")
 
 
 def kind_of(name: str) -> Any:
@@ -76,6 +85,14 @@ def quantized(
 def digest(folder: Path) -> str:
     """Of a checkpoint's tensors."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def digest_of(model: Any) -> str:
+    """Of a model's tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def create(name: str, folder: Path, dtype: torch.dtype) -> Path:

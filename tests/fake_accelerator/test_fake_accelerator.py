@@ -21,7 +21,7 @@ pytestmark = [
     ),
 ]
 
-ROUNDED = {"float32": 1e-5, "bfloat16": 0.02}
+ROUNDED = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 0.02}
 """Relative difference of logits: both sides have the same weights, and round sums elsewhere."""
 
 WAITS_PER_LINEAR, WAITS_PER_BLOCK = 30, 12
@@ -51,23 +51,57 @@ def travel(library, tmp_path_factory):
     """Send tiny models on their way, all in one process: what each of them saw."""
 
     def on(*journeys):
-        ended = subprocess.run(
-            [sys.executable, HERE / "journey.py", library, tmp_path_factory.mktemp("journey"), json.dumps(journeys)],
-            capture_output=True,
-            text=True,
-            env={
-                **{
-                    name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
-                },  # which takes hours
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-        found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
-        assert len(found) == len(journeys), ended.stderr[-3000:]
-        return found
+        return arrived(start(library, tmp_path_factory.mktemp("journey"), journeys), len(journeys))
 
     return on
+
+
+def start(library, folder, journeys, **environment):
+    return subprocess.Popen(
+        [sys.executable, HERE / "journey.py", library, folder, json.dumps(journeys)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def arrived(process, count):
+    printed, said = process.communicate()
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert len(found) == count, said[-3000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(library, tmp_path_factory):
+    """What each of two processes with a device of its own saw of a model that they quantized together."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes = [
+        start(
+            library,
+            tmp_path_factory.mktemp(f"rank{rank}"),
+            [{"present": rank, "used": False}],
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            **meeting,
+        )
+        for rank in range(2)
+    ]
+    return [arrived(process, 1)[0] for process in processes]
+
+
+def test_two_processes_with_a_device_each_make_one_model(together):
+    for found in together:
+        assert "raised" not in found
+        assert found["mismatches"] == []
+        assert found["kept_bytes"] == 0
+        assert found["linears"] == 14
+        assert found["peak"] > 0  # on its own device
+    assert together[0]["digest_in_memory"] == together[1]["digest_in_memory"]
+    assert [("digest" in found) for found in together] == [True, False]  # the first one writes
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +211,37 @@ def test_copies_ahead_are_begun_waited_for_and_their_memory_kept(seen):
 
 def test_a_device_map_spreads_the_model(seen):
     assert seen["over two devices"]["homes"] == ["cuda:0", "cuda:1"]
+
+
+@pytest.fixture(scope="module")
+def interpreted(travel):
+    pytest.importorskip("triton")
+    (found,) = travel({"model": "small llama", "used_in": "float16", "interpreted": True})
+    return found
+
+
+class TestTritonsProgramsOnTheDevice:
+    """In the interpreter, from quantizing with the fused loops over columns to generating with the fused product."""
+
+    def test_they_run_and_nothing_takes_their_place(self, interpreted):
+        assert "raised" not in interpreted
+        assert interpreted["fused_columns_not_run"] is None
+        assert interpreted["kernels"] == ["triton"]
+
+    def test_the_fused_loops_write_the_bytes_of_single_operations_on_a_cpu(self, interpreted, on_cpu):
+        assert interpreted["digest"] == on_cpu("small llama", "fast")
+
+    def test_the_fused_product_gives_the_logits_and_tokens_of_a_cpu(self, interpreted):
+        for error in ("error", "error_on_cpu", "error_dequantized", "error_in_a_server"):
+            assert interpreted[error] <= ROUNDED["float16"]
+        mine, exact = interpreted["tokens"]
+        assert mine == exact
+
+    def test_nothing_is_mixed_waited_for_or_kept(self, interpreted):
+        assert interpreted["mismatches"] == []
+        assert interpreted["waits_per_step"] == {}
+        assert interpreted["kept_bytes"] == 0
+        assert interpreted["gradient_on"] == "cuda:0"
 
 
 @pytest.fixture(scope="module")

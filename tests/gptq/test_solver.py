@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optq.errors import SolveError
-from optq.gptq import Grid, fit_grid, output_energy, round_to_nearest, solve
+from optq.gptq import Grid, fit_grid, output_energy, round_to_nearest, solve, solver
 from optq.scheme import ActOrder, LayerScheme
 
 OUT, IN, GROUP = 6, 48, 16
@@ -163,3 +163,26 @@ def test_half_precision_weights_are_solved_in_float32(correlated_problem):
     assert torch.equal(
         solve(rounded, hessian, scheme).quantized.codes, solve(rounded.float(), hessian, scheme).quantized.codes
     )
+
+
+def test_on_a_gpu_as_many_rows_are_solved_together_as_memory_allows(monkeypatch):
+    gpu, shape = torch.device("cuda"), (4096, 14336)
+    monkeypatch.setattr(solver, "free_bytes", lambda device: 80 * 2**30)
+    assert solver.rows_at_once(*shape, gpu) == 4096
+    assert solver.rows_at_once(*shape, torch.device("cpu")) == 2**24 // 14336
+    monkeypatch.setattr(solver, "free_bytes", lambda device: 2 * 2**30)
+    most = solver.rows_at_once(*shape, gpu)
+    assert 4096 > most * 40 * 14336 / 2**30 > 0.5  # of the GiB that may be used
+    assert -(-4096 // most) * most - 4096 < -(-4096 // most)  # pieces of equal size
+    monkeypatch.setattr(solver, "free_bytes", lambda device: 0)
+    assert solver.rows_at_once(*shape, gpu) == 1
+
+
+def test_rows_that_are_solved_apart_are_those_that_are_solved_together(correlated_problem, monkeypatch):
+    weight, hessian = correlated_problem(24, 64)
+    scheme = LayerScheme(group_size=32)
+    together = solve(weight, hessian, scheme)
+    monkeypatch.setattr(solver, "rows_at_once", lambda rows, columns, device: 7)
+    apart = solve(weight, hessian, scheme)
+    assert torch.equal(apart.quantized.codes, together.quantized.codes)
+    torch.testing.assert_close(apart.loss, together.loss)

@@ -237,3 +237,17 @@ def test_a_process_that_expects_others_says_what_to_do(monkeypatch):
     with pytest.raises(RankError, match="WORLD_SIZE=2 says that this is one of several processes"):
         optq.distributed.join()
     assert issubclass(RankError, OptqError)
+
+
+def test_more_processes_than_accelerators_are_refused_before_they_meet(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=r"LOCAL_RANK=2 .* 2 accelerators.*nproc-per-node=2"):
+        optq.distributed.join()
+    assert not chosen
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert optq.distributed._own_accelerator() == 1

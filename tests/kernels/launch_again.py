@@ -4,8 +4,10 @@
 A program of its own, as ahead_of_time.py is. What is launched is compiled for sm_90; no GPU is needed.
 """
 
+import itertools
 import os
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from optq.kernels import triton_gpu
+from optq.kernels.roofline import H200
 
 launched: list[tuple[Any, ...]] = []
 
@@ -89,14 +92,28 @@ def check(multiply: Any, x: torch.Tensor) -> None:
     triton.JITFunction.run = run
 
 
+def check_counts(prepared: Any) -> None:
+    """No number of rows, splits or outputs is compiled for: a graph that is being captured must not wait for it."""
+    triton_gpu.matmul(torch.randn(2, prepared.in_features).half(), prepared)
+    deque(triton_gpu._dense_pieces(prepared, torch.float16, range(32, 64)), maxlen=0)
+    loaded, out = Driver.utils.loaded, prepared.out_features
+    for rows, splits in itertools.product((1, 3, 8), (1, 2, 16)):
+        triton_gpu.matmul(torch.randn(rows, prepared.in_features).half(), prepared)
+        parts, output = torch.empty(splits, rows, out), torch.empty(rows, out).half()
+        triton_gpu._kernels().sum_of_parts[(1,)](parts, output, splits, rows, out, triton_gpu.SUMMED)
+        deque(triton_gpu._dense_pieces(prepared, torch.float16, range(rows, rows + splits)), maxlen=0)
+    assert Driver.utils.loaded == loaded
+
+
 def main() -> None:
     driver.set_active(Driver())
     triton_gpu._takes_ptx = lambda device: True
-    triton_gpu._processors = lambda device: 132
+    triton_gpu.roofline = lambda device: H200
     triton_gpu.blocks_per_split = lambda *given: 1
     for bits in (3, 4):
         prepared = triton_gpu.prepare(packed_weight(bits, 64, True))
         check(lambda x, prepared=prepared: triton_gpu.matmul(x, prepared), torch.randn(1, prepared.in_features).half())
+        check_counts(prepared)
     starts = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
     experts = triton_gpu.prepare(packed_weight(4, 64, True, out=96))
     check(lambda x: triton_gpu.grouped_gemm(x, starts, experts), torch.randn(3, experts.in_features).half())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from conftest import triton_on_cpus
 from optq.checkpoint import PackedWeight, unpack_codes
 from optq.device import triton as triton_devices
 from optq.kernels import KERNELS, choose_kernel, explain, triton_gpu
+from optq.kernels.roofline import H200, Roofline, roofline
 from optq.kernels.tilings import TILINGS
 
 triton = pytest.importorskip("triton")
@@ -107,7 +109,8 @@ def test_the_largest_zeros_and_scales_are_exact_in_assembly(dtype):
 
 def test_many_rows_are_multiplied_densely(monkeypatch):
     packed = packed_weight(4, 64, True, out=OUT)
-    monkeypatch.setattr(triton_gpu, "MOST_ROWS", 4)
+    monkeypatch.setattr(triton_gpu, "MOST_REMEMBERED", 4)
+    monkeypatch.setattr(triton_gpu, "_most_rows", lambda prepared, dtype: 4)
     monkeypatch.setattr(triton_gpu, "DENSE_BYTES", 1)  # one small piece after the other
     assert error(packed, torch.float16, 5) <= 2
 
@@ -245,9 +248,8 @@ def test_it_is_tried_before_it_is_used(monkeypatch, planted, caplog):
     triton_on_cpus(monkeypatch)
     packed = packed_weight(4, 64, True)
     tried = triton_gpu._why_wrong
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for bits in (2, 3, 4, 8):
-            assert tried.__wrapped__(torch.device("cpu"), bits, dtype) is None
+    for bits, dtype in zip((2, 3, 4, 8, 4), (*DTYPES, torch.bfloat16, torch.float16), strict=True):
+        assert tried.__wrapped__(torch.device("cpu"), bits, dtype) is None
     with torch.device("meta"):  # or wherever somebody has new tensors go
         assert tried.__wrapped__(torch.device("cpu"), 4, torch.float16) is None
     monkeypatch.setattr(triton_gpu, "_why_wrong", tried.__wrapped__)
@@ -258,6 +260,114 @@ def test_it_is_tried_before_it_is_used(monkeypatch, planted, caplog):
     assert "the kernel triton is not used" in caplog.text
     monkeypatch.setattr(triton_gpu, "_kernels", lambda: None)
     assert "do not run" in triton_gpu.why_not(packed, torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processors", [16, 132])
+def test_what_is_tried_reaches_every_tiling_split_sums_and_loads_that_come_in_turns(processors, monkeypatch):
+    launched, launch = [], triton_gpu._launch
+    monkeypatch.setattr(triton_gpu, "roofline", lambda device: replace(H200, processors=processors))
+
+    def noted(x, prepared, tiling, experts=0):
+        made = launch(x, prepared, tiling, experts)
+        names = made.multiply.function.arg_names
+        names = names[names.index("output") + 1 :]
+        per_split = dict(zip(names, made.constants, strict=True))["blocks_per_split"]
+        launched.append((tiling, experts, made.splits, per_split))
+        return made
+
+    monkeypatch.setattr(triton_gpu, "_launch", noted)
+    if processors == 132:  # what is launched is enough
+        monkeypatch.setattr(triton_gpu.Launch, "__call__", lambda self, inputs: torch.zeros(self.shape))
+    reason = triton_gpu._why_wrong.__wrapped__(torch.device("cpu"), 4, torch.float16)
+    assert (reason is None) == (processors == 16)
+    assert {tiling for tiling, *_ in launched} == set(TILINGS)
+    assert any(experts for _, experts, *_ in launched)
+    assert all(splits > 1 and per_split >= tiling.stages for tiling, _, splits, per_split in launched)
+
+
+class Broken:
+    """A program that does not compile for some GPU."""
+
+    def __init__(self, program):
+        self.arg_names = program.arg_names
+
+    def __getitem__(self, grid):
+        raise RuntimeError("out of resource: shared memory")
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    real = triton_gpu._kernels()
+    programs = {name: Broken(getattr(real, name)) for name in ("product", "grouped_product")}
+    rest = {name: getattr(real, name) for name in ("dequantize", "sum_of_parts")}
+    monkeypatch.setattr(triton_gpu, "_not_running", set())
+    monkeypatch.setattr(triton_gpu, "_kernels", lambda: SimpleNamespace(**programs, **rest))
+
+
+@pytest.mark.may_give_up
+@pytest.mark.usefixtures("broken")
+def test_a_program_that_does_not_run_gives_way_to_dense_products_and_that_is_said_once(caplog):
+    for seed_of_shape in (OUT, OUT, 2 * OUT):
+        assert error(packed_weight(4, 64, True, out=seed_of_shape), torch.float16, 3) <= 2
+    assert caplog.text.count("does not run (RuntimeError: out of resource: shared memory)") == 1
+    assert error(packed_weight(4, 64, True, out=OUT), torch.float16, 20) <= 2  # by another tiling
+    assert caplog.text.count("does not run") == 2
+
+
+@pytest.mark.may_give_up
+@pytest.mark.usefixtures("broken")
+def test_so_do_all_experts_at_once(caplog):
+    packed = packed_weight(4, 64, True, out=OUT)
+    prepared, x = triton_gpu.prepare(packed), torch.randn(7, IN).half()
+    found = triton_gpu.grouped_gemm(x, torch.tensor([0, 2, 2, 7], dtype=torch.int32), prepared)
+    dense = packed.columns(0, OUT)
+    size = OUT // 3
+    expected = torch.cat([x[:2].float() @ dense[:, :size].float(), x[2:].float() @ dense[:, 2 * size :].float()])
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    assert "does not run" in caplog.text
+
+
+@pytest.mark.may_give_up
+def test_what_has_run_before_fails_aloud(monkeypatch):
+    packed = packed_weight(4, 64, True, out=OUT)
+    prepared, x = triton_gpu.prepare(packed), torch.randn(3, IN).half()
+    triton_gpu.matmul(x, prepared)
+    (launch,) = prepared.memo.values()
+    launch.multiply._compiled = Broken(launch.multiply.function)
+    with pytest.raises(RuntimeError, match="out of resource"):
+        triton_gpu.matmul(x, prepared)
+
+
+def test_what_a_gpu_can_do_is_taken_from_its_driver(monkeypatch):
+    gpus = {  # name: capability, processors, MHz, MHz of its memory, bits of its memory
+        "H200": ((9, 0), 132, 1980, 3201, 6144),
+        "A100": ((8, 0), 108, 1410, 1215, 5120),
+        "L4": ((8, 9), 58, 2040, 6251, 192),
+        "of next year": ((13, 0), 200, 2000, 4000, 8192),
+        "of a driver that says nothing": ((9, 0), 132, 0, 0, 0),
+    }
+    found = {}
+    for index, (name, (capability, processors, clock, memory_clock, width)) in enumerate(gpus.items()):
+        said = SimpleNamespace(
+            major=capability[0],
+            minor=capability[1],
+            multi_processor_count=processors,
+            clock_rate=1000 * clock,
+            memory_clock_rate=1000 * memory_clock,
+            memory_bus_width=width,
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, said=said: said)
+        found[name] = roofline.__wrapped__(torch.device("cuda", index))
+    for field in ("processors", "weights", "products"):
+        assert getattr(found["H200"], field) == pytest.approx(getattr(H200, field), rel=0.1)
+    assert found["A100"].weights * 108 / 2 == pytest.approx(1.3e6, rel=0.05)  # bytes in a microsecond
+    assert found["L4"].products < found["A100"].products < H200.products
+    assert found["of next year"] == replace(H200, processors=200)
+    assert found["of a driver that says nothing"] == H200
+    assert 256 <= found["H200"].dense_from() <= 512
+    slow_memory = Roofline(processors=1, weights=H200.weights / 2, products=H200.products)
+    assert slow_memory.dense_from() > H200.dense_from()
 
 
 def test_refuses_in_words(monkeypatch):
@@ -273,11 +383,13 @@ def test_refuses_in_words(monkeypatch):
     triton_on_cpus(monkeypatch)
     assert KERNELS["triton"].why_not(packed, torch.float16) is None
     assert "these are torch.float64" in KERNELS["triton"].why_not(packed, torch.float64)
-    with monkeypatch.context() as old:
-        old.setattr(triton_gpu, "_takes_ptx", lambda device: True)
-        old.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        assert "load the model in float16" in triton_gpu.why_not(packed, torch.bfloat16)
-        assert triton_gpu.why_not(packed, torch.float16) is None
+    with monkeypatch.context() as gpu:
+        gpu.setattr(triton_devices, "DEVICES", ("cuda",))
+        gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        why_not = triton_devices.why_no_triton(torch.device("cuda"))
+        assert why_not == "needs compute capability 8.0 or newer, this GPU has 7.5"
+        gpu.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert triton_devices.why_no_triton(torch.device("cuda")) is None
     monkeypatch.setattr(triton_devices, "find_spec", lambda name: None)
     assert "pip install triton" in triton_gpu.why_not(packed, torch.float16)
     monkeypatch.undo()
@@ -290,7 +402,7 @@ def test_refuses_in_words(monkeypatch):
 def test_the_sum_is_split_where_that_pays():
     def splits(outputs, columns, tiling=TILINGS[0]):
         blocks = columns // 128
-        return blocks / triton_gpu.blocks_per_split(-(-outputs // tiling.outputs), blocks, 132, tiling)
+        return blocks / triton_gpu.blocks_per_split(-(-outputs // tiling.outputs), blocks, H200, tiling)
 
     assert splits(28672, 4096) == 1  # 896 programs for 132 processors: 7 for the busiest, 6.8 on average
     assert splits(4096, 4096) == 8  # 128 programs alone would wait for memory

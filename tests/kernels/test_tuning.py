@@ -85,6 +85,25 @@ def test_a_tiling_with_another_result_or_hardly_any_gain_is_not_taken(monkeypatc
     assert list(tune(Layer()).values()) == [{"up to 3 rows": 1.0}]
 
 
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("dense_from", "most"), [(300, 256), (96, 64), (10_000, 1024)])
+def test_the_rows_from_which_dequantizing_is_faster_are_measured_and_used(dense_from, most, monkeypatch):
+    monkeypatch.setattr(tuning, "candidates", lambda default: [default])
+    monkeypatch.setattr(
+        tuning, "_seconds", lambda x, layers, tiling: 1.0 if tiling is None else 0.5 + 0.5 * (len(x) >= dense_from) * 2
+    )
+    layer = Layer()
+    tune(layer)
+    known = tilings.remembered(torch.device("cpu"))[problem_of(layer.weight, torch.float16)]
+    assert known[-1].most_rows == most
+    dense, product_of_dense = [], triton_gpu.product_of_dense
+    monkeypatch.setattr(triton_gpu, "product_of_dense", lambda x, _: dense.append(len(x)) or product_of_dense(x, _))
+    for rows in (65, most, most + 1):
+        if rows < 300:  # the interpreter is slow
+            triton_gpu.matmul(torch.randn(rows, IN).half(), layer.weight)
+    assert dense == [rows for rows in (65, most, most + 1) if most < rows < 300]
+
+
 def test_a_model_without_the_kernel_is_told_so(cache, caplog):
     with caplog.at_level(logging.WARNING, logger="optq"):
         assert tune(Layer("reference")) == {}

@@ -66,7 +66,7 @@ def unreconstructed(runner, solved, examples, held_out, passes, ranks):
 def estimated(monkeypatch, model, config, longest=1e12, **units):
     """The plan, where a forward takes a second, whatever else takes what `units` say, and the rest nothing."""
     nothing = {"hessian": 0, "drift": 0, "packing": 0, "disk": 0}
-    speed = duration._Speed(**{"solving": NOTHING, **nothing, **units})
+    speed = duration._Speed(**{"solving": NOTHING, **nothing, **units}, device=torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(duration, "_speed", lambda *_: speed)
         patch.setattr(duration, "LONGEST_FORWARD", longest)

@@ -2,14 +2,13 @@
 """The driver on tiny models: what it computes, and what it leaves behind when it fails."""
 
 import json
-import threading
 
 import pytest
 import torch
 from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM
 
-from conftest import VOCABULARY
+from conftest import VOCABULARY, waiting_forwards
 from optq.calibration import Sampling, prepare_calibration
 from optq.errors import CalibrationError, ConfigError, ModelError
 from optq.evaluation import Comparer
@@ -151,7 +150,7 @@ def test_flags_hooks_and_devices_are_as_before(model, token_rows):
     assert after[1] == before[1]
     assert after[3] == before[3]
     assert set(after[2]) < set(before[2])  # only quantized weights are gone
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("optq-")]
+    assert not waiting_forwards()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -171,7 +170,7 @@ def test_flags_hooks_and_devices_are_as_before_after_a_failure(model, token_rows
     with pytest.raises(error):
         quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU))
     assert footprint(model) == before
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("optq-")]
+    assert not waiting_forwards()
 
 
 def test_half_precision_models_are_calibrated_in_float32_and_stay_half(tiny_llama, token_rows):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
-OLDEST_CAPABILITY = (7, 5)
+OLDEST_CAPABILITY = (8, 0)  # for older GPUs Triton makes products without tensor cores, from registers that spill
 
 
 def why_no_triton(device: torch.device) -> str | None:

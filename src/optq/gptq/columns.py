@@ -83,7 +83,6 @@ BlockLoop = Callable[[Tensor, Tensor, Columns, int, int], Tensor]
 def _run(
     program: str, loop: BlockLoop, block: int, state: Tensor, codes: Tensor, columns: Columns, at_once: int | None
 ) -> None:
-    assert state.numel() < 2**31  # `solve` takes rows of 16 million weights at once; the programs count in int32
     if why_not_fused(state.device) is None:
         columns = replace(columns, matrix=columns.matrix.contiguous())  # of Cholesky's factor, columns are
         _blockwise(_fused(program), state, codes, columns, min(at_once or FUSED_BLOCK, FUSED_BLOCK))

@@ -20,6 +20,7 @@ from . import solver
 from .columns import ROUND_BLOCK, SWEEP_BLOCK
 from .grid import fit_grid
 
+CPU = torch.device("cpu")
 CPU_SIZE, ACCELERATOR_SIZE = 1024, 4096  # inputs of the matrices that kinds of work are timed with
 SMALL, LARGE = (16, 256), (512, 1024)  # of the weights that are solved
 REPEATS, ENOUGH = 5, 0.3  # seconds after which nothing is repeated
@@ -53,10 +54,10 @@ class SolvingWork:
         return math.fsum(count * each for count, each in zip(astuple(self), astuple(seconds_of_each), strict=True))
 
 
-def work_of(rows: int, columns: int, scheme: LayerScheme, *, drift: bool) -> SolvingWork:
-    """Count the operations of `solve` for a (rows, columns) weight; `drift`: whether it is given one."""
+def work_of(rows: int, columns: int, scheme: LayerScheme, *, drift: bool, device: torch.device = CPU) -> SolvingWork:
+    """Count the operations of `solve` for a (rows, columns) weight on `device`; `drift`: whether it is given one."""
     weights, rounds = rows * columns, scheme.refinement
-    solves, chunks = 1 + rounds, -(-weights // solver.ELEMENTS_AT_ONCE)
+    solves, chunks = 1 + rounds, -(-rows // solver.rows_at_once(rows, columns, device))
     # An attempt each: the first solution, the nearest one, every step of a round. Three energies. In a round, strips
     # that are half a product together. Two for the target.
     products = (2 + 3 * rounds) + 3 + rounds / 2 + 2 * (drift and scheme.propagation > 0)
@@ -98,7 +99,7 @@ def measured(scheme: LayerScheme, device: torch.device) -> SolvingWork:
         products=seconds(lambda: weight @ hessian) / (weight.numel() * size),
         updates=seconds(lambda: large.addmm_(narrow, flat, alpha=1e-3)) / large.numel(),
         elements=seconds(lambda: block.addr_(narrow[: few // 2, 0], row, alpha=1e-3)) / block.numel(),
-        cubes=seconds(invert) / work_of(1, size, scheme, drift=False).cubes,
+        cubes=seconds(invert) / work_of(1, size, scheme, drift=False, device=device).cubes,
         fits=seconds(lambda: fit_grid(weight, groups, scheme, energy)) / weight.numel(),
         steps=0.0,
     )
@@ -107,7 +108,7 @@ def measured(scheme: LayerScheme, device: torch.device) -> SolvingWork:
         states = normal(2 * columns, columns)
         drift = normal(columns, columns) / columns
         call = partial(solver.solve, normal(rows, columns), states.T @ states / len(states), scheme, drift=drift)
-        return work_of(rows, columns, scheme, drift=True), seconds(call)
+        return work_of(rows, columns, scheme, drift=True, device=device), seconds(call)
 
     work, took = solving(*SMALL)
     kinds = replace(kinds, steps=max(0.0, took - work.times(kinds)) / work.steps)

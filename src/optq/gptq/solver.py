@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from optq.device.memory import all_finite
+from optq.device.memory import all_finite, free_bytes
 from optq.errors import SolveError
 from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
 
@@ -25,7 +25,9 @@ from .refinement import Attempt, refine
 
 logger = logging.getLogger(__name__)
 
-ELEMENTS_AT_ONCE = 1 << 24  # of the weight: rows are independent, and an output head has a hundred thousand of them
+ELEMENTS_AT_ONCE = 1 << 24  # of the weight, on a CPU
+WORKING_BYTES = 40  # for each element of the rows that are solved together
+MEMORY_SHARE = 0.5  # of what is free on an accelerator
 DAMPING_STEPS = 3  # tenfold increases tried before giving up
 
 
@@ -82,7 +84,7 @@ def solve(
         name: for error messages.
     Raises:
         SolveError: the Hessian stays singular after three tenfold increases of damping.
-    Cost: O(out · in²) time; (4 · in² + 10 · rows · in) · 4 bytes beyond the inputs, with rows · in up to 16 million.
+    Cost: O(out · in²) time; (4 · in² + 10 · rows · in) · 4 bytes beyond the inputs, for the rows of `rows_at_once`.
     """
     energy = hessian.diagonal()
     dead = energy == 0
@@ -95,9 +97,8 @@ def solve(
         scales, zeros = present.quantized.scales, present.quantized.zeros.float()
         return round_on(Grid(scales=scales, zeros=zeros, max_code=scheme.max_code), target)
 
-    rows_at_once = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     parts = []
-    for rows in weight.split(rows_at_once):
+    for rows in weight.split(rows_at_once(weight.shape[0], weight.shape[1], weight.device)):
         original = target = rows.float()
         if drift is not None and scheme.propagation:
             # E[W x] = E[W' x̃] in the least-squares sense for W' = W (I + drift · H⁻¹); eq. 6 of arXiv:2504.09629.
@@ -121,6 +122,18 @@ def solve(
             )
         )
     return stacked(parts)
+
+
+def rows_at_once(rows: int, columns: int, device: torch.device) -> int:
+    """How many rows of a weight are solved together. They are independent; an output head has a hundred thousand.
+
+    A CPU has no use for more than a few. On a GPU a launch for a block of columns is done when its slowest program is,
+    so there are as few as memory allows, of equal size: one in the usual case.
+    """
+    if device.type == "cpu":
+        return max(1, ELEMENTS_AT_ONCE // columns)
+    most = max(1, int(MEMORY_SHARE * free_bytes(device)) // (WORKING_BYTES * columns))
+    return -(-rows // -(-rows // most))
 
 
 def _round_on(

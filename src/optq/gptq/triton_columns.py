@@ -18,7 +18,7 @@ def to_even(x):
 @triton.jit
 def grid_of(scales, zeros, groups, start, i, rows, out):
     """The scales and zeros of some rows in the group of column start + i."""
-    group = tl.load(groups + start + i) * out
+    group = tl.load(groups + start + i).to(tl.int64) * out
     scale = tl.load(scales + group + rows, rows < out, other=1.0)
     return scale, tl.load(zeros + group + rows, rows < out, other=0.0)
 
@@ -42,7 +42,7 @@ def round_block(
     """GPTQ on columns start … start + columns - 1."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, COLUMNS)
-    places = (start + at)[:, None] * out + rows[None, :]
+    places = (start + at).to(tl.int64)[:, None] * out + rows[None, :]  # of more than 2 ** 31
     inside = (at < columns)[:, None] & (rows < out)[None, :]
     block = tl.load(pending + places, inside, other=0.0)
     for i in range(columns):
@@ -53,7 +53,7 @@ def round_block(
         column = tl.sum(tl.where((at == i)[:, None], block, 0.0), 0)
         code = to_even(tl.div_rn(column, scale)) + zero
         code = tl.minimum(tl.maximum(code, 0.0), max_code)
-        tl.store(codes + (start + i) * out + rows, code.to(tl.uint8), rows < out)
+        tl.store(codes + (start + i).to(tl.int64) * out + rows, code.to(tl.uint8), rows < out)
         error = tl.div_rn(column - (code - zero) * scale, pivot)
         block = tl.where((at == i)[:, None], error[None, :], block - pushes[:, None] * error[None, :])
     tl.store(pending + places, block, inside)
@@ -78,7 +78,7 @@ def sweep_block(
     """Coordinate descent over columns start … start + columns - 1."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, COLUMNS)
-    places = (start + at)[:, None] * out + rows[None, :]
+    places = (start + at).to(tl.int64)[:, None] * out + rows[None, :]  # of more than 2 ** 31
     inside = (at < columns)[:, None] & (rows < out)[None, :]
     block = tl.load(pull + places, inside, other=0.0)
     for i in range(columns):
@@ -86,7 +86,7 @@ def sweep_block(
         row_of_hessian = hessian + (start + i).to(tl.int64) * in_features + start
         pivot = tl.load(row_of_hessian + i)
         pushes = tl.load(row_of_hessian + at, (at > i) & (at < columns), other=0.0)
-        place = codes + (start + i) * out + rows
+        place = codes + (start + i).to(tl.int64) * out + rows
         steps = tl.load(place, rows < out, other=0).to(tl.float32) - zero
         column = tl.sum(tl.where((at == i)[:, None], block, 0.0), 0)
         best = to_even(tl.div_rn(column, scale * pivot) + steps) + zero

@@ -30,6 +30,11 @@ class Program:
         self.function, self._grid, self._options = function, (*grid, 1, 1)[:3], options
         self._compiled: Any = None
 
+    @property
+    def has_run(self) -> bool:
+        """Whether it was compiled and started."""
+        return self._compiled is not None
+
     def __call__(self, *arguments: Any) -> None:
         """Start it.
 

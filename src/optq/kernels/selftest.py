@@ -16,7 +16,7 @@ from .prepared import Prepared
 logger = logging.getLogger(__name__)
 
 MOST_DIFFERENT = 0.02  # of products that should be the same, of the largest
-COLUMNS, OUTPUTS, GROUP_SIZE = 256, 96, 128
+OUTPUTS, GROUP_SIZE = 96, 128
 
 
 def why_wrong(
@@ -26,23 +26,24 @@ def why_wrong(
     device: torch.device,
     bits: int,
     dtype: torch.dtype,
+    columns: int = 256,
 ) -> str | None:
-    """Why a kernel's products with a small random weight are wrong, which is logged as well, or None.
+    """Why a kernel's products with a random weight (OUTPUTS, columns) are wrong, which is logged as well, or None.
 
     Args:
-        products: pairs of a number of rows and a product, which is tried with activations x (rows, in).
+        products: pairs of a number of rows and a product, which is tried with activations x (rows, columns).
     """
     generator = torch.Generator().manual_seed(0)
 
     def random_words(*shape: int) -> Tensor:
         return torch.randint(-(2**31), 2**31, shape, generator=generator, device="cpu").int().to(device)
 
-    groups = COLUMNS // GROUP_SIZE
+    groups = -(-columns // GROUP_SIZE)
     packed = PackedWeight(
-        qweight=random_words(COLUMNS * bits // 32, OUTPUTS),
+        qweight=random_words(columns * bits // 32, OUTPUTS),
         qzeros=random_words(groups, OUTPUTS * bits // 32),
         scales=((1 + torch.rand(groups, OUTPUTS, generator=generator, device="cpu")) / 2**bits).half().to(device),
-        g_idx=trivial_groups(COLUMNS, GROUP_SIZE, device),
+        g_idx=trivial_groups(columns, GROUP_SIZE, device),
         bits=bits,
         checkpoint_format="gptq_v2",
     )
@@ -50,7 +51,7 @@ def why_wrong(
     try:
         prepared, dense = prepare(packed), packed.columns(0, OUTPUTS)
         for rows, multiply in products:
-            x = torch.randn(rows, COLUMNS, generator=generator, device="cpu").to(device, dtype)
+            x = torch.randn(rows, columns, generator=generator, device="cpu").to(device, dtype)
             expected = x.float() @ dense.float()
             if not bool(
                 (multiply(x, prepared).float() - expected).abs().max() <= MOST_DIFFERENT * expected.abs().max()

@@ -21,9 +21,11 @@ program, always in the same order; above `MOST_ROWS` the weight is dequantized i
 library, which then is as fast and whose product no longer waits for the weights.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,13 +33,16 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from optq.checkpoint import PackedWeight, unpack_codes
-from optq.device.triton import current, why_no_triton
+from optq.device.triton import current, in_words, why_no_triton
 
 from . import tilings
 from .launches import Program
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
+from .roofline import Roofline, roofline
 from .selftest import why_wrong
 from .tilings import MOST_ROWS, TILINGS, Tiling, problem_of
+
+logger = logging.getLogger(__name__)
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits -> the bits of each plane, lowest first
 LARGEST_FLOAT16_SCALE = 31.0  # the kernel's own numbers are 2**11 times as large
@@ -50,18 +55,16 @@ MOST_REMEMBERED = 64  # rows whose launch is remembered: with more it takes a sm
 
 
 FEWEST_BLOCKS = 4  # per split
-# Of a processor of an H200: 4-bit weights that memory brings to it, and products of its tensor cores; microseconds
-# that a load takes, and a program that is started after another. Rough: only how they compare matters here.
-WEIGHTS_PER_MICROSECOND, PRODUCTS_PER_MICROSECOND, LATENCY, SECOND_PROGRAM = 60_000, 3_600_000, 1.0, 2.5
+LATENCY, SECOND_PROGRAM = 1.0, 2.5  # microseconds that a load takes, and a program that is started after another
+
+# What is tried on a device before the kernel is used there: a row count for every tiling, and columns enough for split
+# sums, each of more blocks than are loaded ahead, with a part of a group at the end.
+TRIED_ROWS, TRIED_COLUMNS, TRIED_EXPERTS = (3, 12, 24, 48, 70), 2048 + 64, 3
 
 
 def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
     device = packed.scales.device
-    if reason := why_no_triton(device):
-        return reason
-    if dtype == torch.bfloat16 and _takes_ptx(device) and torch.cuda.get_device_capability(device) < (8, 0):
-        return "bfloat16 arithmetic needs compute capability 8.0 or newer; load the model in float16"
-    return why_not_laid_out(packed, dtype) or _why_wrong(device, packed.bits, dtype)
+    return why_no_triton(device) or why_not_laid_out(packed, dtype) or _why_wrong(device, packed.bits, dtype)
 
 
 def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -84,10 +87,22 @@ def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 
 @cache
 def _why_wrong(device: torch.device, bits: int, dtype: torch.dtype) -> str | None:
-    products = [(3, _product_of_dense)]
+    products = [(3, product_of_dense)]
     if dtype != torch.float32:
-        products += [(3, matmul), (70, matmul)]  # by the first and by the last tiling
-    return why_wrong("triton", prepare, products, device, bits, dtype)
+        products += [*((rows, _product_of_tiles) for rows in TRIED_ROWS), (TRIED_ROWS[1], _product_of_experts)]
+    return why_wrong("triton", prepare, products, device, bits, dtype, TRIED_COLUMNS)
+
+
+def _product_of_tiles(x: Tensor, prepared: Prepared) -> Tensor:
+    return product(x, prepared, _tiling(x.shape[0], prepared, x.dtype, prepared.out_features))
+
+
+def _product_of_experts(x: Tensor, prepared: Prepared) -> Tensor:
+    """The product by the program for experts: each has a part of the outputs, and gets all rows once."""
+    rows, out = x.shape[0], prepared.out_features // TRIED_EXPERTS
+    launch = _launch(x, prepared, _tiling(-(-rows // TRIED_EXPERTS), prepared, x.dtype, out), TRIED_EXPERTS)
+    every = torch.arange(TRIED_EXPERTS + 1, dtype=torch.int32, device=x.device)
+    return torch.cat([launch(((every > expert).int() * rows, x)) for expert in range(TRIED_EXPERTS)], 1)
 
 
 def prepare(packed: PackedWeight) -> Prepared:
@@ -126,8 +141,9 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if prepared.order is not None:
         rows = rows.index_select(1, prepared.order)
-    if rows.shape[0] > MOST_ROWS or x.dtype == torch.float32:
-        output = _product_of_dense(rows, prepared)
+    many = rows.shape[0] > MOST_REMEMBERED  # else nothing is looked up at every call
+    if x.dtype == torch.float32 or (many and rows.shape[0] > _most_rows(prepared, x.dtype)):
+        output = product_of_dense(rows, prepared)
     else:
         output = _multiplied((rows.contiguous(),), prepared)
     return output.view(*x.shape[:-1], prepared.out_features)
@@ -145,10 +161,19 @@ def matmul_transposed(gradient: Tensor, prepared: Prepared) -> Tensor:
 
 
 def _tiling(rows: int, prepared: Prepared, dtype: torch.dtype, outputs: int) -> Tiling:
+    """The tiling for so many rows; with more than any is for, that of the most rows."""
     candidates: tuple[Tiling, ...] = TILINGS
-    if tuned := tilings.tuned(prepared.codes.device):  # else nothing is looked up at every call
+    if tuned := tilings.tuned(prepared.codes.device):
         candidates = tuned.get(replace(problem_of(prepared, dtype), outputs=outputs), TILINGS)
-    return next(tiling for tiling in candidates if rows <= tiling.most_rows)
+    return next((tiling for tiling in candidates if rows <= tiling.most_rows), candidates[-1])
+
+
+def _most_rows(prepared: Prepared, dtype: torch.dtype) -> int:
+    """Rows of activations for which the fused product is the faster one: measured by `tune`, or estimated."""
+    device = prepared.codes.device
+    if tuned := tilings.tuned(device).get(problem_of(prepared, dtype)):
+        return tuned[-1].most_rows
+    return min(MOST_ROWS, roofline(device).dense_from())
 
 
 def product(x: Tensor, prepared: Prepared, tiling: Tiling) -> Tensor:
@@ -187,12 +212,51 @@ def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0
     key = (experts, rows, x.dtype, *(tensor.data_ptr() % ALIGNED == 0 for tensor in inputs))
     launch: Launch | None = prepared.memo.get(key)
     if launch is None:
-        at_most = min(-(-rows // experts), MOST_ROWS) if experts else rows
-        out = prepared.out_features // max(experts, 1)
+        at_most, out = -(-rows // experts) if experts else rows, prepared.out_features // max(experts, 1)
         launch = _launch(x, prepared, _tiling(at_most, prepared, x.dtype, out), experts)
         if rows <= MOST_REMEMBERED:
             prepared.memo[key] = launch
-    return launch(inputs)
+    if _not_running and launch.program in _not_running:
+        return _densely(inputs, prepared, experts)
+    try:
+        return launch(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
+        if launch.multiply.has_run:
+            raise
+        _give_up(launch, error)
+    return _densely(inputs, prepared, experts)
+
+
+_not_running: set[tuple[Any, ...]] = set()
+"""The programs of this process that were started, and could not be."""
+
+
+def _give_up(launch: "Launch", error: Exception) -> None:
+    """Say once that a program does not run, although others of the kernel do, and that dense products take its place.
+
+    What is tried before a kernel is used does not reach every choice of constants.
+    """
+    _not_running.add(launch.program)
+    logger.warning(
+        "%s: a program of the kernel triton, with %s, does not run (%s); dequantizing takes its place, and is slower.",
+        *launch.program[:2],
+        in_words(error),
+    )
+
+
+def _densely(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int) -> Tensor:
+    """The product of `_multiplied` by way of a dense weight; with experts, it waits for the device."""
+    x = inputs[-1]
+    if not experts:
+        return product_of_dense(x, prepared)
+    starts, out = inputs[0].tolist(), prepared.out_features // experts
+    output = torch.empty(x.shape[0], out, dtype=x.dtype, device=x.device)
+    for expert, (start, stop) in enumerate(pairwise(starts)):
+        for outputs, weight in _dense_pieces(prepared, x.dtype, range(expert * out, (expert + 1) * out)):
+            output[start:stop, outputs] = linear(x[start:stop], weight)
+    return output
 
 
 def most_tiles(rows: int, experts: int, size: int) -> int:
@@ -210,6 +274,7 @@ class Launch:
             (groups, out).
     """
 
+    program: tuple[Any, ...]  # what makes it another one for Triton: device, tiling, constants
     shape: tuple[int, int]  # of the output
     splits: int
     multiply: Program
@@ -229,7 +294,7 @@ class Launch:
             else:
                 parts = torch.empty((self.splits, *self.shape), dtype=torch.float32, device=x.device)
                 self.multiply(*inputs, *self.weight, parts, *self.constants)
-                self.add(parts, output, self.splits, self.shape[0] * self.shape[1], SUMMED)
+                self.add(parts, output, self.splits, *self.shape, SUMMED)
         return output
 
 
@@ -240,7 +305,7 @@ def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> 
     columns, groups = prepared.in_features, prepared.scales.shape[0]
     block = block_of(prepared.bits)
     blocks = -(-columns // block)
-    per_split = blocks_per_split(max(row_tiles * output_tiles, 1), blocks, _processors(x.device), tiling)
+    per_split = blocks_per_split(max(row_tiles * output_tiles, 1), blocks, roofline(x.device), tiling)
     splits = -(-blocks // per_split)
     width = prepared.group_width if groups > 1 else blocks * block
     ptx = _takes_ptx(x.device)
@@ -267,7 +332,9 @@ def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> 
         "EXPERTS": 1 << (experts - 1).bit_length() if experts else 0,
     }
     names = function.arg_names
+    compiled = tuple(value for name, value in constants.items() if name.isupper())
     return Launch(
+        program=(x.device, tiling, bool(experts), splits > 1, x.dtype, compiled),
         shape=(rows, out),
         splits=splits,
         multiply=Program(function, (output_tiles, row_tiles, splits), launch_options(tiling, ptx)),
@@ -284,7 +351,7 @@ def launch_options(tiling: Tiling, ptx: bool) -> dict[str, int]:
     return options
 
 
-def blocks_per_split(tiles: int, blocks: int, processors: int, tiling: Tiling) -> int:
+def blocks_per_split(tiles: int, blocks: int, gpu: Roofline, tiling: Tiling) -> int:
     """How many blocks of columns each program sums, chosen by an estimate of the time.
 
     The estimate is the work of the busiest processor, or the memory latency of a single program if that is longer; and
@@ -293,30 +360,36 @@ def blocks_per_split(tiles: int, blocks: int, processors: int, tiling: Tiling) -
 
     def microseconds(splits: int) -> tuple[float, int]:
         summed = -(-blocks // splits)
-        rate = min(WEIGHTS_PER_MICROSECOND, PRODUCTS_PER_MICROSECOND / tiling.rows)
-        busiest = -(-tiles * splits // processors) * summed * tiling.outputs * 128 / rate
+        rate = min(gpu.weights, gpu.products / tiling.rows)
+        busiest = -(-tiles * splits // gpu.processors) * summed * tiling.outputs * 128 / rate
         waiting = summed / (tiling.stages - 1) * LATENCY
         return max(busiest, waiting) + (SECOND_PROGRAM if splits > 1 else 0), -splits
 
-    most = max(1, min(round(tiling.programs_per_processor * processors / tiles), blocks // FEWEST_BLOCKS))
+    most = max(1, min(round(tiling.programs_per_processor * gpu.processors / tiles), blocks // FEWEST_BLOCKS))
     return -(-blocks // (most if tiling.split_fully else min(range(1, most + 1), key=microseconds)))
 
 
-def _product_of_dense(x: Tensor, prepared: Prepared) -> Tensor:
+def product_of_dense(x: Tensor, prepared: Prepared) -> Tensor:
+    """x (rows, in), columns in kernel order -> (rows, out), by way of a dense weight, some outputs at a time."""
     output = torch.empty(x.shape[0], prepared.out_features, dtype=x.dtype, device=x.device)
     for outputs, weight in _dense_pieces(prepared, x.dtype):
         output[:, outputs] = linear(x, weight)
     return output
 
 
-def _dense_pieces(prepared: Prepared, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight (out, in), columns in the kernel's order, some outputs at a time."""
+def _dense_pieces(prepared: Prepared, dtype: torch.dtype, of: range | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The weight (out, in), columns in the kernel's order, some outputs at a time; or only the outputs `of`.
+
+    Yields:
+        Which of these outputs they are, and the weight.
+    """
+    of = range(prepared.out_features) if of is None else of
     columns, groups = prepared.in_features, prepared.scales.shape[0]
     block = block_of(prepared.bits)
     blocks = -(-columns // block)
     at_once = max(DEQUANTIZED_OUTPUTS, DENSE_BYTES // (columns * dtype.itemsize) // 128 * 128)
-    for start in range(0, prepared.out_features, at_once):
-        count = min(at_once, prepared.out_features - start)
+    for start in range(of.start, of.stop, at_once):
+        count = min(at_once, of.stop - start)
         dense = torch.empty(count, columns, dtype=dtype, device=prepared.codes.device)
         with current(dense.device):
             _kernels().dequantize[-(-count // DEQUANTIZED_OUTPUTS), blocks](
@@ -335,7 +408,7 @@ def _dense_pieces(prepared: Prepared, dtype: torch.dtype) -> Iterator[tuple[slic
                 OUTPUTS=DEQUANTIZED_OUTPUTS,
                 BFLOAT16_SCALES=prepared.scales.dtype == torch.bfloat16,
             )
-        yield slice(start, start + count), dense
+        yield slice(start - of.start, start - of.start + count), dense
 
 
 def _arguments(prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
@@ -390,10 +463,3 @@ def _kernels() -> Any:
 
 def _takes_ptx(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 16  # the interpreter's, and a guess for other makers' GPUs

@@ -359,15 +359,17 @@ def grouped_product(
     tl.store(output + at, total.to(output.dtype.element_ty), mask=inside[:, None] & there[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def sum_of_parts(
-    parts,  # (splits, size) float32
-    output,  # (size,)
+    parts,  # (splits, rows, out) float32
+    output,  # (rows, out)
     splits,
-    size,
+    rows,
+    out,
     SIZE: tl.constexpr,  # per program
 ):
     """The sum over splits, always in the same order: the same bytes at every run."""
+    size = rows * out
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = at < size
     total = tl.zeros([SIZE], tl.float32)
@@ -377,7 +379,7 @@ def sum_of_parts(
     tl.store(output + at, total.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_output", "count"])
 def dequantize(
     first,  # as for `product`
     third,

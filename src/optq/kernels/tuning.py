@@ -16,12 +16,13 @@ from torch import Tensor
 from . import tilings, triton_gpu
 from .prepared import Prepared
 from .selftest import MOST_DIFFERENT
-from .tilings import TILINGS, Problem, Tiling, problem_of, remember, remembered
+from .tilings import MOST_ROWS, TILINGS, Problem, Tiling, problem_of, remember, remembered
 
 logger = logging.getLogger(__name__)
 
 REPLAYS = 20
 GAIN = 0.97  # a tiling takes the place of the one that is there if it takes less than this part of its time
+MANY_ROWS = (96, 128, 192, 256, 384, 512, 768, MOST_ROWS)  # where dequantizing may be faster
 LAYERS = 16  # of one shape that take turns, so that weights come from memory and not from the cache
 
 
@@ -88,20 +89,41 @@ def _fastest(
                 best, least = candidate, taken
         chosen.append(best)
         gains[f"up to {tiling.most_rows} rows"] = round(least / start, 3)
+    if chosen[-1].most_rows >= MANY_ROWS[0]:
+        most = _most_fused_rows(problem, layers, chosen[-1])
+        chosen[-1:] = [replace(chosen[-1], most_rows=most)] if most else []
     logger.info("%s: %s", problem.words, gains)
     return tuple(chosen), gains
+
+
+def _most_fused_rows(problem: Problem, layers: list[Prepared], tiling: Tiling) -> int:
+    """Of `MANY_ROWS`, how many the fused product is the faster one for, from the fewest on; 0: for none."""
+    most = 0
+    for rows in MANY_ROWS:
+        x = torch.randn(rows, problem.columns, device=layers[0].codes.device).to(problem.dtype)
+        if _seconds(x, layers, tiling) > _seconds(x, layers, None):
+            break
+        most = rows
+    return most
 
 
 def _agrees(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= MOST_DIFFERENT * expected.abs().max())
 
 
-def _seconds(x: Tensor, layers: list[Prepared], tiling: Tiling) -> float:
-    """Seconds of one product in a replayed CUDA graph, without the time to start it from Python."""
+def _seconds(x: Tensor, layers: list[Prepared], tiling: Tiling | None) -> float:
+    """Seconds of one product in a replayed CUDA graph, without the time to start it from Python.
+
+    Args:
+        tiling: of the fused product; None: the weight is dequantized, and multiplied densely.
+    """
 
     def run() -> None:
         for prepared in layers:
-            triton_gpu.product(x, prepared, tiling)
+            if tiling is None:
+                triton_gpu.product_of_dense(x, prepared)
+            else:
+                triton_gpu.product(x, prepared, tiling)
 
     run()  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Suspended forwards: the real model runs, and waits wherever it wants a block's output.
 
-Each micro-batch runs `model(**batch)` in a thread of its own. A block's `forward` is replaced by a stand-in that
-posts its arguments and waits; the driver runs the real forward as often as it likes and hands the output back. So
-every block gets exactly the masks, rotary embeddings and extra arguments that the model computes for it, on any
-architecture.
+Each micro-batch runs `model(**batch)` on a stack of its own, a greenlet's. A block's `forward` is replaced by a
+stand-in that posts its arguments and waits; the driver runs the real forward as often as it likes and hands the output
+back. So every block gets exactly the masks, rotary embeddings and extra arguments that the model computes for it, on
+any architecture.
 
-The threads take turns: one runs at a time, in a fixed order, so the result does not depend on scheduling.
+All of them share one thread, and with it a GPU's library handles and workspaces. Threads would need one of each: 32
+MiB for every micro-batch.
 """
 
 import inspect
-import queue
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -20,10 +19,12 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from optq.device.placement import evaluating, placed, tensors_outside, working_dtype
 from optq.errors import ModelError
+from optq.torch_state import own_torch_state
 
 from .activations import ActivationStore
 
@@ -51,82 +52,76 @@ class Finished:
     output: Any
 
 
-class _Abandoned(BaseException):
-    """Ends a suspended thread. Not an `Exception`, so that no model code catches it."""
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What a thread posts when the model raised."""
-
-    error: BaseException
-
-
 Posted = TypeVar("Posted")
 
 
-class TurnThread(threading.Thread, Generic[Posted]):
-    """The thread of one micro-batch's forward. It and the driver take turns: it posts a request and waits.
+class Coroutine(greenlet, Generic[Posted]):
+    """The forward of one micro-batch. It and the driver take turns: it posts a request and waits.
 
     Args:
-        owner: the object that drives it; the thread pauses only where this owner asks for it.
+        owner: the object that drives it; the forward pauses only where this owner asks for it.
+        forward: what runs, without gradients.
+        index: number of the micro-batch.
     """
 
-    def __init__(self, owner: object, run: Callable[[], Any], index: int) -> None:
-        super().__init__(name=f"optq-batch-{index}", daemon=True)
-        self.owner, self.index, self._forward = owner, index, run
-        self._to_driver: queue.SimpleQueue[Posted | Finished | _Failure] = queue.SimpleQueue()
-        self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    def __init__(self, owner: object, forward: Callable[[], Any], index: int) -> None:
+        super().__init__()
+        self.owner, self.index = owner, index
+        self._forward: Callable[[], Any] | None = forward
+        # Handed over as attributes: an argument of `switch` would be kept while its caller waits.
+        self._posted: Posted | Finished | None = None
+        self._answer: Any = None
 
     @classmethod
-    def current(cls, owner: object) -> "TurnThread[Any] | None":
-        """The running thread, if it belongs to `owner`; else None."""
-        thread = threading.current_thread()
-        return thread if isinstance(thread, cls) and thread.owner is owner else None
+    def current(cls, owner: object) -> "Coroutine[Any] | None":
+        """The forward that is running, if it belongs to `owner`; else None."""
+        running = getcurrent()
+        return running if isinstance(running, cls) and running.owner is owner else None
 
     def wait(self) -> Posted | Finished:
-        """Wait until the forward pauses or ends."""
-        posted = self._to_driver.get()
-        if isinstance(posted, _Failure):
-            try:
-                raise posted.error
-            finally:
-                del posted  # this frame and the error would keep one another, and what the forward was computing
+        """Run the forward until it pauses or ends; what it raises is raised here."""
+        self.parent = getcurrent()
+        with own_torch_state():
+            self.switch()
+        posted, self._posted = self._posted, None
+        assert posted is not None
         return posted
 
     def answer(self, output: Any) -> None:
-        self._to_thread.put(output)
+        """What the forward goes on with at the next `wait`."""
+        self._answer = output
 
     def abandon(self) -> None:
-        self._to_thread.put(_Abandoned)
-        self.join()
+        """End the forward where it waits, and free what it holds."""
+        if self:  # it has begun and not ended
+            self.parent = getcurrent()
+            with own_torch_state():
+                self.throw()  # GreenletExit, which is no `Exception`, so that no model code catches it
+        self._forward = self._posted = self._answer = None
 
     def pause(self, posted: Posted) -> Any:
-        """Called inside the thread: post a request, and wait for the answer."""
-        self._to_driver.put(posted)
+        """Called inside the forward: post a request, and wait for the answer."""
+        self._posted = posted
         del posted  # the driver may free what is in it while this frame waits
-        output = self._to_thread.get()
-        if output is _Abandoned:
-            raise _Abandoned  # made here: in a variable it would keep this frame, and so all that the forward computed
-        return output
+        assert self.parent is not None
+        with own_torch_state():
+            self.parent.switch()
+        answer, self._answer = self._answer, None
+        return answer
 
     def run(self) -> None:
-        """The body of the thread, called by `threading.Thread`."""
-        forward, self._forward = self._forward, lambda: None  # what it holds is freed as soon as it ends
-        try:
-            with torch.no_grad():  # grad mode is per thread
-                self._to_driver.put(Finished(forward()))
-        except _Abandoned:
-            pass
-        except BaseException as error:
-            self._to_driver.put(_Failure(error))  # raised again in the driver
+        """The body, called by `greenlet`."""
+        forward, self._forward = self._forward, None  # what it holds is freed as soon as it ends
+        assert forward is not None
+        with torch.no_grad():
+            self._posted = Finished(forward())
 
 
 class SuspendedForwards:
     """Run `model` on batches, pausing at each of `blocks`. A context manager.
 
     While it is open, the model is evaluated without gradients, and all but its blocks is on `device`; on leaving, it
-    is as it was, and the threads have ended.
+    is as it was, and the forwards have ended.
 
     Args:
         model: called as `model(**batch)`, with `use_cache=False` where it takes that argument: a block that is run
@@ -153,7 +148,7 @@ class SuspendedForwards:
         configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
         cached = "use_cache" in parameters or (passed_on and any(hasattr(config, "use_cache") for config in configs))
         self._extra = {"use_cache": False} if cached else {}
-        self._threads: list[TurnThread[BlockCall]] = []
+        self._forwards: list[Coroutine[BlockCall]] = []
         self._undo = ExitStack()
 
     def __enter__(self) -> "SuspendedForwards":
@@ -172,8 +167,8 @@ class SuspendedForwards:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for thread in self._threads:
-            thread.abandon()
+        for forward in self._forwards:
+            forward.abandon()
         self._undo.close()
 
     def ending(self) -> AbstractContextManager[None]:
@@ -183,7 +178,7 @@ class SuspendedForwards:
 
     def __len__(self) -> int:
         """Number of forwards started so far, which is the index of the next one."""
-        return len(self._threads)
+        return len(self._forwards)
 
     def start(self, batches: Iterable[dict[str, Tensor]]) -> list[BlockCall]:
         """Start a forward on each batch, and run it up to its first block; those that call no block are left out.
@@ -196,10 +191,9 @@ class SuspendedForwards:
         calls, before = [], len(self)
         for batch in batches:
             run = partial(self._model, **{**batch, **self._extra})
-            thread: TurnThread[BlockCall] = TurnThread(self, run, len(self))
-            self._threads.append(thread)
-            thread.start()
-            if isinstance(call := self._kept(thread.wait()), BlockCall):
+            forward: Coroutine[BlockCall] = Coroutine(self, run, len(self))
+            self._forwards.append(forward)
+            if isinstance(call := self._kept(forward.wait()), BlockCall):
                 calls.append(call)
         if not calls and len(self) > before:
             raise ModelError(f"{type(self._model).__name__} never calls {self._names[0]} on the calibration data.")
@@ -207,11 +201,11 @@ class SuspendedForwards:
 
     def resume(self, call: BlockCall, output: Any) -> BlockCall | Finished:
         """Hand a block's output to the forward that waits for it, and run it to its next block or its end."""
-        thread = self._threads[call.batch]
+        forward = self._forwards[call.batch]
         with self.store.at_hand((call.args, call.kwargs, output)):
-            thread.answer(output)
+            forward.answer(output)
             del output
-            posted = thread.wait()
+            posted = forward.wait()
         return self._kept(posted)
 
     def _kept(self, posted: BlockCall | Finished) -> BlockCall | Finished:
@@ -222,13 +216,13 @@ class SuspendedForwards:
 
     def abandon(self, call: BlockCall) -> None:
         """End the forward that waits here."""
-        self._threads[call.batch].abandon()
+        self._forwards[call.batch].abandon()
 
     def _stand_in(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            thread = TurnThread.current(self)
-            if thread is None:  # called by somebody else than one of our forwards
+            running = Coroutine.current(self)
+            if running is None:  # called by somebody else than one of our forwards
                 return self.original_forwards[index](*args, **kwargs)
-            return thread.pause(BlockCall(batch=thread.index, block=index, args=args, kwargs=kwargs))
+            return running.pause(BlockCall(batch=running.index, block=index, args=args, kwargs=kwargs))
 
         return forward

@@ -67,6 +67,7 @@ class _Speed:
         hessian, drift: a multiplication of the whole product.
         packing: a weight.
         disk: a byte.
+        device: where solving is measured.
     """
 
     solving: SolvingWork
@@ -74,6 +75,7 @@ class _Speed:
     drift: float
     packing: float
     disk: float
+    device: torch.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +177,9 @@ def _solving(stage: Stage, scheme_of: dict[str, LayerScheme], speed: _Speed, *, 
     rows: Counter[LayerScheme] = Counter()
     for view in stage.views:
         rows[scheme_of[view.name]] += view.shape[0]
-    works = (work_of(count, stage.in_features, scheme, drift=drift) for scheme, count in rows.items())
+    works = (
+        work_of(count, stage.in_features, scheme, drift=drift, device=speed.device) for scheme, count in rows.items()
+    )
     return sum(work.times(speed.solving) for work in works)
 
 
@@ -321,6 +325,7 @@ def _speed(scheme: LayerScheme, device: torch.device, threads: int) -> _Speed:
         drift=seconds_of(lambda: drift.add(states, states), device) / (TOKENS * WIDTH**2),
         packing=seconds_of(lambda: pack(nearest, "gptq"), device) / states.numel(),
         disk=seconds_of(_write, torch.device("cpu")) / DISK_BYTES,
+        device=device,
     )
 
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from optq.model.stages import Stage, first_input
 
-from .coroutines import Finished, TurnThread
+from .coroutines import Coroutine, Finished
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _AtGroup:
 
 
 class PausedForwards:
-    """Run a block in threads that take turns. A context manager: leaving it ends them.
+    """Run a block in forwards that take turns. A context manager: leaving it ends them.
 
     Args:
         groups: as of `independent_groups`, in the order in which the block reaches them, each once per forward.
@@ -36,7 +36,7 @@ class PausedForwards:
 
     def __init__(self, groups: list[list[Stage]]) -> None:
         self._groups = groups
-        self._threads: dict[int, TurnThread[_AtGroup]] = {}
+        self._forwards: dict[int, Coroutine[_AtGroup]] = {}
         self._reached: dict[int, _AtGroup | Finished] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -54,23 +54,22 @@ class PausedForwards:
             handle.remove()
 
     def __contains__(self, number: int) -> bool:
-        return number in self._threads
+        return number in self._forwards
 
     def __len__(self) -> int:
-        return len(self._threads)
+        return len(self._forwards)
 
     def start(self, number: int, run: Callable[[], Any]) -> None:
         """Start a forward, and run it up to its first group."""
-        thread: TurnThread[_AtGroup] = TurnThread(self, run, number)
-        self._threads[number] = thread
-        thread.start()
-        self._reached[number] = thread.wait()
+        forward: Coroutine[_AtGroup] = Coroutine(self, run, number)
+        self._forwards[number] = forward
+        self._reached[number] = forward.wait()
 
     def abandon(self) -> None:
         """End all forwards and free what they hold."""
-        for thread in self._threads.values():
-            thread.abandon()
-        self._threads.clear()
+        for forward in self._forwards.values():
+            forward.abandon()
+        self._forwards.clear()
         self._reached.clear()
 
     def inputs_of(self, number: int, group: list[Stage]) -> dict[Stage, Tensor]:
@@ -89,18 +88,16 @@ class PausedForwards:
         while not isinstance(reached := self._reached[number], Finished):
             self._run_on(number)
         del self._reached[number]
-        self._threads.pop(number)
+        self._forwards.pop(number)
         return reached.output
 
     def _run_on(self, number: int) -> None:
-        thread = self._threads[number]
         del self._reached[number]  # and with it the input that has been seen
-        thread.answer(None)
-        self._reached[number] = thread.wait()
+        self._reached[number] = self._forwards[number].wait()
 
     def _hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if (thread := TurnThread.current(self)) is not None:  # else somebody else runs the block
-                thread.pause(_AtGroup(index, first_input(args, kwargs)))
+            if (running := Coroutine.current(self)) is not None:  # else somebody else runs the block
+                running.pause(_AtGroup(index, first_input(args, kwargs)))
 
         return hook

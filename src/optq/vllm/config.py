@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from optq.config.gptq import GPTQConfig
+from optq.device.triton import OLDEST_CAPABILITY
 
 from .claim import why_not_by_itself
 from .experts import PackedExpertsMethod
@@ -28,8 +29,8 @@ logger = init_logger("vllm.optq")  # vLLM shows what is logged below its own nam
 METHOD = "optq"
 """What `--quantization` calls it."""
 
-LEAST_CAPABILITY = 75
-"""Of Nvidia's GPUs, times ten: Triton's products of 16-bit floats want Turing."""
+LEAST_CAPABILITY = 10 * OLDEST_CAPABILITY[0] + OLDEST_CAPABILITY[1]
+"""Of Nvidia's GPUs, as vLLM writes it: the Triton kernel's."""
 
 
 UNSERVED = {
