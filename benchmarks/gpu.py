@@ -11,8 +11,8 @@ starts; what it had measured by then is kept. In the folder of results: the JSON
 printed, `parts.json` with how each ended, and `summary.md`, in which every figure has its floor beside it: what bytes
 or arithmetic take at least, at the rates of plain copies and products on the same machine.
 
-Asked of the machine: torch, Triton and a C compiler, transformers, accelerate, psutil, rich, pytest, greenlet; and no
-network. What is missing may lie in any folder of PYTHONPATH: `pip install --target FOLDER greenlet`.
+Asked of the machine: torch, Triton and a C compiler, transformers, accelerate, psutil, rich, pytest; and no
+network. What is missing may lie in any folder of PYTHONPATH: `pip install --target FOLDER NAME`.
 """
 
 import argparse
@@ -42,7 +42,6 @@ NEEDED = (
     "psutil",
     "rich",
     "tqdm",
-    "greenlet",
     "pytest",
 )
 ENDED = "PASSED|FAILED|ERROR|SKIPPED"

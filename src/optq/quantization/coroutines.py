@@ -11,6 +11,7 @@ MiB for every micro-batch.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from optq.device.placement import evaluating, placed, tensors_outside, working_dtype
@@ -27,6 +27,13 @@ from optq.errors import ModelError
 from optq.torch_state import own_torch_state
 
 from .activations import ActivationStore
+
+logger = logging.getLogger(__name__)
+
+try:
+    from greenlet import getcurrent, greenlet
+except ImportError:
+    from .threads import getcurrent, greenlet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,11 @@ class SuspendedForwards:
         device: torch.device,
         store: ActivationStore | None = None,
     ) -> None:
+        if greenlet.__module__ != "greenlet":
+            logger.warning(
+                "The package greenlet is not installed, so each micro-batch takes a thread, and with it up to 32 MiB "
+                "of a GPU's memory. Install it: pip install greenlet."
+            )
         self.store = store or ActivationStore(device, working_dtype(device))
         self.store.leave_alone(model)
         self._model, self._device = model, device
