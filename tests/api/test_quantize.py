@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import optq
 from optq import GPTQConfig
 from optq.api import quantize as api
 from optq.errors import ConfigError, OutputError
+from optq.files.source import copy_companions
 
 
 @pytest.fixture
@@ -61,6 +63,29 @@ def test_writes_a_folder_that_loads_with_all_that_belongs_to_it(source, config, 
     with torch.no_grad():
         assert torch.equal(model(probe_ids).logits, same(probe_ids).logits)
     assert AutoTokenizer.from_pretrained(output).chat_template
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_are_not_followed_out_of_the_models_folder(source, tmp_path, caplog):
+    (tmp_path / "id_rsa").write_text("secret")
+    (source / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    (source / "NOTICE.txt").symlink_to("LICENSE")
+    (tmp_path / "to").mkdir()
+    copy_companions(source, tmp_path / "to")
+    assert "notes.txt is not copied" in caplog.text
+    assert not (tmp_path / "to/notes.txt").exists()
+    assert (tmp_path / "to/NOTICE.txt").read_text() == "free\n"
+
+
+def test_the_caches_links_to_its_own_contents_are_followed(source, tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0123"
+    (tmp_path / "to").mkdir()
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "4567").write_text("terms")
+    (snapshot / "LICENSE").symlink_to("../../blobs/4567")
+    copy_companions(snapshot, tmp_path / "to")
+    assert (tmp_path / "to/LICENSE").read_text() == "terms"
 
 
 def test_the_events_lie_beside_the_weights(source, config, tmp_path):
