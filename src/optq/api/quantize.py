@@ -20,6 +20,7 @@ from optq.errors import CheckpointError, ConfigError, OutputError, ReportError
 from optq.events import LOG_NAME
 from optq.files.output import (
     COMPLETE,
+    OURS,
     PARTIAL,
     complete,
     left_in,
@@ -132,7 +133,7 @@ def quantize(
     def finished() -> bool:
         return _is_finished(output, source, described, config, kwargs)
 
-    if ranks.broadcast(lambda: not (output / LOCK).exists() and finished()):
+    if ranks.broadcast(lambda: not any((output / name).exists() for name in OURS) and finished()):
         return output
     with ExitStack() as held:
         ranks.broadcast(lambda: _hold(output, held))

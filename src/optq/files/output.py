@@ -111,11 +111,22 @@ def left_in(partial: Path) -> list[str]:
 
 @contextmanager
 def scratch(partial: Path) -> Iterator[Path]:
-    """A new folder for what a call is writing; with what is still in it, it is gone at the end of the context."""
+    """A new folder for what a call is writing; with what is still in it, it is gone at the end of the context.
+
+    Raises:
+        OutputError: in place of an error of the system, such as a full disk.
+    """
     folder = partial / f"work-{secrets.token_hex(8)}"
     try:
         folder.mkdir()
         yield folder
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # ours, or transformers', which tells what is missing
+            raise
+        raise OutputError(
+            f"{partial.parent} could not be written: {error}. Nothing half-written is left; once it can be, repeat "
+            "the call."
+        ) from error
     finally:
         rmtree(folder, ignore_errors=True)  # what it leaves, the next call removes
 
