@@ -369,11 +369,7 @@ def summed(every: int, kills: int) -> dict[str, Any]:
         if point == "careless":
             continue
         if error := found["first"].get("error"):
-            errors[
-                "named by optq"
-                if error["named"]
-                else f"{error['type']} of {point.kind if isinstance(point, Point) else 'kill'}"
-            ] += 1
+            errors["named by optq" if error["named"] else error["type"]] += 1
         excused[found["excused"]] += bool(found["stayed"])
         if found["outcome"] == "lost" or (found["stayed"] and not found["excused"]):
             problems.append({"point": asdict(point) if isinstance(point, Point) else point, **found})
@@ -396,7 +392,7 @@ def measured(every: int = 1, kills: int = 0) -> dict[str, Any]:
         library = Path(folder, "interpose.so")
         subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, HERE / "interpose.c", "-ldl"], check=True)
         environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment["PYTHONPATH"] = str(HERE.parent)
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *sys.path[1:]])  # as this process finds optq
         command = [sys.executable, __file__, "--every", str(every), "--kills", str(kills)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
