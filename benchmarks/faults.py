@@ -19,16 +19,15 @@ import faults
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=1, help="try each N-th point only (1)")
+    parser.add_argument("--every", type=int, default=1, help="try one point of N, by chance (1)")
     parser.add_argument("--kills", type=int, default=100, help="at random moments (100)")
     arguments = parser.parse_args()
     results = faults.measured(arguments.every, arguments.kills)
     settings = {
-        "run": "optq.quantize of a llama of two blocks, from a folder to a folder, effort='fast'",
-        "every": arguments.every,
-        "of each kind at most, evenly among all": faults.MOST,
+        "run": "a llama of two blocks, quantized from a folder to a folder with effort='fast'",
+        "points": f"one of {arguments.every}, by chance, of at most {faults.MOST} calls of a kind, evenly among all",
         "faults": faults.FAULTS,
-        "seed of the kills": 0,
+        "seed": 0,
     }
     record.write("faults", settings, results)
     if results["problems"]:

@@ -14,6 +14,7 @@ import optq
 from optq import GPTQConfig
 from optq.api import quantize as api
 from optq.errors import ConfigError, OutputError
+from optq.files.ownership import LOCK, OWNER
 from optq.files.source import copy_companions
 
 
@@ -187,6 +188,10 @@ def test_a_finished_folder_of_the_same_run_is_returned_and_of_another_refused(so
     with pytest.raises(OutputError, match=r"model files\."):
         optq.quantize(tmp_path / "other", config, output_dir=output)
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    for left in (LOCK, OWNER):  # by a call that was killed at its very end
+        (output / left).write_text("")
+        assert optq.quantize(source, config, output_dir=output) == output
+        assert {path.name for path in output.iterdir()} == before.keys()
 
 
 def test_a_finished_folder_on_text_of_the_models_own_is_returned_as_well(source, tmp_path):

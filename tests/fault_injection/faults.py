@@ -270,14 +270,14 @@ class Laboratory:
         return self._call == "optq.quantize"
 
     def points(self, every: int) -> list[Point]:
-        """Every call and what it can fail with; of allocations and forwards, which are many, some. Each `every`-th."""
+        """Every call and what it can fail with; of the calls of a kind `MOST`. One of `every` of them, by chance."""
         all_points = [
             Point(kind=kind, at=at, fault=fault)
             for kind, faults in FAULTS.items()
             for at in range(1, self.counts[kind] + 1, max(1, -(-self.counts[kind] // MOST)))
             for fault in faults
         ]
-        return all_points[every // 2 :: every]
+        return random.Random(0).sample(all_points, -(-len(all_points) // every))
 
     def torn(self) -> list[Point]:
         """Points at which a file is half written."""

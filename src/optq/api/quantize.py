@@ -20,9 +20,9 @@ from optq.errors import CheckpointError, ConfigError, OutputError, ReportError
 from optq.events import LOG_NAME
 from optq.files.output import (
     COMPLETE,
-    OURS,
     PARTIAL,
     complete,
+    is_begun,
     left_in,
     open_working_folder,
     refuse_strangers,
@@ -31,7 +31,7 @@ from optq.files.output import (
     tidy,
     write_whole,
 )
-from optq.files.ownership import LOCK, owned
+from optq.files.ownership import owned
 from optq.files.source import (
     check_files,
     companions_folder,
@@ -133,7 +133,7 @@ def quantize(
     def finished() -> bool:
         return _is_finished(output, source, described, config, kwargs)
 
-    if ranks.broadcast(lambda: not any((output / name).exists() for name in OURS) and finished()):
+    if ranks.broadcast(lambda: not is_begun(output) and finished()):
         return output
     with ExitStack() as held:
         ranks.broadcast(lambda: _hold(output, held))
@@ -236,7 +236,7 @@ def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, 
 
 def _hold(output: Path, held: ExitStack) -> None:
     """Hold the output folder until `held` is closed; one that will be refused is not even touched."""
-    if not any((output / name).exists() for name in (LOCK, PARTIAL)):
+    if not is_begun(output):
         _refuse(output)
     held.enter_context(owned(output))
 

@@ -44,7 +44,7 @@ def output_folder(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: `output` is not empty, or another call writes to it, or something was put there meanwhile.
     """
-    if not any((output / name).exists() for name in (LOCK, PARTIAL)):  # what will be refused is not even touched
+    if not is_begun(output):  # what will be refused is not even touched
         refuse_strangers(output)
     with owned(output):
         partial = output / PARTIAL
@@ -65,6 +65,11 @@ def output_folder(output: Path) -> Iterator[Path]:
             reveal(output)
         finally:
             tidy(partial)
+
+
+def is_begun(output: Path) -> bool:
+    """Whether a call works on a folder, or one that has ended has left something there."""
+    return any(os.path.lexists(output / name) for name in OURS)
 
 
 def refuse_strangers(output: Path, ours: Collection[str] = ()) -> None:

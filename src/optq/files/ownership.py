@@ -34,8 +34,13 @@ def owned(folder: Path) -> Iterator[None]:
     """Create a folder if there is none, and hold it until the end of the context. Not reentrant.
 
     Raises:
-        OutputError: another call holds it, which is named; or it cannot be made or written to.
+        OutputError: another call holds it, which is named; or it cannot be made or written to, or has links.
     """
+    for path in (folder / LOCK, folder / OWNER):
+        if path.is_symlink():
+            raise OutputError(
+                f"{path} is a link, through which nothing is written. Remove it, or name another folder."
+            )
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +56,6 @@ def owned(folder: Path) -> Iterator[None]:
         if (folder / OWNER).exists():
             logger.info("%s was left by %s, which has ended.", folder, holder_of(folder))
         try:
-            (folder / OWNER).unlink(missing_ok=True)  # it may be a link
             (folder / OWNER).write_text(json.dumps(_this_process()), encoding="utf-8")
         except OSError as error:
             raise _unwritable(folder, error) from error
