@@ -2,8 +2,10 @@
 """`optq.quantize`: a finished folder, or no model at all."""
 
 import json
+import os
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -134,6 +136,46 @@ def test_a_crash_while_files_get_their_names_leaves_no_config(source, config, tm
     optq.quantize(source, config, output_dir=output)
     assert AutoModelForCausalLM.from_pretrained(output)
     assert not (output / api.PARTIAL).exists()
+
+
+@pytest.mark.slow
+def test_every_moment_at_the_end_can_be_gone_on_from(source, config, tmp_path, monkeypatch):
+    """Between any two files that get their names, or are removed."""
+    config.effort = "fast"
+    complete, whole = tmp_path / "complete", optq.quantize(source, config, output_dir=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "reveal", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            optq.quantize(source, config, output_dir=complete)
+    moments = 0
+    while True:
+        output = shutil.copytree(complete, tmp_path / str(moments))
+        with monkeypatch.context() as patch:
+            left = iter(range(moments))
+            for name in ("replace", "unlink", "rmdir"):
+                patch.setattr(os, name, partial(unless_spent, left, getattr(os, name)))
+            try:
+                optq.quantize(source, config, output_dir=output)
+                break
+            except KeyboardInterrupt:
+                moments += 1
+        assert optq.quantize(source, config, output_dir=output) == output, moments
+        assert names(output) == names(whole), moments
+    assert moments > 20
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def unless_spent(left, call, *arguments, **settings):
+    if next(left, None) is None:
+        raise KeyboardInterrupt
+    return call(*arguments, **settings)
+
+
+def names(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def test_a_folder_with_something_else_in_it_is_refused_untouched(source, config, tmp_path):

@@ -160,6 +160,9 @@ def damage(file, how):
     if how == "missing":
         file.unlink()
         return
+    if how == "number":
+        file.write_text(file.read_text().replace('"bits": 4', '"bits": 5'))
+        return
     content[len(content) // 2] ^= 1
     file.write_bytes({"bit": content, "short": content[:-100], "empty": b"", "binary": b"\xff\xfe"}[how])
 
@@ -170,7 +173,7 @@ def damage(file, how):
     [
         *(("block-00001.safetensors", how) for how in ("bit", "short", "empty", "missing")),
         *(("record-00000.json", how) for how in ("empty", "binary", "missing")),
-        *((journal.DESCRIPTION, how) for how in ("short", "empty", "binary", "missing")),
+        *((journal.DESCRIPTION, how) for how in ("short", "empty", "binary", "missing", "number")),
     ],
 )
 def test_what_is_damaged_is_done_again_and_nothing_else(source, whole, token_rows, output, name, how):
@@ -182,7 +185,7 @@ def test_what_is_damaged_is_done_again_and_nothing_else(source, whole, token_row
 
 def test_blocks_of_another_run_are_not_taken_for_ones_own_without_its_description(source, token_rows, output):
     (output / api.PARTIAL / journal.DESCRIPTION).write_text("{")
-    with pytest.raises(OutputError, match=r"3 blocks of another run, such as block-00000\.safetensors"):
+    with pytest.raises(OutputError, match=r"3 blocks of another run, and .*run\.json does not tell of which"):
         optq.quantize(source, config(token_rows, **FAST, bits=8), output_dir=output)
 
 
@@ -222,31 +225,32 @@ def test_another_model_of_the_same_shape_does_not_go_on(
     before = weights(output / api.PARTIAL)
     if name == "model.norm.weight":  # as if the file were too large to be compared as a whole
         monkeypatch.setattr(journal, "_identity", lambda file: "the same")
-        damage_description(output, "model files", {"model.safetensors": "the same"})
+        redescribe(output, "model files", {"model.safetensors": "the same"})
     with pytest.raises(OutputError, match=said):
         optq.quantize(other, config(token_rows, **FAST), output_dir=output)
     assert weights(output / api.PARTIAL) == before
 
 
-def damage_description(output, key, value):
+def redescribe(output, key, value):
     with rewritten(output / api.PARTIAL / journal.DESCRIPTION) as description:
         description[key] = value
+        run = journal.digest_of_json(description)
     for record in (output / api.PARTIAL).glob(journal.RECORDS):
         with rewritten(record) as stated:
-            stated["run"] = "as of that description"
+            stated["run"] = run
 
 
 def test_changed_weights_of_a_finished_block_are_named(source, token_rows, tmp_path, output, monkeypatch):
     """In files that are too large to be compared as a whole."""
     other = changed(source, tmp_path / "other", "model.layers.1.mlp.up_proj.weight")
     monkeypatch.setattr(journal, "_identity", lambda file: "the same")
-    damage_description(output, "model files", {"model.safetensors": "the same"})
+    redescribe(output, "model files", {"model.safetensors": "the same"})
     with pytest.raises(OutputError, match=r"other weights: in model\.layers\.1, mlp\.up_proj\.weight was"):
         optq.quantize(other, config(token_rows, **FAST), output_dir=output)
 
 
 def test_a_journal_of_an_earlier_version_is_refused_by_name(source, token_rows, output):
-    damage_description(output, "journal", 1)
+    redescribe(output, "journal", 1)
     with pytest.raises(OutputError, match="journal was 1 and is 2"):
         optq.quantize(source, config(token_rows, **FAST), output_dir=output)
 

@@ -61,10 +61,12 @@ def owned(folder: Path) -> Iterator[None]:
             raise _unwritable(folder, error) from error
         yield
     finally:
-        for name in (OWNER, LOCK):
-            with suppress(OSError):  # the next call removes it
-                (folder / name).unlink(missing_ok=True)
-        lock.release()
+        try:
+            for name in (OWNER, LOCK):
+                with suppress(OSError):  # the next call removes it
+                    (folder / name).unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def holder_of(folder: Path) -> str:

@@ -78,7 +78,7 @@ class Journal:
             OutputError: it holds a part of another one; the differences are listed.
         """
         description = json.loads(json.dumps(description, default=str))
-        self._run = _digest_of(json.dumps(description, sort_keys=True).encode())
+        self._run = digest_of_json(description)
         path = self._folder / DESCRIPTION
         found, blocks = read_description(self._folder), finished_blocks(self._folder)
         if differences := [] if found is None else _differences(found, description):
@@ -89,10 +89,10 @@ class Journal:
             )
         if found is not None:
             return
-        if foreign := [file.name for file in blocks if (_record_of(file) or {}).get("run") != self._run]:
+        if blocks and self._run not in _runs_in(self._folder):
             raise OutputError(
-                f"{self._folder.parent} holds {counted(len(foreign), 'block')} of another run, such as {foreign[0]}: "
-                f"{path} does not tell of which. Name another folder, or delete this one; nothing was changed."
+                f"{self._folder.parent} holds {counted(len(blocks), 'block')} of another run, and {path} does not "
+                "tell of which. Name another folder, or delete this one; nothing was changed."
             )
         write_whole(path, json.dumps(description, indent=2))
 
@@ -211,8 +211,18 @@ def _record_of(block: Path) -> dict[str, Any] | None:
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder is; None if that was never written, or is damaged."""
-    return _read_json(folder / DESCRIPTION)
+    """What the run in a folder is; None if that was never written, or is not what the records of its blocks say."""
+    found, runs = _read_json(folder / DESCRIPTION), _runs_in(folder)
+    if found is None or not runs or digest_of_json(found) in runs:
+        return found
+    logger.warning("%s is damaged, and goes unused.", folder / DESCRIPTION)
+    return None
+
+
+def _runs_in(folder: Path) -> set[str]:
+    """Digests of the descriptions of the runs that have recorded blocks in a folder."""
+    records = [_read_json(path) for path in folder.glob(RECORDS)]
+    return {str(record["run"]) for record in records if record is not None and "run" in record}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -261,7 +271,7 @@ def kept_samples(
     path = Path(folder, WRITTEN)
     before = []
     found = _read_json(path)
-    if found is not None and found.keys() == {"description", "samples"}:
+    if found is not None and found.pop("checksum", None) == digest_of_json(found):
         differences = _differences(found["description"], description)
         if not differences:
             before = found["samples"]
@@ -276,8 +286,8 @@ def kept_samples(
         return before
 
     def keep(written: list[list[int]]) -> None:
-        content = json.dumps({"description": description, "samples": written})
-        write_whole(path, content)
+        content = {"description": description, "samples": written}
+        write_whole(path, json.dumps({**content, "checksum": digest_of_json(content)}))
 
     samples = write(before, keep)
     keep(samples)
@@ -388,6 +398,10 @@ def digest_of_file(file: Path) -> str:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def digest_of_json(content: dict[str, Any]) -> str:
+    return _digest_of(json.dumps(content, sort_keys=True).encode())
 
 
 def _digest_of(*parts: Any) -> str:
