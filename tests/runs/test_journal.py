@@ -189,6 +189,15 @@ def test_blocks_of_another_run_are_not_taken_for_ones_own_without_its_descriptio
         optq.quantize(source, config(token_rows, **FAST, bits=8), output_dir=output)
 
 
+def test_a_config_of_somebody_else_does_not_make_a_run_finished(source, token_rows, output):
+    (output / "config.json").write_text("{}")
+    with pytest.raises(
+        OutputError, match=r"not empty: it holds config\.json\. Name a folder .* nothing was changed\.$"
+    ):
+        optq.quantize(source, config(token_rows, **FAST), output_dir=output)
+    assert len(weights(output / api.PARTIAL)) == 3
+
+
 def test_half_a_line_of_the_log_is_dropped(source, token_rows, output):
     with (output / api.LOG_NAME).open("a") as log:
         log.write('{"event": "line')

@@ -44,6 +44,7 @@ from optq.files.source import (
 from optq.hf.bases import check_base
 from optq.hf.in_memory import quantize_in_memory, refuse_unless_whole
 from optq.runs.journal import (
+    DESCRIPTION,
     config_of,
     damaged_blocks,
     differences_to,
@@ -209,8 +210,9 @@ def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, 
     Raises:
         OutputError: it holds that of another one.
     """
-    log = output / LOG_NAME
-    if not (output / "config.json").exists() or not log.exists() or (output / PARTIAL / COMPLETE).exists():
+    log, partial = output / LOG_NAME, output / PARTIAL
+    unfinished = (partial / COMPLETE).exists() or (partial / DESCRIPTION).exists() or is_worth_keeping(partial)
+    if unfinished or not (output / "config.json").exists() or not log.exists():
         return False
     model = model_without_weights(source, kwargs)
     calibration = prepare(model, config, where_in(kwargs)).calibration
@@ -301,7 +303,7 @@ def _refuse(output: Path) -> None:
     try:
         refuse_strangers(output, (LOG_NAME,))
     except OutputError as error:
-        if (output / "config.json").exists() and (output / LOG_NAME).exists():
+        if not is_begun(output) and (output / "config.json").exists() and (output / LOG_NAME).exists():
             raise OutputError(f"{error} This export is finished: `gptq push` uploads it.") from None
         raise
 
