@@ -25,7 +25,7 @@ LOCK = ".optq-lock"
 OWNER = ".optq-owner.json"
 """Who holds the lock: another file, since on Windows a locked one cannot be read."""
 
-TOKEN = re.compile(r"hf_\w+")
+TOKEN = re.compile(r"(?<=--token[= ])\S+|\bhf_\w+")
 """Of the Hub: never written to a file."""
 
 
@@ -83,7 +83,7 @@ def _this_process() -> dict[str, object]:
         "process": os.getpid(),
         "host": platform.node(),
         "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": TOKEN.sub("hf_***", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""),
+        "command": TOKEN.sub("***", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""),
     }
 
 
