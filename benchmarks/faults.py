@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make every call of a small run fail, and kill it at random moments; what becomes of each. Takes half an hour.
+"""Make every call of a small run fail, or kill it at random moments; what becomes of each.
 
-    python benchmarks/faults.py [--every N] [--kills N]
+    python benchmarks/faults.py points [--every N]      takes an hour
+    python benchmarks/faults.py kills [--number N]      takes minutes
 
 The layer that does it is tests/fault_injection/faults.py. Ends with an error if a run is lost.
 """
@@ -19,19 +20,23 @@ import faults
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("points", "kills"))
     parser.add_argument("--every", type=int, default=1, help="try one point of N, by chance (1)")
-    parser.add_argument("--kills", type=int, default=100, help="at random moments (100)")
+    parser.add_argument("--number", type=int, default=100, help="of kills (100)")
     arguments = parser.parse_args()
-    results = faults.measured(arguments.every, arguments.kills)
-    settings = {
-        "run": "a llama of two blocks, quantized from a folder to a folder with effort='fast'",
-        "points": f"one of {arguments.every}, by chance, of at most {faults.MOST} calls of a kind, evenly among all",
-        "faults": faults.FAULTS,
-        "seed": 0,
-    }
-    record.write("faults", settings, results)
-    if results["problems"]:
-        sys.exit(f"{len(results['problems'])} problems")
+    settings = {"run": "a llama of two blocks, quantized from a folder to a folder with effort='fast'", "seed": 0}
+    if arguments.part == "kills":
+        found = faults.measured(every=10**9, kills=arguments.number)  # and a point per call
+        record.write("kills", settings, found["kills"])
+    else:
+        settings |= {
+            "points": f"one of {arguments.every}, by chance; of a kind at most {faults.MOST} calls, evenly among all",
+            "faults": faults.FAULTS,
+        }
+        found = faults.measured(arguments.every)
+        record.write("faults", settings, found)
+    if found["problems"]:
+        sys.exit(f"{len(found['problems'])} problems")
 
 
 if __name__ == "__main__":

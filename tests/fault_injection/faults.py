@@ -340,10 +340,13 @@ def tried(every: int, kills: int) -> Iterator[tuple[Any, dict[str, Any]]]:
                 yield point, laboratory.judge(point)
             if not laboratory.goes_on:
                 continue
-            moments = random.Random(0)
-            for _ in range(kills):
+            moments, killed = random.Random(0), 0
+            while killed < kills:
                 moment = moments.uniform(0, laboratory.seconds)
-                yield moment, laboratory.judge(None, kill_after=moment)
+                found = laboratory.judge(None, kill_after=moment)
+                if "killed" in found["first"]:  # else it had ended before
+                    killed += 1
+                    yield moment, found
             for point in laboratory.torn():
                 yield "careless", laboratory.judge(point, careless=True)
 
@@ -375,7 +378,7 @@ def summed(every: int, kills: int) -> dict[str, Any]:
             problems.append({"point": asdict(point) if isinstance(point, Point) else point, **found})
     return {
         "calls": dict(calls),
-        **{table: {key: _row(counter) for key, counter in rows.items()} for table, rows in tables.items()},
+        **{table: {key: _row(rows[key]) for key in sorted(rows)} for table, rows in tables.items()},
         "errors": dict(errors.most_common()),
         "left until the next call": {"points": excused[True], "as": list(EXCUSES)},
         "problems": problems,

@@ -289,6 +289,11 @@ def _end(output: Path) -> None:
             write_whole(output / "README.md", card(output))
         except (ReportError, CheckpointError) as error:
             logger.warning("%s is finished, but gets no model card: %s", output, error)
+        except (OSError, RuntimeError) as error:  # of the disk, or memory
+            raise OutputError(
+                f"All files of {output} have their names, but its model card could not be made: {error}. Once it can "
+                "be, the same call makes it."
+            ) from error
     tidy(partial, own_files(partial))
 
 

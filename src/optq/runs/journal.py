@@ -27,7 +27,7 @@ from optq.calibration import Calibration, bytes_of
 from optq.checkpoint import PackedWeight, find_quantized_linears, open_whole, read_headers
 from optq.compat import transformers as compat
 from optq.config.gptq import GPTQConfig
-from optq.errors import OutputError, RankError, counted
+from optq.errors import CheckpointError, OutputError, RankError, counted
 from optq.events import Started, read_events
 from optq.files.output import COMPLETE, scratch, temporary, write_index, write_whole, written_whole
 from optq.version import __version__
@@ -259,7 +259,9 @@ def kept_samples(
     Raises:
         OutputError: blocks were finished on samples that were written otherwise.
     """
-    model_files = {Path(file).name: digest_of_file(Path(file)) for file in files}  # all of them: they decide each word
+    model_files = {
+        Path(file).name: _read(digest_of_file, Path(file)) for file in files
+    }  # all of them: they decide each word
     described = json.dumps({"model files": model_files, **asked}, sort_keys=True)
     description = json.loads(described)
     if folder is None:
@@ -372,7 +374,15 @@ def _tensors_of(model: Any) -> dict[str, Tensor]:
 
 
 def identities_of(files: Iterable[str]) -> dict[str, str]:
-    return {Path(file).name: _identity(Path(file)) for file in files}
+    return {Path(file).name: _read(_identity, Path(file)) for file in files}
+
+
+def _read(summary: Callable[[Path], str], file: Path) -> str:
+    """A summary of one of the model's files."""
+    try:
+        return summary(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Check the disk and its rights.") from error
 
 
 def _identity(file: Path) -> str:
