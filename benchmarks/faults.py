@@ -27,7 +27,7 @@ def main() -> None:
     settings = {"run": "a llama of two blocks, quantized from a folder to a folder with effort='fast'", "seed": 0}
     if arguments.part == "kills":
         found = faults.measured(every=10**9, kills=arguments.number)  # and a point per call
-        record.write("kills", settings, found["kills"])
+        record.write("kills", settings, {**found["kills"], **found["control"]})
     else:
         settings |= {
             "points": f"one of {arguments.every}, by chance; of a kind at most {faults.MOST} calls, evenly among all",

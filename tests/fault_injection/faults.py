@@ -171,7 +171,15 @@ def forked(work: Callable[[], dict[str, Any]], kill_after: float | None = None) 
 def attempt(interposed: Interposed, call: Callable[[], None], root: Path, point: Point | None) -> dict[str, Any]:
     """Make a call, with a fault or without; what it ended with, and what it left in the process."""
     before, handlers = _held(root), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    error = None
+    from optq.runs.journal import Journal
+
+    error, writes, write = None, [], Journal.write
+
+    def noting(journal: Any, name: str) -> None:
+        writes.append(interposed.counts()["write"])
+        write(journal, name)
+
+    Journal.write = noting
     interposed.arm(root, point)
     try:
         call()
@@ -189,7 +197,7 @@ def attempt(interposed: Interposed, call: Callable[[], None], root: Path, point:
     left = sorted(_held(root) - before)
     if [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != handlers:
         left.append("a handler of signals")
-    return {"error": said, "left": left, "counts": counts}
+    return {"error": said, "left": left, "counts": counts, "writes before blocks": writes}
 
 
 def be_careless() -> None:
@@ -252,6 +260,7 @@ class Laboratory:
         self.seconds = time.monotonic() - started
         assert found["error"] is None and not found["left"], found
         self.counts: dict[str, int] = found["counts"]
+        self._before_block = next(iter(found["writes before blocks"]), 0)
         self.expected = contents(self._output)
         shutil.rmtree(self._output)
 
@@ -280,8 +289,8 @@ class Laboratory:
         return random.Random(0).sample(all_points, -(-len(all_points) // every))
 
     def torn(self) -> list[Point]:
-        """Points at which a file is half written."""
-        return [Point(kind="write", at=at, fault="SIGKILL") for at in range(1, self.counts["write"] + 1, 3)]
+        """Points at which the file of the first block is half written."""
+        return [Point(kind="write", at=self._before_block + number, fault="SIGKILL") for number in (1, 2)]
 
     def judge(self, point: Point | None, *, kill_after: float | None = None, careless: bool = False) -> dict[str, Any]:
         """One call with a fault, or killed, and the same call once more."""

@@ -11,14 +11,14 @@ import pytest
 
 import faults
 
-EVERY = 60
+EVERY = 75
 
 
 @pytest.fixture(scope="module")
 def found():
     if not sys.platform.startswith("linux") or shutil.which("cc") is None:
         pytest.skip("takes LD_PRELOAD and a compiler of C")
-    return faults.measured(EVERY, kills=5)
+    return faults.measured(EVERY, kills=3)
 
 
 @pytest.mark.minutes
@@ -26,7 +26,7 @@ def test_no_run_is_lost(found):
     assert found["problems"] == []
     assert found["all"]["all"]["points"] >= 30
     assert found["all"]["all"]["lost"] == found["kills"]["at random moments"]["lost"] == 0
-    assert found["kills"]["at random moments"]["points"] == 5
+    assert found["kills"]["at random moments"]["points"] == 3
 
 
 @pytest.mark.minutes
@@ -35,4 +35,4 @@ def test_the_faults_have_happened(found):
     assert all(found["calls"].values())
     assert found["all"]["all"]["finished"] < found["all"]["all"]["points"] / 2
     assert found["errors"]["named by optq"] > 0
-    assert found["control"]["a journal that checks nothing"]["lost"] > 0
+    assert found["control"]["a journal that checks nothing"]["lost"] == 2
