@@ -23,6 +23,7 @@ PAGES = (
     "docs/serving.md",
     "docs/coverage.md",
     "docs/interop.md",
+    "docs/reliability.md",
 )
 WIDTH = 119
 BEGIN = "<!-- results: {name}; made by benchmarks/tables.py from benchmarks/results/*.json, not by hand -->"
@@ -403,6 +404,42 @@ def vllm() -> str:
     return "\n".join(lines)
 
 
+def faults() -> str:
+    """What became of a call that writes a folder, by what failed in it."""
+    content = read("faults")
+    found = content["results"]
+    outcomes = ("finished", "resumable", "untouched", "lost")
+    titles = {"call": "in a call of", "kind": "at a call of", "fault": "with"}
+    lines = [f"| what fails | points | {' | '.join(outcomes)} |", f"|---|---|{'---|' * len(outcomes)}"]
+    for table, title in titles.items():
+        for name, row in sorted(found[table].items()):
+            lines.append(f"| {title} {name} | {row['points']} | {' | '.join(str(row[each]) for each in outcomes)} |")
+    for title, row in (
+        ("**all**", found["all"]["all"]),
+        ("SIGKILL at a random moment", read("kills")["results"]["at random moments"]),
+        ("control: torn files, and a journal that checks nothing", found["control"]["a journal that checks nothing"]),
+    ):
+        lines.append(f"| {title} | {row['points']} | {' | '.join(str(row[each]) for each in outcomes)} |")
+    errors = ", ".join(f"{name} {count}" for name, count in found["errors"].items())
+    stayed = found["left until the next call"]["points"]
+    text = f"The errors that came out of the calls, by number: {errors}. "
+    text += f"After {stayed} faults something stayed until the next call."
+    return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
+
+
+def checksums() -> str:
+    """What the checksums of a run cost."""
+    content = read("checksums")
+    found, settings = content["results"], content["settings"]
+    return textwrap.fill(
+        f"Checksums took {found['share']:.2%} of the CPU time of a run at effort={settings['effort']!r}: "
+        f"{sum(found['checksums_cpu_seconds'].values()):.2f} of {found['cpu_seconds']:.0f} seconds, for "
+        f"{found['model_mib']} MiB of weights, {settings['hidden_size']} wide, and {settings['samples']} samples of "
+        f"{settings['tokens each']} tokens. With more data or effort the share is smaller.",
+        WIDTH,
+    )
+
+
 def _read_or_said(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
@@ -429,6 +466,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "coverage": coverage,
     "interop": interop,
     "vllm": vllm,
+    "faults": faults,
+    "checksums": checksums,
 }
 
 

@@ -6,8 +6,10 @@ A log is a file of JSON lines, an event each: its class's `event`, and the field
 
 import json
 import math
+import os
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +17,7 @@ from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
-from .errors import ReportError
+from .errors import OutputError, ReportError
 
 LOG_NAME = "quantization_log.jsonl"
 """The file of a run's events in its output folder."""
@@ -287,8 +289,8 @@ def read_events(log: Path) -> list[Event]:
     Raises:
         ReportError: a line is no event, or one of another version; file and line are named.
     """
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
+    lines = log.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     events = []
     for number, line in enumerate(lines, 1):
@@ -308,6 +310,28 @@ def read_events(log: Path) -> list[Event]:
             )
         events.append(kind(**{key: value for key, value in stated.items() if key in known}))
     return events
+
+
+def _append(file: Path, line: str) -> None:
+    """Add a line to a log; half a line, which is what a crash or a full disk has left of one, goes."""
+    try:
+        with file.open("ab+") as stream:
+            end = whole = stream.seek(0, os.SEEK_END)
+            while whole:
+                start = max(whole - 4096, 0)
+                stream.seek(start)
+                newline = stream.read(whole - start).rfind(b"\n")
+                whole = start + newline + 1
+                if newline >= 0:
+                    break
+            if whole < end:
+                stream.truncate(whole)
+            stream.write(line.encode() + b"\n")
+    except OSError as error:
+        raise OutputError(
+            f"{file} could not be written: {error}. Finished blocks are whole; once there is space, the same call "
+            "goes on from there."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,10 +366,13 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
-            self.emit(Failed(error=f"{type(error).__name__}: {error}"))
-        if self._bar is not None:
-            self._bar.close()
+        try:
+            if error is not None:
+                with suppress(OutputError):  # the error itself says more
+                    self.emit(Failed(error=f"{type(error).__name__}: {error}"))
+        finally:
+            if self._bar is not None:
+                self._bar.close()
 
     def emit(self, event: Event) -> None:
         """Record an event, with the time."""
@@ -354,8 +381,7 @@ class RunLog:
             event = replace(event, run=self._run)
         self.events.append(event)
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(to_dict(event)) + "\n")
+            _append(self._file, json.dumps(to_dict(event)))
 
     def expect(self, loads: dict[str, Load]) -> None:
         """Start the bar over blocks, by name, in their order."""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import ast
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -80,7 +83,7 @@ def test_a_base_on_the_hub_is_named_as_such(checkpoint, tmp_path):
 def test_readers_that_refuse_it_are_not_recommended(original, token_rows, tmp_path):
     config = GPTQConfig(bits=3, group_size=32, effort="fast", dataset=token_rows)
     text = optq.card(optq.quantize(original, config, output_dir=tmp_path / "out"))
-    assert "| vllm | no: model.layers.*" in text
+    assert r"| vllm | no: model.layers.\*" in text
     assert "| vllm+optq | `pip install optq` beside vLLM, then `vllm serve out` |" in text
     assert "GPTQModel.load" in text
 
@@ -99,3 +102,20 @@ def test_there_is_no_card_without_a_run(original, checkpoint, tmp_path):
     (tmp_path / "copy" / "quantization_log.jsonl").unlink()
     with pytest.raises(ReportError, match=r"holds no quantization_log\.jsonl"):
         optq.card(tmp_path / "copy")
+
+
+HOSTILE = "a`b|c<script>alert(1)</script> [x](http://evil) $(touch x); 'y' \"z\""
+
+
+def test_names_are_text_and_never_markup_or_commands(checkpoint):
+    text = optq.card(checkpoint, repo_id=HOSTILE)
+    escaped = re.sub(r"\\.", "", text)
+    assert "<script>" not in re.sub("(`+).*?\\1", "", escaped)
+    assert "](http" not in re.sub("(`+).*?\\1", "", escaped)
+    rows = [line for line in text.splitlines() if line.startswith("| vllm |")]
+    assert len(rows) == 1
+    command = re.search("(`{2,}) (.*) \\1", rows[0])[2].replace("\\|", "|")
+    assert shlex.split(command) == ["vllm", "serve", HOSTILE]
+    call = re.search(r"(`{2,}) AutoModelForCausalLM\.from_pretrained\((.*)\) \1", text)[2].replace("\\|", "|")
+    assert ast.literal_eval(call) == HOSTILE
+    assert "# tiny-4bit_x\n" in optq.card(checkpoint, repo_id="tiny-4bit_x")  # negative control

@@ -118,7 +118,7 @@ def test_a_zero_that_the_other_format_cannot_hold_is_refused_and_nothing_is_left
     v2 = restated(v2, tmp_path / "asymmetric", sym=False)
     with pytest.raises(CheckpointError, match=r"proj: a zero would have to be stored as -1.* cannot become 'gptq'"):
         optq.convert(v2, output_dir=tmp_path / "v1", to="gptq")
-    assert list((tmp_path / "v1").iterdir()) == []
+    assert not (tmp_path / "v1").exists()
 
 
 @pytest.mark.parametrize(

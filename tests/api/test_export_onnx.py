@@ -158,7 +158,7 @@ def test_a_layer_that_the_operator_cannot_compute_is_named_and_nothing_is_left(d
     checkpoint = quantized(dense, token_rows, tmp_path / "checkpoint", dynamic=mixed)
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj has 3 bits.* 2, 4 or 8"):
         optq.export_onnx(checkpoint, output_dir=tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_whose_path_depends_on_its_data_is_refused(token_rows, tmp_path):
@@ -169,7 +169,7 @@ def test_a_model_whose_path_depends_on_its_data_is_refused(token_rows, tmp_path)
     checkpoint = quantized(tmp_path / "dense", token_rows, tmp_path / "checkpoint")
     with pytest.raises(ModelError, match=r"cannot trace Qwen3MoeForCausalLM: .* mixtures of experts"):
         optq.export_onnx(checkpoint, output_dir=tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_are_told(checkpoint, tiny_llama, tmp_path, monkeypatch):

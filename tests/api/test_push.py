@@ -344,3 +344,13 @@ def test_a_gguf_file_of_a_repository_is_converted_at_its_revision(hub, tiny_llam
     with pytest.raises(OSError, match=r"tiny\.Q4_0\.gguf"):
         optq.convert("user/tiny-GGUF", **settings, revision="2" * 40, output_dir=tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_nothing_outside_of_the_folder_is_uploaded(hub, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "linked")
+    (tmp_path / "id_rsa").write_text("secret")
+    (folder / "inside.txt").symlink_to("config.json")
+    (folder / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(CheckpointError, match=r"links to files outside of it: notes\.txt\. "):
+        optq.push(folder, "someone/linked")

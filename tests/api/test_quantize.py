@@ -2,7 +2,10 @@
 """`optq.quantize`: a finished folder, or no model at all."""
 
 import json
+import os
 import shutil
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ import optq
 from optq import GPTQConfig
 from optq.api import quantize as api
 from optq.errors import ConfigError, OutputError
+from optq.files.ownership import LOCK, OWNER
+from optq.files.source import copy_companions
 
 
 @pytest.fixture
@@ -63,6 +68,29 @@ def test_writes_a_folder_that_loads_with_all_that_belongs_to_it(source, config, 
     assert AutoTokenizer.from_pretrained(output).chat_template
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_are_not_followed_out_of_the_models_folder(source, tmp_path, caplog):
+    (tmp_path / "id_rsa").write_text("secret")
+    (source / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    (source / "NOTICE.txt").symlink_to("LICENSE")
+    (tmp_path / "to").mkdir()
+    copy_companions(source, tmp_path / "to")
+    assert "notes.txt is not copied" in caplog.text
+    assert not (tmp_path / "to/notes.txt").exists()
+    assert (tmp_path / "to/NOTICE.txt").read_text() == "free\n"
+
+
+def test_the_caches_links_to_its_own_contents_are_followed(source, tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0123"
+    (tmp_path / "to").mkdir()
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "4567").write_text("terms")
+    (snapshot / "LICENSE").symlink_to("../../blobs/4567")
+    copy_companions(snapshot, tmp_path / "to")
+    assert (tmp_path / "to/LICENSE").read_text() == "terms"
+
+
 def test_the_events_lie_beside_the_weights(source, config, tmp_path):
     output = optq.quantize(source, config, output_dir=tmp_path / "out")
     events = [json.loads(line)["event"] for line in (output / api.LOG_NAME).read_text().splitlines()]
@@ -110,6 +138,46 @@ def test_a_crash_while_files_get_their_names_leaves_no_config(source, config, tm
     assert not (output / api.PARTIAL).exists()
 
 
+@pytest.mark.slow
+def test_every_moment_at_the_end_can_be_gone_on_from(source, config, tmp_path, monkeypatch):
+    """Between any two files that get their names, or are removed."""
+    config.effort = "fast"
+    complete, whole = tmp_path / "complete", optq.quantize(source, config, output_dir=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "reveal", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            optq.quantize(source, config, output_dir=complete)
+    moments = 0
+    while True:
+        output = shutil.copytree(complete, tmp_path / str(moments))
+        with monkeypatch.context() as patch:
+            left = iter(range(moments))
+            for name in ("replace", "unlink", "rmdir"):
+                patch.setattr(os, name, partial(unless_spent, left, getattr(os, name)))
+            try:
+                optq.quantize(source, config, output_dir=output)
+                break
+            except KeyboardInterrupt:
+                moments += 1
+        assert optq.quantize(source, config, output_dir=output) == output, moments
+        assert names(output) == names(whole), moments
+    assert moments > 20
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def unless_spent(left, call, *arguments, **settings):
+    if next(left, None) is None:
+        raise KeyboardInterrupt
+    return call(*arguments, **settings)
+
+
+def names(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
 def test_a_folder_with_something_else_in_it_is_refused_untouched(source, config, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
@@ -125,7 +193,7 @@ def test_a_config_that_cannot_work_writes_nothing(source, token_rows, tmp_path):
     config = GPTQConfig(bits=4, group_size=100, dataset=token_rows)
     with pytest.raises(ConfigError, match="group_size 100"):
         optq.quantize(source, config, output_dir=tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_block_is_a_shard_and_the_tensors_are_those_of_save_pretrained(source, config, tmp_path):
@@ -162,6 +230,10 @@ def test_a_finished_folder_of_the_same_run_is_returned_and_of_another_refused(so
     with pytest.raises(OutputError, match=r"model files\."):
         optq.quantize(tmp_path / "other", config, output_dir=output)
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    for left in (LOCK, OWNER):  # by a call that was killed at its very end
+        (output / left).write_text("")
+        assert optq.quantize(source, config, output_dir=output) == output
+        assert {path.name for path in output.iterdir()} == before.keys()
 
 
 def test_a_finished_folder_on_text_of_the_models_own_is_returned_as_well(source, tmp_path):

@@ -40,8 +40,9 @@ def main() -> None:
     interpreted = any(asked.get("interpreted") for asked in journeys)
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))  # before anyone imports Triton
     fake = accelerator.install(library, devices=DEVICES)
-    import faults
     import torch
+
+    import faults
 
     torch.set_num_threads(1)
     if interpreted:

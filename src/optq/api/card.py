@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`optq.card`: a model card made from what a run measured, not from what it promised."""
 
+import json
 import os
+import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,20 @@ from optq.version import __version__
 from .inspect import Inspection, inspect
 
 USE = {
-    "transformers": '`pip install optq`, then `AutoModelForCausalLM.from_pretrained("{model}")`; no import of optq',
-    "gptqmodel": '`GPTQModel.load("{model}")`',
-    "sglang": "`python -m sglang.launch_server --model-path {model}`",
-    "vllm": "`vllm serve {model}`",
-    "vllm+optq": "`pip install optq` beside vLLM, then `vllm serve {model}`",
+    "transformers": (
+        "`pip install optq`, then ",
+        "AutoModelForCausalLM.from_pretrained({string})",
+        "; no import of optq",
+    ),
+    "gptqmodel": ("", "GPTQModel.load({string})", ""),
+    "sglang": ("", "python -m sglang.launch_server --model-path {word}", ""),
+    "vllm": ("", "vllm serve {word}", ""),
+    "vllm+optq": ("`pip install optq` beside vLLM, then ", "vllm serve {word}", ""),
 }
-"""By reader: how it is told to use the checkpoint."""
+"""By reader: how it is told to use the checkpoint; its name as a string of Python, or as a word of the shell."""
+
+MARKUP = re.compile(r"[\\`*<>\[\]|#]|(?<!\w)_|_(?!\w)")
+"""What Markdown could read as something else than text; an underscore inside of a word is none."""
 
 
 def card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> str:
@@ -56,8 +66,8 @@ def card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> str:
     )
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
-        f"# {name}\n",
-        f"{base}, quantized with GPTQ by optq {__version__}: "
+        f"# {_text(name)}\n",
+        f"{_text(base)}, quantized with GPTQ by optq {__version__}: "
         f"{found.config.bits} bits, {_groups(found.config)}, {'symmetric' if found.config.sym else 'asymmetric'}; "
         f"{found.bits_per_weight:.2f} bits per weight, scales and zeros included; "
         f"{found.size_gib:.3g} GiB.\n",
@@ -115,14 +125,14 @@ def _widths(found: Inspection) -> str:
     rows = {
         f"{bits} bits, group size {size}": counted(count, "linear") for (bits, size), count in sorted(widths.items())
     }
-    rows |= {f"not quantized: `{kind}`": counted(count, "tensor") for kind, count in found.dense.items()}
+    rows |= {f"not quantized: {_code(kind)}": counted(count, "tensor") for kind, count in found.dense.items()}
     return "## What is stored\n\n" + _table("how", "what", rows)
 
 
 def _usage(name: str, found: Inspection) -> str:
     lines = {
-        reader: f"no: {reasons[0]}" if (reasons := found.refused[reader]) else how.format(model=name)
-        for reader, how in USE.items()
+        reader: f"no: {_text(reasons[0])}" if (reasons := found.refused[reader]) else _told(name, *USE[reader])
+        for reader in USE
         if reader != "vllm+optq" or found.refused["vllm"]
     }
     return "## Use\n\n" + _table("with", "how", lines)
@@ -149,12 +159,30 @@ def _info(run: Run, config: GPTQConfig) -> str:
         "device": run.started.device,
         "minutes": f"{run.seconds / 60:.1f}",
     }
-    return "## How it was made\n\n" + _table("setting", "value", {key: str(value) for key, value in facts.items()})
+    return "## How it was made\n\n" + _table("setting", "value", {key: _text(value) for key, value in facts.items()})
 
 
 def _notes(run: Run) -> str:
     notes = notes_on(run)
-    return "## To be known\n\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
+    return "## To be known\n\n" + "".join(f"- {_text(note)}\n" for note in notes) if notes else ""
+
+
+def _told(name: str, before: str, call: str, after: str) -> str:
+    string = json.dumps(name, ensure_ascii=False)
+    return f"{before}{_code(call.format(string=string, word=shlex.quote(name)))}{after}"
+
+
+def _text(value: object) -> str:
+    """Anything as one line of text that Markdown and HTML leave alone: names come from folders and files of others."""
+    return MARKUP.sub(lambda found: "\\" + found[0], " ".join(str(value).split())).replace("&", "&amp;")
+
+
+def _code(value: str) -> str:
+    """One line of code, in a table, with as many backticks around it as it needs."""
+    line = " ".join(value.split()).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " * ("`" in line)
+    return f"{fence}{space}{line}{space}{fence}"
 
 
 def _table(left: str, right: str, rows: dict[str, str]) -> str:

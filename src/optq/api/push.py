@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter of ht
 
 from optq.errors import CheckpointError, HubError, OptqError, ReportError
 from optq.events import LOG_NAME
-from optq.files.source import COMPANIONS, files_of, place_of
+from optq.files.source import COMPANIONS, files_of, leads_out, place_of
 from optq.version import __version__
 
 from .card import card
@@ -46,7 +46,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
     Returns:
         The repository's address.
     Raises:
-        CheckpointError: the folder holds no finished checkpoint.
+        CheckpointError: the folder holds no finished checkpoint, or links to files outside of it.
         ReportError: it holds neither a README.md nor the log to make one from.
         HubError: the Hub refuses, or cannot be reached. The same call again uploads what is not there yet.
     """
@@ -57,6 +57,11 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
             "optq.quantize returned; what was interrupted is finished by the same call again."
         )
     contents: dict[str, Any] = {path.name: path for path in files_of(folder, (*COMPANIONS, "*.safetensors"))}
+    if outside := [path.name for path in contents.values() if leads_out(path)]:
+        raise CheckpointError(
+            f"{str(folder)!r} holds links to files outside of it: {', '.join(outside[:5])}. Nothing outside of the "
+            "folder is uploaded; put copies in their place, or remove them."
+        )
     command = shlex.join(["optimum-cli", "gptq", "push", str(folder), repo_id, *(["--private"] if private else [])])
     logger.info("Uploading to %s; if that is interrupted, go on with: %s", repo_id, command)
     api = _api(token)

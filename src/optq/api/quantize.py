@@ -2,10 +2,9 @@
 """`optq.quantize`: from a model's id or folder to a finished checkpoint folder, without keeping a model object."""
 
 import copy
-import json
 import logging
 import os
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,9 +16,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optq.compat.call import where_in
 from optq.config.gptq import GPTQConfig
 from optq.distributed import join
-from optq.errors import ConfigError, OutputError
+from optq.errors import CheckpointError, ConfigError, OutputError, ReportError
 from optq.events import LOG_NAME
-from optq.files.output import PARTIAL, write_whole
+from optq.files.output import (
+    COMPLETE,
+    PARTIAL,
+    complete,
+    is_begun,
+    left_in,
+    open_working_folder,
+    refuse_strangers,
+    reveal,
+    scratch,
+    tidy,
+    write_whole,
+)
+from optq.files.ownership import owned
 from optq.files.source import (
     check_files,
     companions_folder,
@@ -32,12 +44,16 @@ from optq.files.source import (
 from optq.hf.bases import check_base
 from optq.hf.in_memory import quantize_in_memory, refuse_unless_whole
 from optq.runs.journal import (
-    RUN_FILES,
+    DESCRIPTION,
+    config_of,
+    damaged_blocks,
     differences_to,
     differences_to_finished,
+    final_names,
     hash_of,
     identities_of,
     is_worth_keeping,
+    own_files,
 )
 from optq.runs.preparation import prepare
 from optq.runs.validation import check_dtype, check_request
@@ -46,11 +62,6 @@ from optq.torch_state import default_torch_state
 from .card import card
 
 logger = logging.getLogger(__name__)
-
-READY = "ready.json"
-"""In there, once all files are: their final names."""
-
-OURS = (PARTIAL, LOG_NAME)
 
 
 @overload
@@ -119,19 +130,28 @@ def quantize(
     check_base(described, source)
     check_files(source, kwargs)
     ranks, partial = join(), output / PARTIAL
-    if ranks.broadcast(lambda: _is_finished(output, source, described, config, kwargs)):
+
+    def finished() -> bool:
+        return _is_finished(output, source, described, config, kwargs)
+
+    if ranks.broadcast(lambda: not is_begun(output) and finished()):
         return output
-    if ranks.broadcast(lambda: _begin(output, config)):
-        config.log_file = config.log_file or str(output / LOG_NAME)
-        config.journal_folder = str(partial)
-        try:
-            loaded = model_class_of(described).from_pretrained(source, quantization_config=config, **kwargs)
-            if ranks.is_first:
-                _write_rest(loaded, companions_folder(source, kwargs), partial)
-        finally:
-            if ranks.is_first and not is_worth_keeping(partial):
-                shutil.rmtree(partial)
-    ranks.broadcast(lambda: _end(output))
+    with ExitStack() as held:
+        ranks.broadcast(lambda: _hold(output, held))
+        if ranks.broadcast(finished):  # since just now
+            ranks.broadcast(lambda: tidy(partial))
+            return output
+        if ranks.broadcast(lambda: _begin(output, config)):
+            config.log_file = config.log_file or str(output / LOG_NAME)
+            config.journal_folder = str(partial)
+            try:
+                loaded = model_class_of(described).from_pretrained(source, quantization_config=config, **kwargs)
+                if ranks.is_first:
+                    _write_rest(loaded, companions_folder(source, kwargs), partial)
+            finally:
+                if ranks.is_first and not is_worth_keeping(partial):
+                    tidy(partial, own_files(partial))
+        ranks.broadcast(lambda: _end(output))
     return output
 
 
@@ -164,24 +184,23 @@ def _quantize_object(
             ", and an object does not say in which subfolder its files were" * bool(named),
             str(output),
         )
-    if not ranks.broadcast(lambda: _begin(output, config)) or any(partial.iterdir()):
-        raise OutputError(
-            f"output_dir={str(output)!r} holds an unfinished run of a model given by its id or folder. Repeat "
-            "that call, or name another folder; nothing was changed."
-        )
-    try:
-        quantize_in_memory(model, config)
-        if ranks.is_first:
-            model.save_pretrained(partial)
-            if companions is not None:
-                copy_companions(companions, partial)
-            if hasattr(config.tokenizer, "save_pretrained"):
-                config.tokenizer.save_pretrained(partial)
-            _make_ready(partial, {})
-    finally:
-        if ranks.is_first and not (partial / READY).exists():
-            shutil.rmtree(partial)
-    ranks.broadcast(lambda: _end(output))
+    with ExitStack() as held:
+        ranks.broadcast(lambda: _hold(output, held))
+        ranks.broadcast(lambda: _begin_object(output))
+        try:
+            quantize_in_memory(model, config)
+            if ranks.is_first:
+                with scratch(partial) as folder:
+                    model.save_pretrained(folder)
+                    if companions is not None:
+                        copy_companions(companions, folder)
+                    if hasattr(config.tokenizer, "save_pretrained"):
+                        config.tokenizer.save_pretrained(folder)
+                    complete(folder)
+        finally:
+            if ranks.is_first and not (partial / COMPLETE).exists():
+                tidy(partial)
+        ranks.broadcast(lambda: _end(output))
     return model
 
 
@@ -191,8 +210,9 @@ def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, 
     Raises:
         OutputError: it holds that of another one.
     """
-    log = output / LOG_NAME
-    if not (output / "config.json").exists() or not log.exists() or (output / PARTIAL).exists():
+    log, partial = output / LOG_NAME, output / PARTIAL
+    unfinished = (partial / COMPLETE).exists() or (partial / DESCRIPTION).exists() or is_worth_keeping(partial)
+    if unfinished or not (output / "config.json").exists() or not log.exists():
         return False
     model = model_without_weights(source, kwargs)
     calibration = prepare(model, config, where_in(kwargs)).calibration
@@ -201,6 +221,10 @@ def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, 
         asked["dtype"] = str(model.dtype)
     if calibration is not None:  # what the model writes follows from the settings
         asked["calibration"] = hash_of(calibration)
+    if not any(
+        hasattr(model.config, key) for key in kwargs
+    ):  # else the config was another one when the model was loaded
+        asked["model config"] = config_of(model)
     if Path(source).is_dir():  # of the Hub, they may not be here any more
         asked["model files"] = identities_of(map(str, weight_files(source, described, kwargs)))
     differences = differences_to_finished(log, asked)
@@ -212,57 +236,91 @@ def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, 
     return differences is not None
 
 
+def _hold(output: Path, held: ExitStack) -> None:
+    """Hold the output folder until `held` is closed; one that will be refused is not even touched."""
+    if not is_begun(output):
+        _refuse(output)
+    held.enter_context(owned(output))
+
+
 def _begin(output: Path, config: GPTQConfig) -> bool:
     """Claim the output folder for this run; whether there is still anything to quantize."""
-    _claim(output)
     partial = output / PARTIAL
-    if not (partial / READY).exists():
-        return True
-    if differences := differences_to(partial, config):
+    if (partial / COMPLETE).is_dir() and not partial.is_symlink():
+        if differences := differences_to(partial, config):
+            raise OutputError(
+                f"{output} holds the results of another run, which only lack their names: "
+                f"{'; '.join(differences[:6])}. Repeat that call, or name another folder, or delete this one."
+            )
+        damaged = [] if (output / "config.json").exists() else damaged_blocks(partial, output)
+        if not damaged:
+            return False
+        if any((output / name).exists() for name in final_names(partial).values()):
+            raise OutputError(
+                f"{damaged[0]} is not what was written, and some files of {output} have their names already, so it "
+                "cannot be made again there. Quantize into another folder."
+            )
+        with scratch(partial) as folder:  # all but the damaged blocks is done again in a moment
+            os.replace(partial / COMPLETE, folder / COMPLETE)
+    _claim(output)
+    return True
+
+
+def _begin_object(output: Path) -> None:
+    """Claim the output folder for a model object, of which nothing can be gone on with."""
+    partial = output / PARTIAL
+    if (partial / COMPLETE).is_dir() and not left_in(partial):
+        _end(output)
+    _claim(output)
+    if left := left_in(partial):
         raise OutputError(
-            f"{output} holds the results of another run, which only lack their names: {'; '.join(differences[:6])}. "
-            "Repeat that call, or name another folder, or delete this one."
+            f"output_dir={str(output)!r} holds an unfinished run of a model given by its id or folder, or what "
+            f"else is in {partial}: {', '.join(left[:5])}. Repeat that call, or name another folder; nothing was "
+            "changed."
         )
-    return False
 
 
 def _end(output: Path) -> None:
     """Give the files their names, and describe them."""
-    _reveal(output / PARTIAL, output)
-    if (output / LOG_NAME).exists():  # not if it was wanted elsewhere
-        (output / "README.md").write_text(card(output), encoding="utf-8")
+    partial = output / PARTIAL
+    reveal(output, final_names(partial))
+    if (output / LOG_NAME).exists() and not (output / "README.md").exists():  # not if the log was wanted elsewhere
+        try:
+            write_whole(output / "README.md", card(output))
+        except (ReportError, CheckpointError) as error:
+            logger.warning("%s is finished, but gets no model card: %s", output, error)
+        except (OSError, RuntimeError) as error:  # of the disk, or memory
+            raise OutputError(
+                f"All files of {output} have their names, but its model card could not be made: {error}. Once it can "
+                "be, the same call makes it."
+            ) from error
+    tidy(partial, own_files(partial))
 
 
 def _claim(output: Path) -> None:
-    """Create the output folder, or make sure that this run may write to it."""
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"output_dir={str(output)!r} is a file; name a folder that does not exist or is empty.")
-    ready = output / PARTIAL / READY
-    ours = {*OURS, *(json.loads(ready.read_text(encoding="utf-8")).values() if ready.exists() else ())}
-    strangers = sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
-    if strangers:
-        shown = ", ".join(strangers[:5]) + (" …" if len(strangers) > 5 else "")
-        finished = "config.json" in strangers and (output / LOG_NAME).exists()
-        push = "This export is finished: `gptq push` uploads it. " if finished else ""
-        raise OutputError(
-            f"output_dir={str(output)!r} is not empty: it holds {shown}. "
-            f"{push}Name a folder that does not exist or is empty; nothing was changed."
-        )
+    """Make sure that this run may write to the output folder, and open its working folder."""
+    _refuse(output)
+    open_working_folder(output)
+
+
+def _refuse(output: Path) -> None:
+    """Refuse a folder with something else in it."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / PARTIAL).mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"output_dir={str(output)!r} cannot be made or written to: {error}. Name another folder; nothing was done."
-        ) from error
+        refuse_strangers(output, (LOG_NAME,))
+    except OutputError as error:
+        if not is_begun(output) and (output / "config.json").exists() and (output / LOG_NAME).exists():
+            raise OutputError(f"{error} This export is finished: `gptq push` uploads it.") from None
+        raise
 
 
 def _write_rest(model: Any, companions: Path, partial: Path) -> None:
     """Add to the blocks' files all that is no block, and what every model's folder has."""
     try:
-        model.save_pretrained(partial, max_shard_size="1000TB")  # all that is no block: one file
-        copy_companions(companions, partial)
-        _make_ready(partial, model.hf_quantizer.journal.final_names(partial / "model.safetensors"))
+        with scratch(partial) as folder:
+            model.save_pretrained(folder, max_shard_size="1000TB")  # all that is no block: one file
+            copy_companions(companions, folder)
+            model.hf_quantizer.journal.write_index(folder)
+            complete(folder)
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:  # of the disk, or transformers
         raise OutputError(
             f"All blocks are quantized and kept in {partial.parent}, but what else the checkpoint needs could not be "
@@ -285,24 +343,3 @@ def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
         model = AutoModelForCausalLM.from_config(model_config, **trusted) if auto else model_class(model_config)
     model.config.name_or_path = source
     return model.to(dtype)
-
-
-def _make_ready(partial: Path, shards: dict[str, str]) -> None:
-    """All files are there: write down what each of them will be called."""
-    others = sorted(path.name for path in partial.iterdir() if path.name not in (*shards, *RUN_FILES))
-    names = {**shards, **{name: name for name in others}}
-    for name in names:
-        with (partial / name).open("rb") as stream:
-            os.fsync(stream.fileno())
-    names["config.json"] = names.pop("config.json")  # last: a folder without it is no model
-    write_whole(partial / READY, lambda target: target.write_text(json.dumps(names, indent=2), encoding="utf-8"))
-
-
-def _reveal(partial: Path, output: Path) -> None:
-    """Give every file its final name; it may have been begun before."""
-    for name, final in json.loads((partial / READY).read_text(encoding="utf-8")).items():
-        if (partial / name).exists():
-            os.replace(partial / name, output / final)
-    for name in (*RUN_FILES, READY):
-        (partial / name).unlink(missing_ok=True)
-    partial.rmdir()

@@ -2,6 +2,7 @@
 """Where a model comes from: its config, class and files, of a folder or of a repository on the Hub."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ from optq.errors import CheckpointError, ModelError, OptqError, found_in
 from optq.readers import FUSED_NAMES
 
 from .legacy import WHERE, entry_of
+
+logger = logging.getLogger(__name__)
 
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 """Tokenizer, chat template, generation config, custom code and licence: what is carried along."""
@@ -180,10 +183,25 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy `COMPANIONS` byte for byte, over what save_pretrained may have written."""
+    """Copy `COMPANIONS` byte for byte, over what save_pretrained may have written.
+
+    A link that leads out of the model's folder is not followed: with the checkpoint, any file could be published.
+    """
     for path in files_of(source, COMPANIONS):
-        if not any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS):
+        if any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS):
+            continue
+        if leads_out(path):
+            logger.warning("%s is not copied: it is a link to a file outside of the model's folder.", path)
+        else:
             shutil.copyfile(path, target / path.name)
+
+
+def leads_out(path: Path) -> bool:
+    """Whether a file is a link to one outside of its folder. The Hub's cache keeps a repository's contents apart."""
+    folder, target = path.parent.resolve(), path.resolve()
+    snapshots = next((each for each in folder.parents if each.name == "snapshots"), None)
+    roots = [folder, *([snapshots.parent / "blobs"] if snapshots is not None else [])]
+    return not any(target.is_relative_to(root) for root in roots)
 
 
 def files_of(folder: Path, patterns: Iterable[str]) -> list[Path]:

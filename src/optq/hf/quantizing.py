@@ -139,7 +139,7 @@ class QuantizingLoad:
             write = partial(write_own_text, model, self._files, config, ranks=ranks)
             calibration = self._decided.calibration_with(write)
             _warn_of_weakness(calibration, plan)
-        description = described(self._files, config.settings(), calibration, model.dtype)
+        description = described(model, self._files, config.settings(), calibration, plan.blocks)
         check_same(ranks.all_gather(description))
         if config.journal_folder is not None:
             quantizer.journal = Journal(Path(config.journal_folder), model, plan.blocks, config.format)

@@ -91,12 +91,12 @@ def _quantize_block(
     if run.source is not None:
         run.source.read(name)
         _check_weights(plan.targets[name], f"{name} was not quantized")
+    recorded = None if run.sink is None else run.ranks.broadcast(partial(run.sink.recorded, name))
     first, last = (name == next(end(plan.blocks)) for end in (iter, reversed))
     solved: list[Solved] = []
     outputs: dict[int, Any] = {}
     with at_block(name, plan, streams.forwards, streams.waiting, run) as runner:
         runner.check_inputs(streams.waiting)
-        recorded = None if run.sink is None else run.ranks.broadcast(partial(run.sink.recorded, name))
         stages: list[Stage] = []
         if first or (recorded is None and plan.targets[name]):
             stages, output = runner.look(streams.waiting[0])

@@ -28,7 +28,10 @@ class BlockSink(Protocol):
     """Writes finished blocks at once, and knows those of a former run."""
 
     def recorded(self, name: str) -> dict[str, PackedWeight] | None:
-        """The packed linears of a block that was finished before, by name; None if it was not."""
+        """The packed linears of a block that was finished before, by name; None if it was not.
+
+        Asked for every block while it has its original tensors, on the CPU.
+        """
 
     def write(self, name: str) -> None:
         """Write the finished block `name`."""

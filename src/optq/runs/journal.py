@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output folder as a journal: every finished block is a file, so a run that dies goes on where it was.
 
-A block's file is written under a temporary name, flushed to the disk, and renamed: it is whole or not there. A
+A block's file is written in a scratch folder, flushed to the disk, and renamed: it is whole or not there. A
 description of the run, written first, makes sure that what is found belongs to the same model, settings and data.
+Beside every block lies a record: a checksum of its file, without which it is not used, and one of each tensor that it
+was made of. The record names the description as well, so that this can be damaged without work being lost.
 
 The activations between blocks are not stored. A run that goes on sends the calibration data once more through the
 blocks that are done, with the weights that their files stand for. These are the very numbers with which the first run
@@ -17,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from optq.calibration import Calibration, bytes_of
-from optq.checkpoint import PackedWeight, find_quantized_linears, read_headers
+from optq.checkpoint import PackedWeight, find_quantized_linears, open_whole, read_headers
 from optq.compat import transformers as compat
 from optq.config.gptq import GPTQConfig
 from optq.errors import CheckpointError, OutputError, RankError, counted
 from optq.events import Started, read_events
-from optq.files.output import write_index, write_whole
+from optq.files.output import COMPLETE, scratch, temporary, write_index, write_whole, written_whole
 from optq.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -37,9 +40,15 @@ DESCRIPTION = "run.json"
 WRITTEN = "written.json"
 """What the model wrote to be calibrated on: a run that goes on uses the same."""
 
-RUN_FILES = (DESCRIPTION, WRITTEN)  # gone at the end
-FORMAT = 1  # of the journal
+FORMAT = 2  # of the journal
 BLOCK_FILE = "block-{index:05}.safetensors"
+BLOCKS, RECORDS = "block-[0-9][0-9][0-9][0-9][0-9].safetensors", "record-[0-9][0-9][0-9][0-9][0-9].json"
+REST_FILE = "model.safetensors"
+PIECE = 1 << 16  # bytes of a file that are compared at once
+"""All tensors of the model that are in no block."""
+
+NO_SETTINGS = ("_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version")
+"""What a model's config says that has no part in what the model computes, or is described elsewhere."""
 
 
 class Journal:
@@ -57,18 +66,10 @@ class Journal:
         self._model = model
         self._format = checkpoint_format
         self._files = {name: folder / BLOCK_FILE.format(index=index) for index, name in enumerate(blocks)}
+        self._run = ""  # the digest of its description
+        self._sources: dict[str, dict[str, str]] = {}  # of the block at hand: digests of its original tensors
         self.written: set[str] = set()
         """The tensors, by their names in the model, that the files hold."""
-
-    @property
-    def finished(self) -> list[str]:
-        """The blocks whose files exist, up to the first that is missing."""
-        done = []
-        for name, file in self._files.items():
-            if not file.exists():
-                break
-            done.append(name)
-        return done
 
     def open(self, description: dict[str, Any]) -> None:
         """Begin, or go on if the folder holds a part of the same run.
@@ -77,36 +78,50 @@ class Journal:
             OutputError: it holds a part of another one; the differences are listed.
         """
         description = json.loads(json.dumps(description, default=str))
+        self._run = digest_of_json(description)
         path = self._folder / DESCRIPTION
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            differences = _differences(found, description)
-            if differences:
-                raise OutputError(
-                    f"{self._folder.parent} holds {counted(len(self.finished), 'finished block')} of another run: "
-                    f"{'; '.join(differences[:6])}{' …' if len(differences) > 6 else ''}. Go on with the same model, "
-                    "settings and data, or name another folder, or delete this one."
-                )
+        found, blocks = read_description(self._folder), finished_blocks(self._folder)
+        if differences := [] if found is None else _differences(found, description):
+            raise OutputError(
+                f"{self._folder.parent} holds {counted(len(blocks), 'finished block')} of another run: "
+                f"{'; '.join(differences[:6])}{' …' if len(differences) > 6 else ''}. Go on with the same model, "
+                "settings and data, or name another folder, or delete this one."
+            )
+        if found is not None:
             return
-        for file in self._files.values():
-            file.unlink(missing_ok=True)
-        write_whole(path, lambda target: target.write_text(json.dumps(description, indent=2), encoding="utf-8"))
+        if blocks and self._run not in _runs_in(self._folder):
+            raise OutputError(
+                f"{self._folder.parent} holds {counted(len(blocks), 'block')} of another run, and {path} does not "
+                "tell of which. Name another folder, or delete this one; nothing was changed."
+            )
+        write_whole(path, json.dumps(description, indent=2))
 
     def recorded(self, name: str) -> dict[str, PackedWeight] | None:
-        """The packed linears of a block that a former run has finished, by name, or None.
+        """The packed linears of a block that a former run has finished, by name; None without its file, undamaged.
 
+        Args:
+            name: of a block with its original tensors.
         Raises:
-            OutputError: its file is damaged.
+            OutputError: it was made of other tensors, which are named.
         """
-        if name not in self.finished:
-            return None
+        sources = {key: digest_of(tensor) for key, tensor in self._model.get_submodule(name).state_dict().items()}
+        self._sources = {name: sources}
         file = self._files[name]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors = compat.renamed({key: opened.get_tensor(key) for key in opened.keys()}, self._model)  # noqa: SIM118
-            headers = compat.renamed(read_headers([str(file)]), self._model)
-        except (SafetensorError, CheckpointError) as error:
-            raise OutputError(f"{file} is damaged ({error}). Delete it and run again: its block is redone.") from error
+        if not file.exists():
+            return None
+        record = _record_of(file)
+        if record is None or not _is_whole(file, record):
+            logger.warning("%s is damaged: it is not what was written. The block is quantized again.", file)
+            return None
+        if changed := _differences(record["source"], sources):
+            raise OutputError(
+                f"{self._folder.parent} holds a part of a run of other weights: in {name}, {'; '.join(changed[:3])}"
+                f"{' …' if len(changed) > 3 else ''} (checksums). Go on with the weights that it was begun with, or "
+                "name another folder, or delete this one."
+            )
+        with open_whole(file) as opened:
+            tensors = compat.renamed({key: opened.get_tensor(key) for key in opened.keys()}, self._model)  # noqa: SIM118
+        headers = compat.renamed(read_headers([str(file)]), self._model)
         self.written |= tensors.keys()
         return {
             linear: PackedWeight(
@@ -118,7 +133,7 @@ class Journal:
         }
 
     def write(self, name: str) -> None:
-        """Write a finished block's tensors.
+        """Write the tensors of a finished block, which `recorded` has been asked for before.
 
         Raises:
             OutputError: the disk is full, or the like; what was written before is whole.
@@ -127,29 +142,103 @@ class Journal:
         tensors = {f"{name}.{key}": tensor.contiguous() for key, tensor in state.items()}
         self.written |= tensors.keys()
         named = compat.named_as_on_disk(self._model, tensors)
-        write_whole(self._files[name], lambda target: save_file(named, target, metadata={"format": "pt"}))
+        file = self._files[name]
+        with scratch(self._folder) as work, written_whole(file, work / file.name) as target:
+            save_file(named, target, metadata={"format": "pt"})
+            record = {"run": self._run, "file": digest_of_file(target), "source": self._sources[name]}
+            write_whole(record_file(file), json.dumps(record))
 
-    def final_names(self, rest: Path) -> dict[str, str]:
-        """Final names of the blocks' files and of `rest`, the file with all other tensors; writes their index."""
-        shards = [*self._files.values(), rest]
-        finals = {
-            shard.name: f"model-{number:05}-of-{len(shards):05}.safetensors" for number, shard in enumerate(shards, 1)
-        }
+    def write_index(self, rest: Path) -> None:
+        """Write the index of all files, with their final names, to the folder `rest`, which holds `REST_FILE`."""
+        shards = [*self._files.values(), rest / REST_FILE]
         tensors = {}
-        for shard in shards:
+        for shard, name in zip(shards, _shard_names(len(shards)), strict=True):
             with safe_open(shard, framework="pt") as opened:
-                tensors[finals[shard.name]] = list(opened.keys())
-        write_index(self._folder, tensors, sum(shard.stat().st_size for shard in shards))
-        return finals
+                tensors[name] = list(opened.keys())
+        write_index(rest, tensors, sum(shard.stat().st_size for shard in shards))
 
 
-def has_finished_blocks(folder: Path) -> bool:
-    return (folder / BLOCK_FILE.format(index=0)).exists()
+def finished_blocks(folder: Path) -> list[Path]:
+    """The files of the blocks that are done."""
+    return sorted(folder.glob(BLOCKS))
+
+
+def record_file(block: Path) -> Path:
+    return block.with_name(block.name.replace("block-", "record-")).with_suffix(".json")
 
 
 def is_worth_keeping(folder: Path) -> bool:
     """Whether a run that goes on here would save anything."""
-    return has_finished_blocks(folder) or (folder / WRITTEN).exists()
+    return bool(finished_blocks(folder)) or (folder / WRITTEN).exists()
+
+
+def own_files(folder: Path) -> list[Path]:
+    """What a run has written there besides blocks, in the order in which it may be removed at the end."""
+    names = [*sorted(path.name for path in folder.glob(RECORDS)), WRITTEN, DESCRIPTION]
+    return [folder / each for name in names for each in (temporary(name), name)]
+
+
+def final_names(folder: Path) -> dict[Path, str]:
+    """The final names of the blocks and of the rest of a complete run, whether or not they have been moved already."""
+    numbers = [int(path.stem[-5:]) for path in (*folder.glob(BLOCKS), *folder.glob(RECORDS))]
+    if not numbers:  # of a model in memory, or all is done
+        return {}
+    blocks = [folder / BLOCK_FILE.format(index=index) for index in range(max(numbers) + 1)]
+    return dict(zip([*blocks, folder / COMPLETE / REST_FILE], _shard_names(len(blocks) + 1), strict=True))
+
+
+def damaged_blocks(folder: Path, output: Path) -> list[Path]:
+    """The files of finished blocks that are not what was written, in `folder` or where they have been moved to."""
+    blocks = {file: output / name for file, name in final_names(folder).items() if file.parent == folder}
+    places = {file: file if file.exists() else moved for file, moved in blocks.items()}
+    return [place for file, place in places.items() if not _is_whole(place, _record_of(file))]
+
+
+def _is_whole(block: Path, record: dict[str, Any] | None) -> bool:
+    """Whether a block's file is what was written, by its record."""
+    try:
+        return record is not None and record.get("file") == digest_of_file(block)
+    except OSError:  # of the disk: what cannot be read is done again
+        return False
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _record_of(block: Path) -> dict[str, Any] | None:
+    return _read_json(record_file(block))
+
+
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder is; None if that was never written, or is not what the records of its blocks say."""
+    found, runs = _read_json(folder / DESCRIPTION), _runs_in(folder)
+    if found is None or not runs or digest_of_json(found) in runs:
+        return found
+    logger.warning("%s is damaged, and goes unused.", folder / DESCRIPTION)
+    return None
+
+
+def _runs_in(folder: Path) -> set[str]:
+    """Digests of the descriptions of the runs that have recorded blocks in a folder."""
+    records = [_read_json(path) for path in folder.glob(RECORDS)]
+    return {str(record["run"]) for record in records if record is not None and "run" in record}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """An object of JSON; None if there is none, or if it is damaged, which is said."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error}. Once it can, the same call goes on from there.") from error
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    logger.warning("%s is damaged, and goes unused.", path)
+    return None
 
 
 _INTERRUPTED: dict[str, list[list[int]]] = {}
@@ -170,24 +259,25 @@ def kept_samples(
     Raises:
         OutputError: blocks were finished on samples that were written otherwise.
     """
-    described = json.dumps({"model files": identities_of(files), **asked}, sort_keys=True)
+    model_files = {
+        Path(file).name: _read(digest_of_file, Path(file)) for file in files
+    }  # all of them: they decide each word
+    described = json.dumps({"model files": model_files, **asked}, sort_keys=True)
     description = json.loads(described)
     if folder is None:
-        # On the same files only: what they hold besides their headers may have changed.
-        key = described + "".join(f"{file}{Path(file).stat().st_mtime_ns}" for file in files)
-        before = _INTERRUPTED.get(key, [])
+        before = _INTERRUPTED.get(described, [])
         _say_kept(before, asked["samples"])
-        samples = write(before, lambda written: _INTERRUPTED.update({key: list(written)}))
-        _INTERRUPTED.pop(key, None)
+        samples = write(before, lambda written: _INTERRUPTED.update({described: list(written)}))
+        _INTERRUPTED.pop(described, None)
         return samples
     path = Path(folder, WRITTEN)
     before = []
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    found = _read_json(path)
+    if found is not None and found.pop("checksum", None) == digest_of_json(found):
         differences = _differences(found["description"], description)
         if not differences:
             before = found["samples"]
-        elif has_finished_blocks(Path(folder)):
+        elif finished_blocks(Path(folder)):
             raise OutputError(
                 f"{Path(folder).parent} holds a part of another run, whose model wrote other calibration data: "
                 f"{'; '.join(differences)}. Go on with the same model and settings, or name another folder, or delete "
@@ -198,8 +288,8 @@ def kept_samples(
         return before
 
     def keep(written: list[list[int]]) -> None:
-        content = json.dumps({"description": description, "samples": written})
-        write_whole(path, lambda target: target.write_text(content, encoding="utf-8"))
+        content = {"description": description, "samples": written}
+        write_whole(path, json.dumps({**content, "checksum": digest_of_json(content)}))
 
     samples = write(before, keep)
     keep(samples)
@@ -213,9 +303,10 @@ def _say_kept(before: list[list[int]], samples: int) -> None:
 
 
 def differences_to(folder: Path, config: GPTQConfig) -> list[str]:
-    """Differences between the settings of the run in `folder` and `config`, in words."""
-    found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["settings"]
-    return _differences(found, json.loads(json.dumps(config.settings(), default=str)))
+    """Differences between the settings of the run in `folder` and `config`, in words; none if that does not tell."""
+    found = (read_description(folder) or {}).get("settings")
+    asked = json.loads(json.dumps(config.settings(), default=str))
+    return _differences(found, asked) if isinstance(found, dict) else []
 
 
 def differences_to_finished(log: Path, asked: dict[str, Any]) -> list[str] | None:
@@ -248,30 +339,86 @@ def check_same(descriptions: Sequence[dict[str, Any]]) -> None:
 
 
 def described(
-    files: Iterable[str], settings: dict[str, Any], calibration: Calibration, dtype: torch.dtype
+    model: Any, files: Iterable[str], settings: dict[str, Any], calibration: Calibration, blocks: Iterable[str]
 ) -> dict[str, Any]:
-    """The facts that a run must have in common with the one that it continues."""
+    """The facts that a run must have in common with the one that it continues.
+
+    Args:
+        model: with its weights, but for those of `blocks`, which are compared when their turn comes.
+        files: the checkpoint's.
+    """
+    inside = tuple(f"{name}." for name in blocks)
+    outside = {name: tensor for name, tensor in _tensors_of(model).items() if not name.startswith(inside)}
     return {
         "journal": FORMAT,
         "optq": __version__,
         "torch": torch.__version__,
         "model files": identities_of(files),
-        "dtype": str(dtype),
+        "model config": config_of(model),
+        "weights": {name: digest_of(tensor) for name, tensor in outside.items() if not tensor.is_meta},
+        "dtype": str(model.dtype),
         "settings": settings,
         "calibration": hash_of(calibration),
     }
 
 
+def config_of(model: Any) -> dict[str, Any]:
+    """What a model's config says of how it computes, where that is not what its class says by itself."""
+    return {key: value for key, value in model.config.to_diff_dict().items() if key not in NO_SETTINGS}
+
+
+def _tensors_of(model: Any) -> dict[str, Tensor]:
+    """Parameters and buffers that are in a checkpoint, by name; tied ones once."""
+    found = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(list(model.state_dict().items()))}
+    return dict(reversed(list(found.values())))
+
+
 def identities_of(files: Iterable[str]) -> dict[str, str]:
-    return {Path(file).name: _identity(Path(file)) for file in files}
+    return {Path(file).name: _read(_identity, Path(file)) for file in files}
+
+
+def _read(summary: Callable[[Path], str], file: Path) -> str:
+    """A summary of one of the model's files."""
+    try:
+        return summary(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Check the disk and its rights.") from error
 
 
 def _identity(file: Path) -> str:
-    """Size and hash of the header, which names every tensor and its place: reading all bytes would take too long."""
+    """Size and a digest of 64 pieces, the header among them: reading all bytes of a large model would take minutes."""
+    size = file.stat().st_size
+    digest = hashlib.blake2b(digest_size=8)
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(min(length, 100_000_000))
-    return f"{file.stat().st_size} bytes, header {hashlib.sha256(header).hexdigest()[:16]}"
+        for start in range(0, max(size, 1), max(size // 64, PIECE)):
+            stream.seek(start)
+            digest.update(stream.read(PIECE))
+    return f"{size} bytes, {digest.hexdigest()}"
+
+
+def digest_of(tensor: Tensor) -> str:
+    """A digest of a tensor of any shape (...) and dtype: of its shape and values."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # no copy: it may be large
+    return _digest_of(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), values)
+
+
+def digest_of_file(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_of_json(content: dict[str, Any]) -> str:
+    return _digest_of(json.dumps(content, sort_keys=True).encode())
+
+
+def _digest_of(*parts: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def hash_of(calibration: Calibration) -> str:

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever call fails, and whenever the process is killed, a run ends finished, can be gone on with, or has not begun.
+
+A sample of the points; `benchmarks/faults.py` tries them all.
+"""
+
+import shutil
+import sys
+
+import pytest
+
+import faults
+
+EVERY = 75
+
+
+@pytest.fixture(scope="module")
+def found():
+    if not sys.platform.startswith("linux") or shutil.which("cc") is None:
+        pytest.skip("takes LD_PRELOAD and a compiler of C")
+    return faults.measured(EVERY, kills=3)
+
+
+@pytest.mark.minutes
+def test_no_run_is_lost(found):
+    assert found["problems"] == []
+    assert found["all"]["all"]["points"] >= 30
+    assert found["all"]["all"]["lost"] == found["kills"]["at random moments"]["lost"] == 0
+    assert found["kills"]["at random moments"]["points"] == 3
+
+
+@pytest.mark.minutes
+def test_the_faults_have_happened(found):
+    """Negative controls: runs that nothing had happened to would all be finished, and careless ones are lost."""
+    assert all(found["calls"].values())
+    assert found["all"]["all"]["finished"] < found["all"]["all"]["points"] / 2
+    assert found["errors"]["named by optq"] > 0
+    assert found["control"]["a journal that checks nothing"]["lost"] == 2

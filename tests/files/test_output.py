@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An output folder has one owner, who changes nothing there but what is his."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from optq.errors import OutputError
+from optq.files import output as files
+from optq.files.output import COMPLETE, PARTIAL, output_folder
+from optq.files.ownership import LOCK, OWNER, owned
+
+
+def write(output, **contents):
+    with output_folder(output) as folder:
+        for name, content in {"config.json": "{}", **contents}.items():
+            (folder / name).write_text(content)
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from optq.files.output import output_folder
+with output_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("half")
+    print("holds", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that writes to tmp_path / "out"."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "holds\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_second_process_is_told_who_holds_the_folder_and_a_dead_one_holds_nothing(holder, tmp_path):
+    output = tmp_path / "out"
+    before = tree(output)
+    with pytest.raises(OutputError, match=rf"process {holder.pid} on {platform.node()} since 20.*repeat the call"):
+        write(output)
+    assert tree(output) == before
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    write(output)
+    assert tree(output) == {"config.json": b"{}"}
+
+
+def test_a_second_call_of_the_same_process_is_refused_as_well(tmp_path):
+    with owned(tmp_path), pytest.raises(OutputError, match=f"process {os.getpid()} "):
+        write(tmp_path)
+    write(tmp_path)  # negative control
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_token_on_the_command_line_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/quantize.py", "--token", "abcdefgh", "hf_ijklmnop", "--token=qrst"])
+    with owned(tmp_path):
+        assert '"quantize.py --token *** *** --token=***"' in (tmp_path / OWNER).read_text()
+
+
+@pytest.mark.parametrize("name", [PARTIAL, LOCK, OWNER])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    target = tmp_path / "precious"
+    target.mkdir() if name == PARTIAL else target.write_text("precious")
+    (target / "thesis" if name == PARTIAL else target).write_text("years")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / name).symlink_to(target)
+    before = tree(tmp_path)
+    with pytest.raises(OutputError):
+        write(output)
+    assert tree(tmp_path) == before
+
+
+def test_what_somebody_puts_into_the_folders_meanwhile_stays(tmp_path, caplog):
+    output = tmp_path / "out"
+    with (
+        pytest.raises(OutputError, match=r"got notes.txt from elsewhere .* nothing is overwritten"),
+        output_folder(output) as folder,
+    ):
+        (folder / "config.json").write_text("{}")
+        (folder / "notes.txt").write_text("a companion")
+        (output / "notes.txt").write_text("mine")
+        (output / PARTIAL / "draft").write_text("mine as well")
+    assert (output / "notes.txt").read_text() == "mine"
+    assert not (output / "config.json").exists()
+    (output / "notes.txt").unlink()
+    with pytest.raises(OutputError, match="not empty"):
+        write(output)
+    assert (output / PARTIAL / "draft").read_text() == "mine as well"
+
+
+def test_a_failure_removes_what_the_call_has_written(tmp_path):
+    (tmp_path / PARTIAL / "work-0123456789abcdef").mkdir(parents=True)  # of a process that was killed
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path) as folder:
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("moved", range(3))
+def test_moving_the_files_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, moved):
+    replace, done = os.replace, []
+
+    def crash(old, new):
+        if old.parent.name == COMPLETE:
+            if len(done) == moved:
+                raise KeyboardInterrupt
+            done.append(old)
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, a="a", b="b")
+    assert not (tmp_path / "config.json").exists()
+    with pytest.raises(OutputError, match=r"not empty: it holds a, b, config\.json"):
+        write(tmp_path, a="another")
+    assert tree(tmp_path) == {"a": b"a", "b": b"b", "config.json": b"{}"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with output_folder(tmp_path / "out") as folder:
+            (folder / "config.json").write_text("{}")
+            (folder / "config.json").chmod(0o600)  # as safetensors does
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out/config.json").stat().st_mode & 0o777 == 0o666 & ~umask
