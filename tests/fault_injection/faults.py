@@ -336,6 +336,7 @@ def tried(every: int, kills: int) -> Iterator[tuple[Any, dict[str, Any]]]:
     from conftest import save_tiny_llama
 
     tqdm.monitor_interval = 0  # no thread, which a fork would lack
+    tqdm.set_lock(threading.RLock())  # not the one that all forks share: whoever is killed with it would keep it
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve() / "run"
         source, interposed = root / "source", Interposed()
