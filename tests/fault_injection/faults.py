@@ -11,6 +11,7 @@ import ctypes
 import errno
 import gc
 import json
+import math
 import os
 import random
 import re
@@ -255,9 +256,12 @@ class Laboratory:
     def __init__(self, call: str, root: Path, interposed: Interposed) -> None:
         self._call, self._root, self._interposed = call, root, interposed
         self._output = root / "out"
-        started = time.monotonic()
-        found = self._attempt(None)
-        self.seconds = time.monotonic() - started
+        self.seconds = math.inf
+        for _ in range(3):  # the shortest: others may have waited for the processor
+            shutil.rmtree(self._output, ignore_errors=True)
+            started = time.monotonic()
+            found = self._attempt(None)
+            self.seconds = min(self.seconds, time.monotonic() - started)
         assert found["error"] is None and not found["left"], found
         self.counts: dict[str, int] = found["counts"]
         self._before_block = next(iter(found["writes before blocks"]), 0)
@@ -332,6 +336,7 @@ def tried(every: int, kills: int) -> Iterator[tuple[Any, dict[str, Any]]]:
     from conftest import save_tiny_llama
 
     tqdm.monitor_interval = 0  # no thread, which a fork would lack
+    tqdm.set_lock(threading.RLock())  # not the one that all forks share: whoever is killed with it would keep it
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve() / "run"
         source, interposed = root / "source", Interposed()
