@@ -428,6 +428,27 @@ def faults() -> str:
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH)])
 
 
+def hostile() -> str:
+    """What loading, inspecting and converting made of damaged checkpoints, by what was damaged."""
+    content = read("hostile")
+    found, settings = content["results"], content["settings"]
+    verbs = ("load", "inspect", "convert")
+    good = {"named error": "refused", "named warning": "warned", "right": "right"}
+    heads = [f"{verb}: {' / '.join(good.values())} / other" for verb in verbs]
+    lines = [f"| damage to | kinds | {' | '.join(heads)} | MiB |", f"|---|---|{'---|' * len(heads)}---|"]
+    for group, row in found.items():
+        cells = []
+        for verb in verbs:
+            counts = row.get(verb, {})
+            others = sum(count for outcome, count in counts.items() if outcome not in good)
+            cells.append(" / ".join(str(count) for count in (*(counts.get(each, 0) for each in good), others)))
+        lines.append(f"| {group} | {row['kinds']} | {' | '.join(cells)} | {row['most_megabytes']:.0f} |")
+    kinds = sum(row["kinds"] for row in found.values())
+    text = f"{kinds} kinds of damage; a trial may take {settings['seconds_allowed']} seconds. The last column is the "
+    text += f"most memory that one trial took; the checkpoint has {settings['megabytes_of_weights']} MiB."
+    return "\n".join([textwrap.fill(text, WIDTH), "", *lines])
+
+
 def checksums() -> str:
     """What the checksums of a run cost."""
     content = read("checksums")
@@ -468,6 +489,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "interop": interop,
     "vllm": vllm,
     "faults": faults,
+    "hostile": hostile,
     "checksums": checksums,
 }
 

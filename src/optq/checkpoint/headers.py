@@ -77,7 +77,7 @@ _DTYPES = {
     "qweight": (torch.int32,),
     "qzeros": (torch.int32,),
     "scales": SCALE_DTYPES,
-    "g_idx": (torch.int32,),
+    "g_idx": (torch.int32, torch.int64),
     "bias": SCALE_DTYPES,
 }
 """What each tensor of a packed linear may be."""

@@ -17,7 +17,7 @@ def value_errors(
     Args:
         name: of the linear; may name the file, too.
         scales: (groups, out) float.
-        g_idx: (in,) int32; None if the groups are runs of columns.
+        g_idx: (in,) int32 or int64; None if the groups are runs of columns.
         bias: (out,) float.
         group_width: columns per group that the config states, so all groups have as many; None if it states nothing.
     """
@@ -36,7 +36,7 @@ def value_errors(
 
 def _wrong_groups(g_idx: Tensor, groups: int, width: int | None) -> str:
     """What is wrong with the group of each column, (in,); "" if nothing is."""
-    if width is not None and torch.equal(g_idx, trivial_groups(len(g_idx), width, g_idx.device)):
+    if width is not None and bool((g_idx == trivial_groups(len(g_idx), width, g_idx.device)).all()):
         return ""
     least, most = map(int, g_idx.aminmax())
     if least < 0 or most >= groups:

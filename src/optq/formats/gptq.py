@@ -4,6 +4,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears
 from optq.config.gptq import GPTQConfig
 from optq.config.metadata import check_label
@@ -23,6 +25,7 @@ def describe_gptq(stated: dict[str, Any], headers: Headers) -> Source:
         in_features = parts["qweight"].shape[0] * PACKED_WORD_BITS // scheme.bits
         trivial = trivial_groups(in_features, scheme.group_width(in_features))
         packed = {"g_idx": trivial, **parts}  # some tools leave it out where it says nothing
+        packed["g_idx"] = packed["g_idx"].to(torch.int32)  # of some it is int64
         return PackedWeight(**packed, bits=scheme.bits, checkpoint_format=config.zero_format)
 
     for linear in linears.values():

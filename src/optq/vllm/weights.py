@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears, part_of, words_of
+from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears, part_of, value_errors, words_of
 from optq.checkpoint.headers import TensorHeader
 from optq.errors import CheckpointError, counted
 from optq.kernels import Kernel, Prepared, choose_kernel, matmul
@@ -283,16 +283,8 @@ class ArrivingWeight:
         groups = len(tensors["scales"])
         if "g_idx" not in tensors:
             tensors["g_idx"] = trivial_groups(self.all_inputs, self._width_of(groups, name), torch.device("cpu"))
-        lowest, highest = (int(group) for group in tensors["g_idx"].aminmax())
-        if lowest < 0 or highest >= groups:
-            raise CheckpointError(
-                f"{name}: g_idx names groups {lowest} to {highest}, and there are scales for {groups}. The file is "
-                "damaged; copy or download it again."
-            )
-        if not bool(tensors["scales"].isfinite().all()):
-            raise CheckpointError(
-                f"{name}: scales are not all finite. The file is damaged; copy or download it again."
-            )
+        for error in value_errors(name, tensors["scales"], tensors["g_idx"], None, None):
+            raise CheckpointError(error)
         return found.bits, {part: tensors[part] for part in ("qzeros", "scales", "g_idx")}
 
     def _width_of(self, groups: int, name: str) -> int:
