@@ -131,7 +131,7 @@ def mislabelled(quantized: Iterable[QuantizedTensors], config: GPTQConfig) -> It
             zeros = read(linear.headers["qzeros"])
             for sentence in zeros_contradict(linear.name, scheme, zero_format, zeros):
                 found.setdefault((kind_of(linear.name), "zeros"), sentence)
-            if zeros_are_ambiguous(scheme.bits, zero_format, zeros):
+            if not scheme.symmetric and zeros_are_ambiguous(scheme.bits, zero_format, zeros):
                 unclear.append(linear.name)
             if "g_idx" in linear.headers:
                 for sentence in groups_contradict(linear.name, scheme, read(linear.headers["g_idx"])):
