@@ -2,6 +2,7 @@
 """Every kind of damage, and what loading, inspecting and converting make of it: docs/reliability.md says more."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ pytestmark = [
     pytest.mark.minutes,
     pytest.mark.skipif(sys.platform != "linux", reason="each trial is a fork of this process"),
 ]
+
+ALL_VERBS = 5
+"""Of so many kinds, one is tried with all verbs."""
 
 GROUPS = sorted({case.group for case in cases.cases()})
 
@@ -44,7 +48,9 @@ def test_the_good_checkpoint_is_right(good, tmp_path):
 def test_damage_is_named_and_nothing_else_comes_of_it(group, good, tmp_path):
     folder, wanted = good
     bad = []
-    for case in (case for case in cases.cases() if case.group == group):
+    for number, case in enumerate(case for case in cases.cases() if case.group == group):
+        if number % ALL_VERBS:  # one verb has to do: they share what is checked, and benchmarks/hostile.py tries all
+            case = replace(case, verbs=case.verbs[number % len(case.verbs) :][:1])
         for verb, made in trial.trial(case, folder, tmp_path / "scratch", wanted).items():
             if made["outcome"] not in trial.GOOD:
                 bad.append(f"{case.name}: {verb}: {made['outcome']}: {made['said'][:300]}")
