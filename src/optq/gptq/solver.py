@@ -136,7 +136,7 @@ def _check_range(solution: Solution, name: str) -> None:
     if not all(all_finite(energies) for energies in (solution.loss, solution.rtn_loss, solution.energy)):
         raise SolveError(
             f"{name}: the mean square of its outputs on the calibration data is beyond float32's range, so its errors "
-            "cannot be compared. Check the weights and the data for outliers, or leave this layer in full precision with "
+            "cannot be compared. Check weights and data for outliers, or leave this layer in full precision with "
             f"dynamic={{'-:{name}': {{}}}}."
         )
 
