@@ -22,6 +22,7 @@ EXECUTIONS = {
     **{"calibration rows": 500, "Parquet": 300, "GGUF": 100, "AWQ": 100, "compressed-tensors": 100},
 }
 FOUND = [
+    ("Parquet", "621ca474d2d869"),
     ("calibration rows", "a5573efef318390af84a8803d01c35ec6b2699a4"),
     ("calibration rows", "900f2a83b6141e5a6ab392c79c67f453761e"),
     *(("AWQ", data) for data in ("20c109b97f201fcaf497a3fecb72b71c228080a4358526e8", "43232789492997832e")),
