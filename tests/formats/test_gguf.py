@@ -149,3 +149,34 @@ def test_a_file_that_is_not_the_whole_model_or_more_is_refused(tmp_path, without
     file = write_gguf(tiny_model(), tmp_path / "tiny.gguf", "Q4_0", without=without, extra=extra)
     with pytest.raises(CheckpointError, match=message):
         optq.convert(file, output_dir=tmp_path / "out", to="gptq")
+
+
+def test_blocks_of_zeros_become_scales_that_are_not_zero(tmp_path):
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data[:40] = 0
+    for kind, to in (("Q4_0", "gptq"), ("Q8_0", "gptq_v2")):
+        file = write_gguf(model, tmp_path / f"{kind}.gguf", kind)
+        there = optq.convert(file, output_dir=tmp_path / kind, to=to)
+        assert optq.inspect(there, verify=True).contradictions == ()
+        loaded = AutoModelForCausalLM.from_pretrained(there, dtype=torch.float32)
+        torch.testing.assert_close(logits_of(loaded), logits_of(read_by_transformers(file)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_number_of_blocks_that_the_file_does_not_have_is_refused(tmp_path):
+    model = tiny_model()
+    state = model.state_dict()
+    model.config.num_hidden_layers = 10**9  # as many would be made, one after the other
+    model.state_dict = lambda: state
+    file = write_gguf(model, tmp_path / "tiny.gguf", "Q4_0")
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: it states 1000000000 blocks, and has tensors of 2"):
+        optq.convert(file, output_dir=tmp_path / "out", to="gptq")
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path):
+    file = write_gguf(tiny_model(), tmp_path / "tiny.gguf", "Q4_0")
+    content = file.read_bytes()
+    for length in (6, 30, 700, len(content) // 2, len(content) - 40):
+        file.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=r"tiny.gguf is no GGUF file: .*download it again"):
+            optq.convert(file, output_dir=tmp_path / "out", to="gptq")
+        assert not (tmp_path / "out").exists()

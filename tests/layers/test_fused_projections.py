@@ -212,6 +212,30 @@ def test_outputs_wait_in_the_thread_that_they_were_made_in(joined, alone, x):
     assert all(torch.equal(each[0], expected[0][0]) for each in found[-1])
 
 
+def test_a_call_while_the_weights_are_being_joined_gets_its_own_output(alone, x):
+    """The others may have been called already, and their threads go on while one copies all weights together."""
+    module = Attention(SCHEMES["cpu_int4"])
+    found = []
+    fuse_projections(module)
+    module.q_proj.prepare(torch.bfloat16)
+    kernel = module.q_proj.held.kernel
+    join = kernel.joint.of
+
+    def slowly(parts):
+        found.extend(in_threads([lambda: [module.q_proj(x)]], 1)[0])
+        return join(parts)
+
+    object.__setattr__(kernel.joint, "of", slowly)
+    try:
+        module.k_proj.prepare(torch.bfloat16)
+        module.v_proj.prepare(torch.bfloat16)
+    finally:
+        object.__setattr__(kernel.joint, "of", join)
+    with torch.no_grad():
+        assert found and torch.equal(found[0][0], alone.q_proj(x))
+        assert same(module(x), alone(x))
+
+
 def test_outputs_that_wait_are_not_those_of_weights_that_were_loaded_meanwhile(joined, alone, x):
     changed = {key: value.clone() for key, value in joined.state_dict().items()}
     changed["k_proj.scales"] *= 2

@@ -88,7 +88,8 @@ def convert(
         if not isinstance(described.dtype, (torch.dtype, NoneType)):
             raise CheckpointError(f"{origin}/config.json says dtype={described.dtype!r}, which is none of torch's.")
         opened.save_companions(partial)
-        _write_weights(opened.tensors, source, target.write, described.dtype, partial)
+        with found_in(origin):
+            _write_weights(opened.tensors, source, target.write, described.dtype, partial)
         if target.entry is None:
             vars(described).pop("quantization_config", None)  # that of a GGUF file has none
         else:

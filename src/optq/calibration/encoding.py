@@ -359,6 +359,8 @@ def _unpadded(ids: Any, mask: Any, place: str) -> Iterator[list[int]]:
 def _integers(row: Any, place: str) -> Tensor:
     """(tokens,) int64."""
     found = _as_tensor(row, place, "input_ids")
+    if found.ndim == 0:
+        raise CalibrationError(f"Calibration {place} has {found.item()} in the place of a list of input_ids.")
     if found.numel() == 0:
         return found.to(torch.int64)
     is_integer = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)

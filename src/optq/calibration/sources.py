@@ -495,7 +495,11 @@ def _read_parquet(path: Path) -> list[Row]:
         raise CalibrationError(
             f"{path} has columns {', '.join(table.column_names)}; one of {', '.join(KNOWN_COLUMNS)} is needed."
         )
-    return [Row(f"sample {index} of {path}", row) for index, row in enumerate(table.to_pylist())]
+    try:
+        rows = table.to_pylist()
+    except (ArrowException, ValueError) as error:  # of text that is not UTF-8, times that Python does not know
+        raise CalibrationError(f"{path} has values that cannot be read: {error}. Write the file again.") from error
+    return [Row(f"sample {index} of {path}", row) for index, row in enumerate(rows)]
 
 
 def _json_type(value: Any) -> str:

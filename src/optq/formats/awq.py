@@ -15,7 +15,7 @@ from optq.checkpoint.packing import pack_codes, unpack_codes
 from optq.errors import CheckpointError
 from optq.scheme import PACKED_WORD_BITS, LayerScheme, trivial_groups
 
-from .source import Headers, Parts, Source, dense_matrices, gptq_config, names_of
+from .source import Headers, Parts, Source, dense_matrices, entry_of, gptq_config, names_of
 
 AWQ_BITS = 4
 AWQ_NAMES = ("qweight", "qzeros", "scales")
@@ -50,7 +50,7 @@ def _in_order(words: Tensor) -> Tensor:
 
 
 def describe_awq(stated: dict[str, Any], headers: Headers) -> Source:
-    version = (stated.get("version") or stated.get("format") or "gemm").lower()
+    version = (entry_of(stated, "version", str, "") or entry_of(stated, "format", str, "") or "gemm").lower()
     bits = stated.get("bits", AWQ_BITS)
     if version != "gemm" or bits != AWQ_BITS:
         raise CheckpointError(

@@ -17,7 +17,7 @@ from optq.config.dynamic import matches
 from optq.errors import CheckpointError
 from optq.scheme import BITS, PACKED_WORD_BITS, ActOrder, LayerScheme, trivial_groups
 
-from .source import Headers, Parts, Source, dense_matrices, gptq_config, names_of, patterns_of
+from .source import Headers, Parts, Source, dense_matrices, entry_of, gptq_config, names_of, patterns_of
 
 COMPRESSED = "compressed-tensors"
 COMPRESSED_NAMES = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
@@ -95,8 +95,11 @@ def describe_compressed(stated: dict[str, Any], headers: Headers) -> Source:
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if stated.get(key):
             raise CheckpointError(f"config.json has a {key}, which a GPTQ checkpoint cannot tell its readers.")
-    groups = stated.get("config_groups") or {}
-    targets = {target: (key, group) for key, group in groups.items() for target in group["targets"]}
+    groups = entry_of(stated, "config_groups", dict, {})
+    targets = {}
+    for key in groups:
+        group = entry_of(groups, key, dict, {})
+        targets.update({str(target): (key, group) for target in entry_of(group, "targets", list, [])})
     schemes = {}
     act_order: ActOrder = "desc_act" if names_of(headers, "weight_g_idx") else "static"
     for name in names_of(headers, "weight_packed"):
@@ -120,7 +123,7 @@ def _is_pattern_of(target: str, name: str) -> bool:
 
 def _compressed_scheme(key: str, group: dict[str, Any], form: str | None, act_order: ActOrder) -> LayerScheme:
     """What one of config_groups says about the weights of its targets."""
-    weights = group.get("weights") or {}
+    weights = entry_of(group, "weights", dict, {})
     for field, found, allowed in (
         ("format", group.get("format") or form, ("pack-quantized",)),
         ("input_activations", group.get("input_activations"), (None,)),
@@ -135,7 +138,7 @@ def _compressed_scheme(key: str, group: dict[str, Any], form: str | None, act_or
             )
     return LayerScheme(
         bits=weights["num_bits"],
-        group_size=weights["group_size"] if weights["strategy"] == "group" else -1,
+        group_size=weights.get("group_size") if weights["strategy"] == "group" else -1,
         symmetric=weights.get("symmetric", True),
         act_order=act_order,
     )

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from optq.checkpoint import PackedWeight, pack
-from optq.errors import CheckpointError, counted
+from optq.errors import CheckpointError, OptqError, counted
 from optq.model import LINEAR_TYPES
 from optq.readers import kind_of
 from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
@@ -60,34 +60,62 @@ def opened_gguf(file: Path) -> Iterator[Opened]:
         ) from error
     if not file.is_file():
         raise CheckpointError(f"There is no file {file}. Of one on the Hub, pass its repository and gguf_file=.")
-    try:
+    with _reading(file):
         reader = GGUFReader(file)
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no GGUF file: {error}.") from error
+        architecture = _architecture(reader)
+        where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        described = AutoConfig.from_pretrained(**where)
+        described.dtype = torch.float32  # what is not quantized is not rounded either
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(described)
+        described.architectures = [type(model).__name__]
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=described.to_dict())
+        stored = _stored(reader.tensors, model, get_gguf_hf_weights_map(model, processor))
+        schemes, dense = _sort_out(model, stored)
+        config = gptq_config(schemes, dense, "gguf")
+
+    def save_companions(folder: Path) -> None:
+        with _reading(file):
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+
+    source = Source(config=config, schemes=schemes, dense=dense, parts=("weight",), read=_read)
+    tensors = _GgufTensors(file, stored, processor, packed={f"{name}.weight" for name in schemes})
+    yield Opened(described=described, source=source, tensors=tensors, save_companions=save_companions)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Make errors name the file. Its readers, of the package gguf and of transformers, trust what it says."""
+    try:
+        yield
+    except OptqError as error:
+        raise type(error)(f"{file}: {error}") from error
+    except Exception as error:  # an index, a key, a validator, a Rust panic: whatever a strange number leads to
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
+            raise
+        raise CheckpointError(
+            f"{file} is no GGUF file: {error}. It is damaged, cut short, or of a kind that "
+            f"transformers {transformers.__version__} does not read ({type(error).__name__}); download it again."
+        ) from error
+
+
+def _architecture(reader: Any) -> str:
+    """The architecture that it states, if it is read, and if its blocks are there: any number would be made."""
     architecture = reader.fields["general.architecture"].contents()
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{file} holds a model of the architecture {architecture!r}; those read are {', '.join(ARCHITECTURES)}."
+            f"it holds a model of the architecture {architecture!r}; those read are {', '.join(ARCHITECTURES)}."
         )
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    described = AutoConfig.from_pretrained(**where)
-    described.dtype = torch.float32  # what is not quantized is not rounded either
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(described)
-    described.architectures = [type(model).__name__]
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=described.to_dict())
-    stored = _stored(reader.tensors, model, get_gguf_hf_weights_map(model, processor))
-    schemes, dense = _sort_out(model, stored)
-    source = Source(
-        config=gptq_config(schemes, dense, "gguf"), schemes=schemes, dense=dense, parts=("weight",), read=_read
-    )
-
-    def save_companions(folder: Path) -> None:
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-
-    tensors = _GgufTensors(stored, processor, packed={f"{name}.weight" for name in schemes})
-    yield Opened(described=described, source=source, tensors=tensors, save_companions=save_companions)
+    stated = reader.fields[f"{architecture}.block_count"].contents()
+    blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
+    if stated != len(blocks):
+        raise CheckpointError(
+            f"it states {stated!r} blocks, and has tensors of {len(blocks)}. It is damaged, or a part of a model that "
+            "was split into several files."
+        )
+    return str(architecture)
 
 
 def _stored(tensors: Iterable[Any], model: Any, names: Mapping[str, str]) -> dict[str, Any]:
@@ -144,8 +172,8 @@ class _GgufTensors:
     Those of `packed` are rows of bytes, the others are dequantized.
     """
 
-    def __init__(self, stored: Mapping[str, Any], processor: Any, packed: set[str]) -> None:
-        self._stored, self._processor, self._packed = stored, processor, packed
+    def __init__(self, file: Path, stored: Mapping[str, Any], processor: Any, packed: set[str]) -> None:
+        self._file, self._stored, self._processor, self._packed = file, stored, processor, packed
         blocks: dict[str, list[str]] = {}
         for name in stored:
             blocks.setdefault(next((part for part in name.split(".") if part.isdigit()), ""), []).append(name)
@@ -161,8 +189,9 @@ class _GgufTensors:
         from gguf import dequantize
 
         tensor = self._stored[name]
-        values = tensor.data if name in self._packed else dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(np.array(self._processor.process(weights=values, name=tensor.name).weights))
+        with _reading(self._file):
+            values = tensor.data if name in self._packed else dequantize(tensor.data, tensor.tensor_type)
+            return torch.from_numpy(np.array(self._processor.process(weights=values, name=tensor.name).weights))
 
 
 def from_ggml(rows: Tensor, scheme: LayerScheme) -> PackedWeight:
@@ -181,6 +210,10 @@ def from_ggml(rows: Tensor, scheme: LayerScheme) -> PackedWeight:
     codes = blocks[..., 2 * numbers :]
     codes = torch.cat([codes & 15, codes >> 4], dim=-1) if scheme.bits == 4 else codes ^ 128  # two's complement
     zeros = _zeros(scales, minimum[0]) if minimum else torch.full_like(scales, 2 ** (scheme.bits - 1))
+    # A block of zeros has a scale of 0, which a GPTQ checkpoint may not: all its codes become its zero.
+    is_zero = scales == 0
+    codes = torch.where(is_zero[..., None], zeros[..., None].to(codes.dtype), codes)
+    scales = torch.where(is_zero, 1.0, scales)
     out_features, in_features = codes.flatten(1).shape
     if reason := scheme.why_not_packed(in_features, out_features):
         raise CheckpointError(f"{reason}.")

@@ -13,7 +13,7 @@ from optq.checkpoint import PackedWeight, with_trivial_groups
 from optq.checkpoint.headers import TensorHeader
 from optq.config.dynamic import dynamic_rules, pattern_of
 from optq.config.gptq import GPTQConfig
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, shortened
 from optq.readers import kind_of
 from optq.scheme import LayerScheme
 from optq.version import __version__
@@ -78,6 +78,21 @@ class Opened:
     source: Source
     tensors: Tensors
     save_companions: Callable[[Path], None]
+
+
+def entry_of(stated: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    """What a config.json of another tool says under a key; `default` if nothing or null.
+
+    Raises:
+        CheckpointError: it is of another type.
+    """
+    found = stated.get(key)
+    if found is not None and not isinstance(found, kind):
+        raise CheckpointError(
+            f"config.json: quantization_config says {key}={shortened(repr(found), 100)}, and a {kind.__name__} was "
+            "expected. Correct it, or download it again."
+        )
+    return default if found is None else found
 
 
 def names_of(headers: Headers, part: str) -> list[str]:

@@ -21,7 +21,7 @@ from optq.scheme import LayerScheme
 from .awq import describe_awq
 from .compressed_tensors import COMPRESSED, compressed_entry, describe_compressed, to_compressed
 from .gptq import describe_gptq, gptq_entry
-from .source import Headers, Source
+from .source import Headers, Source, entry_of
 
 Write = Callable[[PackedWeight, LayerScheme, torch.dtype | None], dict[str, Tensor]]
 
@@ -76,7 +76,7 @@ def describe(stated: dict[str, Any], headers: Headers) -> Source:
     Raises:
         CheckpointError: the format is unknown, or not of integers on a uniform grid, or contradicts the headers.
     """
-    method = stated.get("quant_method", "gptq")
+    method = entry_of(stated, "quant_method", str, "gptq")
     row = FORMATS.get(method)
     if row is None or row.read is None:
         read = ", ".join(name for name, row in FORMATS.items() if row.read is not None)

@@ -59,7 +59,7 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
         are 2 ** (bits - 1); asymmetric ones lie in [1, max_code], because a zero of 0 cannot be stored safely in v1
         (it is stored minus one).
     Raises:
-        ModelError: a weight is so large that its scale overflows float16.
+        ModelError: a weight is so large that its scale overflows float16, or is not finite.
     """
     grouped, costs = _grouped(weight, group_of_column, importance)
     at_once = ELEMENTS_AT_ONCE if weight.device.type == "cpu" else weight.numel()
@@ -68,9 +68,9 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
         for rows in grouped.split(max(1, at_once // weight.shape[1]))
     ]
     scales, zeros = (torch.cat(parts) for parts in zip(*fitted, strict=True))
-    if (largest := scales.abs().max()) > LARGEST_SCALE:
+    if not (largest := scales.abs().max()) <= LARGEST_SCALE:  # a NaN is neither
         raise ModelError(
-            f"A group's scale is {largest:.3g}, above float16's largest value {LARGEST_SCALE:.5g}. "
+            f"A group's scale is {largest:.3g}, above float16's largest value {LARGEST_SCALE:.5g} or not finite. "
             "Check the weights for outliers, or leave this layer in full precision with dynamic={'-:its name': {}}."
         )
     return Grid(scales=scales, zeros=zeros, max_code=scheme.max_code)

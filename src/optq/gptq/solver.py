@@ -39,7 +39,8 @@ class Solution:
         quantized: the codes and grids.
         loss: per row, δᵀHδ with δ = target - rounded and H undamped: the energy of the output error, (out,) float32.
             The target is the weight, or the compensated weight where earlier errors are propagated.
-        rtn_loss: the same of rounding to nearest, (out,) float32; under the damped Hessian `loss` never exceeds it.
+        rtn_loss: the same of rounding to nearest on the grid that was solved on, (out,) float32. `loss` never exceeds
+            it.
         energy: per row, wᵀHw: the energy of the outputs, (out,) float32.
         damping: the fraction of the Hessian's mean diagonal that was really used.
         dead_columns: number of inputs that were always zero during calibration; their weights are rounded to nearest.
@@ -83,7 +84,9 @@ def solve(
         column_block: columns whose updates are applied eagerly; speed only. None: what suits the device.
         name: for error messages.
     Raises:
-        SolveError: the Hessian stays singular after three tenfold increases of damping.
+        SolveError: the Hessian stays singular after three tenfold increases of damping, or the outputs' mean square is
+            beyond float32's range.
+        ModelError: a weight is so large that its scale overflows float16, or is not finite.
     Cost: O(out · in²) time; (4 · in² + 10 · rows · in) · 4 bytes beyond the inputs, for the rows of `rows_at_once`.
     """
     energy = hessian.diagonal()
@@ -110,18 +113,32 @@ def solve(
         started = Attempt.of(target, inverted.hessian, round_on(grid, target))
         refined = refine(target, inverted.hessian, started, scheme.refinement, partial(solve_again, target))
         nearest = _on_grid(grid.encode(original, group_of_column), grid, group_of_column, scheme)
-        quantized = refined.or_better(Attempt.of(target, inverted.hessian, nearest)).quantized
+        solved = refined.or_better(Attempt.of(target, inverted.hessian, nearest)).quantized
+        # Damping hides inputs that count, where one input has nearly all of the energy: so again, without it.
+        rounded = Attempt.of(target, hessian, nearest)
+        best = Attempt.of(target, hessian, solved).or_better(rounded)
         parts.append(
             Solution(
-                quantized=quantized,
-                loss=output_energy(target - quantized.decode(), hessian),
-                rtn_loss=output_energy(target - nearest.decode(), hessian),
-                energy=output_energy(original, hessian),
+                quantized=best.quantized,
+                loss=best.loss.clamp(min=0),  # sums that vanish may be rounded to either side of 0
+                rtn_loss=rounded.loss.clamp(min=0),
+                energy=output_energy(original, hessian).clamp(min=0),
                 damping=inverted.damping,
                 dead_columns=int(dead.sum()),
             )
         )
-    return stacked(parts)
+    solution = stacked(parts)
+    _check_range(solution, name)
+    return solution
+
+
+def _check_range(solution: Solution, name: str) -> None:
+    if not all(all_finite(energies) for energies in (solution.loss, solution.rtn_loss, solution.energy)):
+        raise SolveError(
+            f"{name}: the mean square of its outputs on the calibration data is beyond float32's range, so its errors "
+            "cannot be compared. Check weights and data for outliers, or leave this layer in full precision with "
+            f"dynamic={{'-:{name}': {{}}}}."
+        )
 
 
 def rows_at_once(rows: int, columns: int, device: torch.device) -> int:
@@ -189,7 +206,7 @@ def round_to_nearest(weight: Tensor, scheme: LayerScheme) -> QuantizedWeight:
     """Round-to-nearest (RTN) baseline: `weight` (out, in), any float dtype, to the nearest codes, (out, in) uint8.
 
     Raises:
-        ModelError: a weight is so large that its scale overflows float16.
+        ModelError: a weight is so large that its scale overflows float16, or is not finite.
     """
     weight = weight.float()
     group_of_column = trivial_groups(weight.shape[1], scheme.group_width(weight.shape[1]), weight.device)

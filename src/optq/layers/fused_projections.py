@@ -126,19 +126,25 @@ class FusedWeights:
         joint = held.kernel.joint
         if joint is None or joint.why_not(parts) is not None:
             return
-        self.held = replace(held, products={})  # whether all members have been asked for a dtype is not known here
-        self.take_prepared(joint.of(parts))
+        # Seen by other threads at once, so it is whole before. Whether all members have been asked for a dtype is not
+        # known here.
+        joined = replace(held, prepared=joint.of(parts), products={})
+        self._hold(joined)
         if self.fused is not None:
-            self.fused.prepared(self, self.held)
+            self.fused.prepared(self, joined)
 
     def take_prepared(self, prepared: Prepared) -> None:
         """Use `prepared` as the joined weight, and give every member its view of it."""
-        assert self.held is not None
-        joint = self.held.kernel.joint
+        held = self.held
+        assert held is not None
+        self._hold(replace(held, prepared=prepared))
+
+    def _hold(self, held: Held) -> None:
+        joint = held.kernel.joint
         assert joint is not None
-        self.held = replace(self.held, prepared=prepared)
+        self.held = held
         sizes = [member.out_features for member in self._members]
-        for member, part in zip(self._members, joint.split(prepared, sizes), strict=True):
+        for member, part in zip(self._members, joint.split(held.prepared, sizes), strict=True):
             member.take_prepared(part)
 
     def part(self, member: Member) -> None:
@@ -151,8 +157,9 @@ class FusedWeights:
 
     def bias_changed(self) -> None:
         """Called when a member's bias has been replaced: forget what was derived from all biases."""
-        if self.held is not None:
-            self.held = replace(self.held, products={})
+        held = self.held
+        if held is not None:
+            self.held = replace(held, products={})
         if self.fused is not None:
             self.fused.bias_changed()
 
