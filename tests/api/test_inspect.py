@@ -125,3 +125,19 @@ def test_pickled_weights_are_refused(tiny_llama, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"no model\.safetensors.*unpickling"):
         optq.inspect(tmp_path)
+
+
+def test_verify_lists_all_that_is_wrong_at_once(saved, tmp_path):
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(saved / "model.safetensors")
+    first, second = sorted(name for name in tensors if name.endswith("scales"))[:2]
+    tensors[first][0, 0], tensors[second][0, 0] = float("nan"), 0
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=first):
+        optq.inspect(tmp_path)
+    wrong = optq.inspect(tmp_path, verify=True).contradictions
+    for name in (first, second, "model.norm.weight"):
+        assert any(name in sentence for sentence in wrong)
+    assert optq.inspect(saved, verify=True).contradictions == ()

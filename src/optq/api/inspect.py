@@ -4,7 +4,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
+from optq.checkpoint.headers import TensorHeader
 from optq.config.gptq import GPTQConfig
 from optq.config.metadata import mislabelled, scope_contradicts, unusable, vectors_in
 from optq.device.memory import GIB
@@ -93,35 +94,25 @@ def inspect(
             "Add its quantization_config: bits, group_size, desc_act, sym and checkpoint_format at least."
         )
     wrong = [] if config is None else unusable(quantized.values(), vectors_in(headers, quantized), config)
-    if not verify:
-        for error in wrong:
-            raise CheckpointError(error)
-    errors = list(wrong)
-    if verify and config is not None:
-        try:
-            check_loadable(described, [os.fspath(file) for file in files], config)
-        except OptqError as error:
-            errors += [] if str(error) in errors else [str(error)]
+    if config is not None and verify:
+        wrong = _verified(wrong, described, [os.fspath(file) for file in files], config)
+    elif (first := next(iter(wrong), None)) is not None:
+        raise CheckpointError(first)
     linears = {} if config is None else linears_of(quantized, config, described)
     dense = {
         name: header
         for name, header in headers.items()
         if len(header.shape) >= 2 and kind_of(name) != name and name.rpartition(".")[0] not in quantized
     }
-    counted = [x.headers[part] for x in quantized.values() for part in ("qweight", "qzeros", "scales")]
-    weights = sum(x.out_features * x.in_features for x in linears.values())
-    if not quantized:
-        counted, weights = list(dense.values()), sum(math.prod(header.shape) for header in dense.values())
-    stored = sum(math.prod(header.shape) * header.dtype.itemsize for header in counted)
     return Inspection(
         model=source,
         config=config,
         linears=dict(Counter((x.kind, x.out_features, x.in_features, x.scheme) for x in linears.values())),
         dense=dict(Counter(map(kind_of, dense))),
-        bits_per_weight=8 * stored / weights if weights else math.nan,
+        bits_per_weight=_bits_per_weight(quantized.values(), dense.values()),
         size_gib=sum(file.stat().st_size for file in files) / GIB,
         contradictions=(
-            *errors,
+            *wrong,
             *(scope_contradicts(config, quantized, _modules_of(dense)) if config is not None else ()),
             *(mislabelled(quantized.values(), config) if config is not None else ()),
         ),
@@ -130,6 +121,26 @@ def inspect(
             for reader, version in readers.items()
         },
     )
+
+
+def _bits_per_weight(quantized: Collection[QuantizedTensors], dense: Iterable[TensorHeader]) -> float:
+    """Of the packed linears; if there are none, of the dense matrices."""
+    counted = [x.headers[part] for x in quantized for part in ("qweight", "qzeros", "scales")] or list(dense)
+    weights = sum(x.out_features * x.in_features for x in quantized)
+    if not quantized:
+        weights = sum(math.prod(header.shape) for header in counted)
+    stored = sum(math.prod(header.shape) * header.dtype.itemsize for header in counted)
+    return 8 * stored / weights if weights else math.nan
+
+
+def _verified(wrong: Iterable[str], described: Any, files: list[str], config: GPTQConfig) -> list[str]:
+    """All that is wrong with values, and what else keeps a checkpoint from being loaded."""
+    errors = list(wrong)
+    try:
+        check_loadable(described, files, config)
+    except OptqError as error:
+        errors += [] if str(error) in errors else [str(error)]
+    return errors
 
 
 def linears_of(quantized: Mapping[str, QuantizedTensors], config: GPTQConfig, described: Any) -> dict[str, Linear]:
