@@ -125,6 +125,8 @@ def test_what_a_class_says_to_leave_out_may_be_packed(packed_head, tmp_path, mon
     ):
         AutoModelForCausalLM.from_pretrained(files)
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
+    both = load_file(files / "model.safetensors") | load_file(packed_head / "model.safetensors")
+    save_file(both, files / "model.safetensors", {"format": "pt"})
     assert AutoModelForCausalLM.from_pretrained(files).model.layers[0].mlp.up_proj.bits == 4
 
 

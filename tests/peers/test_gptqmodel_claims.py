@@ -127,7 +127,7 @@ def test_version_2_becomes_version_1_where_every_zero_has_room(tiny_llama, tmp_p
 def test_without_the_writers_name_zeros_of_0_are_doubted_by_name(tiny_llama, tmp_path, caplog):
     folder = written(tiny_llama, tmp_path / "model", grids_of(tiny_llama, lowest_zero=0), meta=None)
     AutoModelForCausalLM.from_pretrained(folder)
-    assert "q_proj.qzeros and 13 more linears: zeros of 0" in caplog.text
+    assert "_proj.qzeros and 13 more linears: zeros of 0" in caplog.text
     assert any("zeros of 0" in contradiction for contradiction in optq.inspect(folder).contradictions)
 
 

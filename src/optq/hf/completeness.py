@@ -70,12 +70,15 @@ def _missing(model: Any, present: set[str], quantized: Iterable[str]) -> Iterato
     Those are what other blocks have under the same name, and what lies beside the blocks, such as the last norm.
     Others, such as a pooler or the head of another task, may be left to be trained.
     """
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     tied |= {source: target for target, source in tied.items()}
     ignored = model._keys_to_ignore_on_load_missing or ()
     kinds = set(map(kind_of, present))
     beside = {found[1] or "" for name in quantized if (found := NUMBERED.match(name)) is not None}
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # of models with several, or with none
+        embedding = None
     for name, parameter in model.named_parameters():
         if name in present or tied.get(name) in present or any(re.search(pattern, name) for pattern in ignored):
             continue
