@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever call fails, and whenever the process is killed, a run ends finished, can be gone on with, or has not begun.
 
-A sample of the points; `benchmarks/faults.py` tries them all.
+A sample of the points; `benchmarks/faults.py` tries them all, and kills runs at random moments, which no test should.
 """
 
+import json
 import shutil
 import sys
 
@@ -18,15 +19,14 @@ EVERY = 75
 def found():
     if not sys.platform.startswith("linux") or shutil.which("cc") is None:
         pytest.skip("takes LD_PRELOAD and a compiler of C")
-    return faults.measured(EVERY, kills=3)
+    return faults.measured(EVERY)
 
 
 @pytest.mark.minutes
 def test_no_run_is_lost(found):
-    assert found["problems"] == []
+    assert not found["problems"], json.dumps(found["problems"], indent=1)
     assert found["all"]["all"]["points"] >= 30
-    assert found["all"]["all"]["lost"] == found["kills"]["at random moments"]["lost"] == 0
-    assert found["kills"]["at random moments"]["points"] == 3
+    assert found["all"]["all"]["lost"] == 0
 
 
 @pytest.mark.minutes
