@@ -73,7 +73,7 @@ _SAFETENSORS_DTYPES = {
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_DTYPES = {
+PACKED_DTYPES = {
     "qweight": (torch.int32,),
     "qzeros": (torch.int32,),
     "scales": SCALE_DTYPES,
@@ -201,8 +201,8 @@ def _bits_of(name: str, headers: dict[str, TensorHeader]) -> int:
         CheckpointError: dtypes or shapes are those of no packed linear.
     """
     for part, header in headers.items():
-        if header.dtype not in _DTYPES[part]:
-            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[part])
+        if header.dtype not in PACKED_DTYPES[part]:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in PACKED_DTYPES[part])
             raise CheckpointError(
                 f"{name}.{part} is of dtype {str(header.dtype).removeprefix('torch.')} ({header}); of a packed linear "
                 f"it is {allowed}. The tensor was written by something that is no GPTQ quantizer, or was cast."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from optq.checkpoint import TENSOR_NAMES, PackedWeight, find_quantized_linears, part_of, value_errors, words_of
-from optq.checkpoint.headers import TensorHeader
+from optq.checkpoint.headers import PACKED_DTYPES, SCALE_DTYPES, TensorHeader
 from optq.errors import CheckpointError, counted
 from optq.kernels import Kernel, Prepared, choose_kernel, matmul
 from optq.scheme import BITS, PACKED_WORD_BITS, trivial_groups
@@ -22,14 +22,12 @@ from optq.scheme import BITS, PACKED_WORD_BITS, trivial_groups
 PARTS = (*TENSOR_NAMES, "weight")
 """Last parts of the names of tensors that may arrive: of a packed linear, or of one that is not."""
 
-_INTEGERS = (torch.int32, torch.int64)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ALLOWED: dict[str, tuple[tuple[torch.dtype, ...], int]] = {
-    "qweight": ((torch.int32,), 2),
-    "qzeros": ((torch.int32,), 2),
-    "scales": (_FLOATS, 2),
-    "g_idx": (_INTEGERS, 1),
-    "weight": ((*_FLOATS, torch.float64), 2),
+    "qweight": (PACKED_DTYPES["qweight"], 2),
+    "qzeros": (PACKED_DTYPES["qzeros"], 2),
+    "scales": (PACKED_DTYPES["scales"], 2),
+    "g_idx": (PACKED_DTYPES["g_idx"], 1),
+    "weight": ((*SCALE_DTYPES, torch.float64), 2),
 }
 """The dtypes that a tensor may have, and its number of dimensions."""
 
