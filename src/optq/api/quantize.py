@@ -142,7 +142,8 @@ def quantize(
             ranks.broadcast(lambda: tidy(partial))
             return output
         if ranks.broadcast(lambda: _begin(output, config)):
-            config.log_file = config.log_file or str(output / LOG_NAME)
+            if ranks.is_first:  # in the folder that it has made, and may have removed again when others come to check
+                config.log_file = config.log_file or str(output / LOG_NAME)
             config.journal_folder = str(partial)
             try:
                 loaded = model_class_of(described).from_pretrained(source, quantization_config=config, **kwargs)
@@ -173,7 +174,8 @@ def _quantize_object(
     output, ranks = Path(output_dir), join()
     partial, named = output / PARTIAL, model.config.name_or_path
     config = copy.copy(GPTQConfig.from_stock(config))
-    config.log_file = config.log_file or str(output / LOG_NAME)
+    if ranks.is_first:
+        config.log_file = config.log_file or str(output / LOG_NAME)
     companions = companions_folder(named, {}) if named else None  # before the work: it may need the network
     if not hasattr(config.tokenizer, "save_pretrained") and (companions is None or not has_tokenizer(companions)):
         found_in = f"{str(named)!r} has none" if named else "the model does not say where it came from"
