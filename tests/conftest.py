@@ -29,12 +29,16 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+import interpreter
 from optq import GPTQConfig
 from optq.device import triton as triton_devices
 from optq.kernels import KERNELS, triton_gpu
 from optq.quantization.activations import ActivationStore
 from optq.quantization.coroutines import Coroutine
 from optq.runs.journal import Journal
+
+if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
+    interpreter.quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 import accelerator
 
 DEVICES = 2
@@ -73,9 +75,11 @@ def interpret() -> None:
     """
     from triton.runtime.interpreter import GridExecutor
 
+    from interpreter import quicken
     from optq.gptq import columns
     from optq.kernels import triton_gpu
 
+    quicken()
     execute = GridExecutor.__call__
 
     def uncounted(self: Any, *arguments: Any, **constants: Any) -> None:
