@@ -28,7 +28,7 @@ from optq import GPTQConfig, QuantLinear
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples/demo.py"
 LIMIT = 150  # seconds, on two cores
-BLOCKS = 4  # of 30
+BLOCKS = 2  # of 30
 EMBEDDINGS = 49152 * 576 * 4 / 2**30  # GiB, which are not packed
 SMALLER = {"num-samples": (16, 8), "seq-len": (256, 64), "tokens": (1024, 128), "window": (256, 64)}
 """Options of the page -> their values there and here."""

@@ -157,7 +157,7 @@ def test_an_original_with_another_vocabulary_is_refused_before_it_is_loaded(tiny
 def test_what_a_tokenizer_returns_is_judged_on_as_the_text_is(quantized, text, tiny_llama):
     from transformers import AutoTokenizer
 
-    settings = {**KWARGS, "protocols": ("consecutive",)}
+    settings = {**KWARGS, "protocols": ("consecutive",), "tokens": 128}
     expected = optq.evaluate(quantized[2], dataset=text, **settings).perplexities
     encoded = AutoTokenizer.from_pretrained(tiny_llama)([text.read_text()], return_tensors="pt")
     for dataset in (encoded, encoded["input_ids"], encoded["input_ids"].numpy(), iter([text.read_text()])):

@@ -3,9 +3,9 @@
 
 import errno
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import optq
-from conftest import interrupted_after, rewritten, tiny_llama_config
+from conftest import forked, interrupted_after, rewritten, tiny_llama_config
 from optq import GPTQConfig
 from optq.api import quantize as api
 from optq.errors import OutputError
@@ -264,27 +264,18 @@ def test_a_journal_of_an_earlier_version_is_refused_by_name(source, token_rows, 
         optq.quantize(source, config(token_rows, **FAST), output_dir=output)
 
 
-SCRIPT = """
-import json, sys
-import optq
-rows = json.load(open(sys.argv[3]))
-optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, group_size=32, dataset=rows), output_dir=sys.argv[2])
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.skipif(sys.platform == "win32", reason="no forks")
 def test_killed_without_a_chance_to_clean_up_it_goes_on(source, whole, token_rows, tmp_path):
     expected = weights(whole())
-    (tmp_path / "rows.json").write_text(json.dumps(token_rows))
     output = tmp_path / "out"
-    command = [sys.executable, "-c", SCRIPT, str(source), str(output), str(tmp_path / "rows.json")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file = output / api.PARTIAL / "block-00001.safetensors"
-    while not file.exists() and process.poll() is None:
+    process = forked(lambda: optq.quantize(source, config(token_rows), output_dir=output))
+    file, ended = output / api.PARTIAL / "block-00001.safetensors", 0
+    while not file.exists() and not ended:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+        ended, _ = os.waitpid(process, os.WNOHANG)
+    os.kill(process, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
     assert not (output / "config.json").exists()
     assert weights(optq.quantize(source, config(token_rows), output_dir=output)) == expected
     assert [event["event"] for event in events(output)].count("restored") >= 2

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -21,11 +20,12 @@ from transformers import (
 )
 
 import optq
-from conftest import interrupted_after, tiny_llama_config
+from conftest import forked, interrupted_after, tiny_llama_config
 from optq import GPTQConfig
 from optq.api import quantize as api
 from optq.calibration import write_samples
 from optq.errors import CalibrationError, OutputError
+from optq.runs import journal
 from optq.runs import own_text as writing
 from optq.runs.journal import WRITTEN, Journal
 
@@ -188,22 +188,18 @@ class TestInterruptedWriting:
 
     @pytest.mark.slow
     def test_a_killed_process_leaves_it_there_too(self, source, tmp_path, monkeypatch):
-        code = (
-            "import os, signal, sys, optq\n"
-            "from optq.runs import journal\n"
-            "whole = journal.write_whole\n"
-            "def write(path, content):\n"
-            "    whole(path, content)\n"
-            "    os.kill(os.getpid(), signal.SIGTERM)\n"
-            "journal.write_whole = write\n"
-            "config = optq.GPTQConfig(\n"
-            "    bits=4, group_size=32, dataset='self', num_samples=32, model_seqlen=12, effort='fast'\n"
-            ")\n"
-            "optq.quantize(sys.argv[1], config, output_dir=sys.argv[2])\n"
-        )
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run([sys.executable, "-c", code, source, tmp_path / "out"], env=environment)
-        assert ended.returncode == -signal.SIGTERM
+        def killed():
+            whole = journal.write_whole
+
+            def write(path, content):
+                whole(path, content)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            journal.write_whole = write
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            optq.quantize(source, config(), output_dir=tmp_path / "out")
+
+        assert os.WTERMSIG(os.waitpid(forked(killed), 0)[1]) == signal.SIGTERM
         with parts_written(monkeypatch) as sizes:
             found = weights(optq.quantize(source, config(), output_dir=tmp_path / "out"))
         assert sizes == [8] * 3
