@@ -257,6 +257,12 @@ def main() -> None:
             f"{sys.executable} lacks {', '.join(missing)}. Install what is missing, or name a folder that has it "
             "in PYTHONPATH; `pip install --target FOLDER NAME` makes one."
         )
+    has_gpu = "import torch, sys; sys.exit(not torch.accelerator.is_available())"
+    if arguments.steps and subprocess.run([sys.executable, "-c", has_gpu], check=False).returncode:
+        raise SystemExit(
+            f"The torch of {sys.executable} sees no GPU, and every step measures one; nothing was run. Is the driver "
+            "there, and is this torch built for GPUs? `make test` is for machines without one."
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and with us what we have started
     failed = False
     for step in arguments.steps:

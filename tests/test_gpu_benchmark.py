@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +71,15 @@ def test_parts_that_fail_or_hang_end_and_what_was_measured_stays(gpu, tmp_path):
     assert "| a shape, 1 rows: optq triton | 4 us | 2 us | 50% |" in table
     assert "| a shape, 1 rows: dense bfloat16 | 8 us | 6 us | 75% |" in table
     assert table.count("dense bfloat16") == 2  # also what was measured by the program that hung
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has one")
+def test_without_a_gpu_nothing_is_run_and_that_is_said(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "1", "--results", str(tmp_path / "results")]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "sees no GPU, and every step measures one; nothing was run" in ran.stderr
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_step_ends_with_its_time(gpu, tmp_path):

@@ -73,10 +73,14 @@ def test_links_are_not_followed_out_of_the_models_folder(source, tmp_path, caplo
     (tmp_path / "id_rsa").write_text("secret")
     (source / "notes.txt").symlink_to(tmp_path / "id_rsa")
     (source / "NOTICE.txt").symlink_to("LICENSE")
+    (source / "generation_config.json").unlink()
+    (source / "generation_config.json").symlink_to(tmp_path / "id_rsa")
     (tmp_path / "to").mkdir()
+    (tmp_path / "to/generation_config.json").write_text("secret")  # of save_pretrained
     copy_companions(source, tmp_path / "to")
     assert "notes.txt is not copied" in caplog.text
     assert not (tmp_path / "to/notes.txt").exists()
+    assert not (tmp_path / "to/generation_config.json").exists()
     assert (tmp_path / "to/NOTICE.txt").read_text() == "free\n"
 
 

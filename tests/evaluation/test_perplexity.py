@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from optq.errors import ConfigError
 from optq.evaluation import compare_on, perplexity, spans
 
 
@@ -97,6 +98,13 @@ def test_more_context_lowers_nothing_but_the_windows_differ(model, text):
 
 def test_windows_from_the_start_only(model, text):
     assert perplexity(model, text, 64, 2).perplexity == perplexity(model, text[:128], 64).perplexity
+
+
+def test_arguments_that_make_no_sense_are_refused(model, text):
+    with pytest.raises(ConfigError, match=r"windows=0 was asked for; allowed are 1 and more"):
+        perplexity(model, text, 64, 0)
+    with pytest.raises(ConfigError, match=r"input_ids is a list; allowed is a tensor of token ids"):
+        perplexity(model, text.tolist(), 64)
 
 
 def test_comparing_gives_both_perplexities(model, text):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel
 
 from conftest import rewritten
 from optq import GPTQConfig, QuantLinear
@@ -214,6 +214,14 @@ def test_generate_compiled_for_a_static_cache_gives_the_same_tokens(saved, probe
     expected = model.generate(probe_ids[:1], **arguments)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     assert torch.equal(model.generate(probe_ids[:1], **arguments), expected)
+
+
+def test_a_head_that_another_thread_kept_from_being_tied_is_named(tiny_llama, token_rows, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", lambda *arguments, **settings: None)  # as transformers does
+    with pytest.raises(ModelError, match=r"^lm_head\.weight has no values .* two threads at once"):
+        AutoModelForCausalLM.from_pretrained(
+            tiny_llama, quantization_config=GPTQConfig(bits=4, group_size=32, dataset=token_rows)
+        )
 
 
 def test_a_missing_g_idx_is_filled_in(saved, tmp_path, probe_ids, quantized):

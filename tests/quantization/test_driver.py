@@ -223,6 +223,12 @@ def test_activations_that_are_not_finite_name_the_block(model, token_rows):
         quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU))
 
 
+def test_activations_that_are_not_finite_inside_a_block_name_the_linears(model, token_rows):
+    model.model.layers[0].post_attention_layernorm.weight.data[0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"model\.layers\.0\.mlp\.gate_proj.*: The inputs of this layer"):
+        quantize_model(model, plan(model), calibrate(token_rows), Run(device=CPU))
+
+
 def test_linears_that_are_never_reached_stay_dense_and_are_said(model, token_rows, caplog):
     model.model.layers[0].mlp.spare = nn.Linear(64, 64)
     log = RunLog(bar=False)

@@ -111,9 +111,16 @@ def perplexity(
         windows: number of windows to use at most, from the start; by default all.
         protocol, stride: see `Protocol` and `spans`.
     Raises:
-        ConfigError: the model does not predict the next token.
+        ConfigError: the model does not predict the next token; or an argument is not as above.
         ValueError: the text is too short for the protocol.
     """
+    if not isinstance(input_ids, Tensor):
+        raise ConfigError(
+            f"input_ids is a {type(input_ids).__name__}; allowed is a tensor of token ids, such as "
+            'tokenizer(text, return_tensors="pt").input_ids.'
+        )
+    if windows is not None and windows < 1:
+        raise ConfigError(f"windows={windows!r} was asked for; allowed are 1 and more, or None for the whole text.")
     can_generate = getattr(model, "can_generate", None)
     if can_generate is not None and not can_generate():
         raise ConfigError(no_perplexity(type(model).__name__, "does not predict the next token"))

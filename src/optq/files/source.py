@@ -185,13 +185,15 @@ def has_tokenizer(folder: Path) -> bool:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy `COMPANIONS` byte for byte, over what save_pretrained may have written.
 
-    A link that leads out of the model's folder is not followed: with the checkpoint, any file could be published.
+    A link that leads out of the model's folder is not followed: with the checkpoint, any file could be published. Nor
+    does its content stay that transformers has read, and save_pretrained written, as of generation_config.json.
     """
     for path in files_of(source, COMPANIONS):
         if any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS):
             continue
         if leads_out(path):
             logger.warning("%s is not copied: it is a link to a file outside of the model's folder.", path)
+            (target / path.name).unlink(missing_ok=True)
         else:
             shutil.copyfile(path, target / path.name)
 

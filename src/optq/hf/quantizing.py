@@ -18,7 +18,7 @@ from optq.config.gptq import GPTQConfig
 from optq.device.placement import execution_device, working_dtype
 from optq.distributed import ALONE
 from optq.distributed import join as join_others
-from optq.errors import CalibrationError, QualityError
+from optq.errors import CalibrationError, ModelError, QualityError
 from optq.evaluation import Comparison, is_good, judge
 from optq.events import Dequantized, Gate, RunLog
 from optq.files.source import forget_nested_quantization
@@ -132,6 +132,7 @@ class QuantizingLoad:
             QualityError: the result is too far from the original, and quality_gate is "raise".
         """
         assert self._decided is not None
+        _check_loaded(model)
         config, ranks, plan, experts = self.config, self._ranks, self._decided.plan, self._decided.experts
         compat.cast(model, self._dtypes)
         if (calibration := self._decided.calibration) is None:
@@ -235,6 +236,17 @@ class QuantizingLoad:
                     "the folder gives them up."
                 )
             raise refused from None
+
+
+def _check_loaded(model: Any) -> None:
+    """Raises ModelError if transformers has left tensors without values; blocks that are read later are not there."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} has no values after loading; nothing was quantized. Does another thread load a model? "
+                "transformers switches the tying of weights off for the whole process while it makes one, so "
+                "from_pretrained must not run in two threads at once. Take turns, or processes."
+            )
 
 
 def _warn_of_weakness(calibration: Calibration, plan: Plan) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from optq.distributed import Ranks
-from optq.errors import ModelError
+from optq.errors import ModelError, found_in
 from optq.gptq import Solution, solve, stacked
 from optq.model import LinearView, Stage
 from optq.scheme import LayerScheme, QuantizedWeight
@@ -51,7 +51,8 @@ def _solve_stage(
     statistics: StageStatistics, runner: BlockRunner, ranks: Ranks, part: int = 0, parts: int = 1
 ) -> list[Stack]:
     """The stage's linears, or only one of so many parts of their rows; on the CPU if they are to be sent."""
-    hessian = statistics.hessian.mean()
+    with found_in(", ".join(view.name for view in statistics.stage.views)):
+        hessian = statistics.hessian.mean()
     drift = None if statistics.drift is None else statistics.drift.mean()
     found = []
     for scheme, views in _by_scheme(statistics.stage, runner).items():
