@@ -20,7 +20,10 @@ import torch
 
 VERBS = ("load", "inspect", "convert")
 SECONDS = 5
-"""Longer is called a hang."""
+"""Longer is called a hang: of a processor's time, whatever else the machine does."""
+
+PATIENCE = 60
+"""Seconds after which something that takes no processor's time is called one, too."""
 
 GOOD = ("named error", "named warning", "right")
 """What may come of it; else "raw error", "wrong", "hang", "killed", "code ran" or "large"."""
@@ -55,12 +58,13 @@ def tried(verb: str, folder: Path, named: tuple[str, ...], wanted: torch.Tensor)
     if child == 0:
         try:
             os.close(end)
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))  # of the child alone
             os.write(start, json.dumps(_outcome(verb, folder, named, wanted)).encode()[:60_000])
         finally:
             os._exit(0)
     os.close(start)
-    content, deadline = b"", time.monotonic() + SECONDS
-    while (left := deadline - time.monotonic()) > 0 and select.select([end], [], [], left)[0]:
+    content, deadline = b"", time.monotonic() + PATIENCE
+    while select.select([end], [], [], max(0.0, deadline - time.monotonic()))[0]:
         if not (part := os.read(end, 65536)):
             break
         content += part
@@ -70,8 +74,8 @@ def tried(verb: str, folder: Path, named: tuple[str, ...], wanted: torch.Tensor)
     _, status = os.waitpid(child, 0)
     if content:
         return json.loads(content)
-    is_hang = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and left <= 0
-    return {"outcome": "hang" if is_hang else "killed", "said": f"status {status}"}
+    took_too_long = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU)
+    return {"outcome": "hang" if took_too_long else "killed", "said": f"status {status}"}
 
 
 def _outcome(verb: str, folder: Path, named: tuple[str, ...], wanted: torch.Tensor) -> dict[str, Any]:
