@@ -113,6 +113,12 @@ def test_a_finished_run_is_one_page_without_network_with_its_pictures(finished, 
     assert all(image["alt"] for image in page.images)
 
 
+def test_what_is_returned_is_shown_in_a_few_lines(finished, tmp_path):
+    found = report([finished], tmp_path)
+    assert len(repr(found)) < 2000 and str(found.page) in repr(found)
+    assert len(found.runs[0].events) > 10
+
+
 def test_the_figures_on_the_page_are_those_of_the_checkpoint_and_the_log(finished, tmp_path):
     page = Page(report([finished], tmp_path).page)
     (quality,) = events(finished, "quality")

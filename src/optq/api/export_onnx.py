@@ -22,7 +22,7 @@ ONNX_FILE = "model.onnx"
 
 
 @default_torch_state()
-def export_onnx(model_id_or_dir: str | os.PathLike[str], *, output_dir: str | os.PathLike[str], **kwargs: Any) -> Path:
+def export_onnx(model_id_or_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str], **kwargs: Any) -> Path:
     """Write a GPTQ checkpoint as an ONNX model for onnxruntime.
 
     The model takes input_ids and attention_mask, both (batch, length) int64, and gives logits (batch, length,

@@ -103,6 +103,10 @@ INT32 = {
     "fits": lambda value: str(value).removeprefix("torch.") == "int32",  # torch.int32 as well
     "wanted": "codes are packed into 'int32' words only",
 }
+FORMAT = {
+    "fits": lambda value: is_text(value) and value.lower() in ("gptq", "gptq_v2", "marlin"),
+    "wanted": "allowed are gptq, gptq_v2",
+}  # marlin is refused with more words
 GPTQ = {"fits": lambda value: str(value).lower() == "gptq", "wanted": "allowed is 'gptq'"}
 
 
@@ -122,13 +126,13 @@ class Fields:
         MISSING,
         "required",
         stored=True,
-        wanted="allowed are 2, 3, 4, 8",
+        allowed=(2, 3, 4, 8),  # those of `LayerScheme`, which takes torch to be read
     )
     tokenizer: Any = declared(CALIBRATION, "an object, a model id or a folder", None, "the model's", **TOKENIZER)
     dataset: Any = declared(
         CALIBRATION,
-        "a name (wikitext2, code, …), a file or folder, a mix (`wikitext2:0.5,./my.jsonl:0.5`), a list of samples, or "
-        "self: text that the model writes",
+        "a file or folder, a list of samples, self: text that the model writes; wikitext2, c4, ptb, code, math, chat, "
+        "medical, finance or multilingual, of the Hub; or a mix (`wikitext2:0.5,./my.jsonl:0.5`)",
         None,
         "self",
         options=("--dataset", "--data-path"),
@@ -139,6 +143,7 @@ class Fields:
         "columns that share a scale and a zero; -1 for whole rows",
         128,
         stored=True,
+        least=-1,
         wanted="it is a positive integer, or -1 for whole rows",
     )
     damp_percent: float | None = declared(
@@ -158,17 +163,16 @@ class Fields:
     true_sequential: bool = declared(
         SEARCH, "calibrate later linears of a block on the already quantized earlier ones", True, stored=True
     )
-    format: str = declared(CHECKPOINT, "gptq (v1), which all read, or gptq_v2", "gptq", stored=True)
+    format: str = declared(CHECKPOINT, "gptq (v1), which all read, or gptq_v2", "gptq", stored=True, **FORMAT)
     meta: dict[str, Any] | None = declared(
         CHECKPOINT,
         "facts for config.json; `quantizer` and `calibration` are added",
         None,
         stored=True,
-        option=False,
         **FACTS,
     )
     backend: str | None = declared(
-        RUNNING, "which kernels may run: auto, cpu, or a kernel's name", "auto", decisive=False, option=False
+        RUNNING, "which kernels may run: auto, cpu, or a kernel's name", "auto", decisive=False
     )
     model_seqlen: int | None = declared(
         CALIBRATION,

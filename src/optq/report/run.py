@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,9 +41,9 @@ class Run:
     """
 
     folder: Path
-    events: tuple[Event, ...]
+    events: tuple[Event, ...] = field(repr=False)  # thousands
     seconds: float
-    info: dict[str, Any]
+    info: dict[str, Any] = field(repr=False)
     size_gib: float | None
 
     @property
