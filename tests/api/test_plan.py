@@ -95,7 +95,7 @@ def test_what_vllm_will_refuse_is_said(without_weights, token_rows):
         return " ".join(optq.plan(without_weights, config, tensor_parallel=parts).not_served)
 
     assert reasons() == ""
-    assert "model.layers.*.mlp.down_proj: 3 bits; use 4 or 8" in reasons(bits=3)
+    assert reasons(bits=3) == "all linears: 3 bits; use 4 or 8"
     assert "asymmetric" in reasons(sym=False)
     assert "model.layers.*.mlp.down_proj: 96 inputs in 2 parts are no multiples of 32" in reasons(parts=2)
     assert "self_attn.o_proj: 64 inputs in 4 parts are no multiples of 32" in reasons(parts=4)

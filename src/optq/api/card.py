@@ -131,7 +131,7 @@ def _widths(found: Inspection) -> str:
 
 def _usage(name: str, found: Inspection) -> str:
     lines = {
-        reader: f"no: {_text(reasons[0])}" if (reasons := found.refused[reader]) else _told(name, *USE[reader])
+        reader: f"no: {_text('; '.join(reasons))}" if (reasons := found.refused[reader]) else _told(name, *USE[reader])
         for reader in USE
         if reader != "vllm+optq" or found.refused["vllm"]
     }

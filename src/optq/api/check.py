@@ -28,7 +28,7 @@ def check(
     tensor_parallel: int = 1,
     **kwargs: Any,
 ) -> tuple[str, ...]:
-    """Say what a server refuses, one reason per kind of linear; empty if it reads them all. Reads no weights.
+    """Say what a server refuses: all reasons, each with its kinds of linears; empty if it reads all. Reads no weights.
 
     Args:
         model_id_or_dir: a GPTQ checkpoint; or, with a config, the model that is going to be quantized.

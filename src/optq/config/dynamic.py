@@ -179,7 +179,7 @@ def choices_of(base: LayerScheme, serving: str | None, out_features: int, in_fea
         for size in sizes:
             scheme = replace(base, bits=bits, symmetric=symmetric, group_size=size)
             fits = not scheme.why_not_grouped(in_features) and not scheme.why_not_packed(in_features, out_features)
-            if fits and not (serving is not None and scheme.why_not_served(in_features)):
+            if fits and not (serving is not None and scheme.not_served(in_features)):
                 yield scheme
 
 

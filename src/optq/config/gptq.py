@@ -154,8 +154,9 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
                 raise ConfigError(f"dynamic: {pattern!r}: {error}") from error
 
     def _check_serving(self, scheme: LayerScheme) -> None:
-        if self.serving is not None and (reason := scheme.why_not_served()):
-            raise ConfigError(f"serving={self.serving!r} was asked for, but vLLM does not read {reason}.")
+        if self.serving is not None and (reasons := scheme.not_served()):
+            told = ", nor ".join(reasons)
+            raise ConfigError(f"serving={self.serving!r} was asked for, but vLLM does not read {told}.")
 
     @property
     def by_gptqmodel(self) -> bool:
