@@ -305,6 +305,24 @@ READERS: dict[str, tuple[Rules, ...]] = {
 installed: its plugin, `optq.vllm`, reads what vLLM by itself does not."""
 
 
+NAMES = {
+    "transformers": "transformers with optq",
+    "gptqmodel": "GPTQModel",
+    "sglang": "SGLang",
+    "vllm": "vLLM",
+    "vllm-cpu": "vLLM on CPUs",
+    "vllm+optq": "vLLM with optq",
+}
+"""What the readers call themselves."""
+
+
+def settings_refused(reader: str | None, scheme: LayerScheme) -> list[str]:
+    """What a reader refuses of a scheme, whatever the linear's shape; nothing of no reader."""
+    if reader == "sglang":
+        scheme = replace(scheme, act_order="static")  # it reads desc_act=True
+    return scheme.not_served() if reader in ("vllm", "sglang") else []
+
+
 def rules_of(reader: str, version: str | None = None) -> Rules:
     """The rules of a reader, for this version of it or the newest that is known.
 

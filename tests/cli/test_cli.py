@@ -197,6 +197,7 @@ def test_every_field_with_an_option_reaches_the_config(run, monkeypatch):
     monkeypatch.setattr("optq.plan", lambda model, config, **kwargs: found.append(config) or sys.exit(0))
     texts = {"effort": "fast", "grid": "minmax", "quality_gate": "off", "serving": "vllm", "format": "gptq_v2"}
     texts["backend"] = "reference"
+    monkeypatch.setattr("optq.api.check.servable_group_size", lambda *arguments, **kwargs: None)  # would load x
     values = {dict: '{"cpu": 5}', list: '["a"]', int: "8", float: "0.5", str: "text", object: "cpu"}
     for field in FIELDS.values():
         for flag in field.flags:
@@ -261,9 +262,18 @@ def test_what_does_not_fit_has_an_exit_code(run, tiny_llama, text, monkeypatch):
     assert "does not fit; try" in out
 
 
-def test_a_plan_says_what_vllm_will_refuse(run, tiny_llama, text):
+def test_whom_it_is_for_decides_what_is_not_asked_for(run, tiny_llama, text):
+    code, out, err = run("plan", "--model", tiny_llama, "--dataset", text, "--for", "vllm")
+    assert code == DONE
+    assert "--group-size 32: with 128, vllm would not read it" in err and "groups of 32" in out
+    code, _, err = run("plan", "--model", tiny_llama, "--dataset", text, "--for", "vllm", "--group-size", 64)
+    assert code == USAGE
+    assert has_one_line("group_size=32 would be read", err)
+
+
+def test_a_plan_says_who_will_read_it(run, tiny_llama, text):
     settings = ["--model", tiny_llama, *SETTINGS, "--dataset", text]
-    assert "vLLM reads it" in run("plan", *settings)[1]
+    assert "vLLM 0.33 and GPTQModel 7.6 read it." in run("plan", *settings)[1]
     assert "96 inputs in 2 parts" in run("plan", *settings, "--tensor-parallel", 2)[1]
 
 

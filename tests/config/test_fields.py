@@ -81,7 +81,7 @@ OUT_OF_RANGE = {
     "effort": ("most", "FAST"),
     "grid": ("best",),
     "quality_gate": ("loud",),
-    "serving": ("sglang",),
+    "serving": ("tgi",),
     "format": ("exllama", "marlin"),
     "checkpoint_format": ("exllama", "marlin"),
     "dynamic": ({1: {}}, {"a": []}, {"a": None}, {"(": {}}, {"+:a": {"bits": 5}}, {"+:a": {"bits": 4.0}}, {None: {}}),

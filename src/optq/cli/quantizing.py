@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,8 @@ from optq.errors import ConfigError
 from .command import DONE, RESOURCES, command
 from .loading import add_loading, add_source, loading, positive
 from .printing import as_json, print_either, print_json
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BITS = 4
 METAVARS: dict[Any, str] = {int: "N", float: "X", dict: "JSON", list: "JSON"}
@@ -59,7 +62,15 @@ def _config(arguments: argparse.Namespace) -> Any:
         FIELDS[name].checked(value)
     from optq import GPTQConfig
 
-    return GPTQConfig(**{"bits": DEFAULT_BITS, **given})
+    config = GPTQConfig(**{"bits": DEFAULT_BITS, **given})
+    if config.serving is not None and "group_size" not in given:
+        from optq.api.check import servable_group_size
+
+        size = servable_group_size(arguments.model, config, config.serving, **loading(arguments))
+        if size not in (None, config.group_size):
+            logger.info("--group-size %d: with %d, %s would not read it.", size, config.group_size, config.serving)
+            config.group_size = size
+    return config
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

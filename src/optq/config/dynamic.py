@@ -172,14 +172,15 @@ def refuse_too_many(rules: Mapping[Any, Any]) -> None:
 
 def choices_of(base: LayerScheme, serving: str | None, out_features: int, in_features: int) -> Iterator[LayerScheme]:
     """The schemes that a budget may choose from for a linear of this shape."""
-    sizes = (base.group_size,) if serving is None else dict.fromkeys((base.group_size, *SERVED_GROUP_SIZES))
+    served = serving in ("vllm", "sglang")
+    sizes = dict.fromkeys((base.group_size, *SERVED_GROUP_SIZES)) if served else (base.group_size,)
     for bits in BITS:
         # With two bits, only a grid that need not be centred on zero is of use.
-        symmetric = base.symmetric and (bits > 2 or serving is not None)
+        symmetric = base.symmetric and (bits > 2 or served)
         for size in sizes:
             scheme = replace(base, bits=bits, symmetric=symmetric, group_size=size)
             fits = not scheme.why_not_grouped(in_features) and not scheme.why_not_packed(in_features, out_features)
-            if fits and not (serving is not None and scheme.not_served(in_features)):
+            if fits and not (served and scheme.not_served(in_features)):
                 yield scheme
 
 

@@ -265,8 +265,11 @@ class Fields:
         CHECKPOINT, "choose bits for each linear instead, so that they take so many together", None, above=0
     )
     target_size_gib: float | None = declared(CHECKPOINT, "the same, as the size of all weights", None, above=0)
-    serving: Literal["vllm"] | None = declared(
-        CHECKPOINT, "vllm: refuse, and do not choose, what it does not read", None
+    serving: Literal["vllm", "sglang", "transformers"] | None = declared(
+        CHECKPOINT,
+        "vllm, sglang or transformers: refuse, and do not choose, what it does not read",
+        None,
+        options=("--for",),
     )
     dynamic: dict[str, dict[str, Any]] | None = declared(
         CHECKPOINT,

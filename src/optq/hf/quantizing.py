@@ -33,6 +33,7 @@ from optq.quantization.run import Run
 from optq.runs.journal import Journal, check_same, described
 from optq.runs.own_text import why_not_loaded_again, write_own_text
 from optq.runs.preparation import Preparation, budget_of, prepare
+from optq.runs.readership import as_linears, say_readers
 from optq.runs.validation import check_dtype, check_kernels, check_placement, check_request
 
 from .bases import check_dense, check_parts, method_of
@@ -113,6 +114,10 @@ class QuantizingLoad:
         if placed:
             check_placement(model, plan, compat.automatic_map(model, asked, quantizer), asked.offload_folder)
         check_kernels(model, plan, config, asked.device_map, placed=placed)
+        if not config.has_budget:  # which decides later
+            say_readers(
+                as_linears(model, plan.all_targets, config.format), plan.skipped, config.serving, finished=False
+            )
         blocks = plan.without_head().blocks
         if reason := why_not_streamed(model, blocks, files):
             logger.info("The whole model is read into memory: %s.", reason)
@@ -166,6 +171,7 @@ class QuantizingLoad:
                 plan = allocate(
                     model, plan, calibration, lambda view: config.candidates_for(view.name, *view.shape), budget, run
                 )
+            planned = as_linears(model, plan.all_targets, config.format)
             quality = quantizer.quality = quantize_model(model, plan, calibration, run)
             if config.base is not None:
                 run.log.emit(Dequantized(quant_method=method_of(config.base)))
@@ -180,6 +186,9 @@ class QuantizingLoad:
                 packed.place(model, self._placement, quantizer)
             if quality is not None:
                 self._judge(model, quality, held_out=calibration.truly_held_out)
+            packed_linears = [x for x in planned if isinstance(model.get_submodule(x.name), QuantLinear)]
+            dense = {x.name for x in planned} - {x.name for x in packed_linears}
+            say_readers(packed_linears, [*plan.skipped, *dense], config.serving, finished=True)
 
     def _run(self, quantizer: Any) -> Run:
         config, device = self.config, execution_device(self.config.device)
