@@ -34,6 +34,14 @@ def test_the_code_parses_and_names_what_exists():
                 assert hasattr(optq, node.attr)
 
 
+def test_the_quickstart_installs_what_its_commands_need():
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml takes Python 3.11")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    assert "[demo]" in page and "gptq report" in page
+    assert set(extras["report"]) <= set(extras["demo"])
+
+
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 

@@ -215,6 +215,21 @@ def test_a_model_that_is_not_there_is_told(run, text, tmp_path):
     assert has_one_line("nowhere", err)
 
 
+def test_a_wrong_path_is_not_taken_for_a_fault_of_the_network(run, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny-llama").mkdir(parents=True)
+    for path, words in {
+        "models/tiny-lama": "There is no folder 'models/tiny-lama' in ",
+        "tiny-lama": "There is no folder 'tiny-lama' in ",
+        "./models/tiny-lama": "There is no folder './models/tiny-lama', and a model's id on the Hub is no path.",
+        str(tmp_path / "models/tiny-lama"): "models/tiny-lama', and a model's id on the Hub is no path.",
+    }.items():
+        code, _, err = run("inspect", path)
+        assert code == MODEL
+        assert has_one_line(words, err)
+        assert ("models/tiny-llama'?" in err) == ("models" in path)
+
+
 def test_dynamic_must_be_json(run, tiny_llama, tmp_path):
     code, _, err = run("quantize", "--model", tiny_llama, tmp_path, "--dynamic", "{-:o_proj}")
     assert code == USAGE
