@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from optq.version import __version__, pip_install
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -32,6 +34,35 @@ def test_the_code_parses_and_names_what_exists():
                 assert all(hasattr(optq, alias.name) for alias in node.names)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "optq":
                 assert hasattr(optq, node.attr)
+
+
+def test_every_page_installs_optq_as_its_version_says(tmp_path):
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from install import COMMAND, PAGES, with_commands
+    finally:
+        sys.path.pop(0)
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    assert sum(len(COMMAND.findall(text)) for text in texts) >= 6
+    assert texts == [with_commands(text) for text in texts]
+    wrong = "`pip install optq` pip install 'optq[onnx]' pip install \"optq[onnx]\" pip install optq-other"
+    assert with_commands(wrong) == (
+        f"`{pip_install()}` {pip_install('onnx')} {pip_install('onnx')} pip install optq-other"
+    )
+
+
+@pytest.mark.parametrize(("version", "told"), [("0.1.0.dev0", "pip install '.[onnx]'"), ("0.1.0", "'optq[onnx]'")])
+def test_a_released_version_is_installed_by_its_name(version, told):
+    source = (ROOT / "src/optq/version.py").read_text().replace(f'"{__version__}"', f'"{version}"')
+    names: dict[str, object] = {}
+    exec(source, names)
+    assert told in names["how_to_install"]("onnx")
+    assert ("repository" in names["how_to_install"]()) == ("dev" in version)
+
+
+def test_no_text_of_the_package_says_it_otherwise():
+    for file in (ROOT / "src").rglob("*.py"):
+        assert not re.search(r"pip install ['\"]?optq", file.read_text(encoding="utf-8")), file
 
 
 def test_the_quickstart_installs_what_its_commands_need():

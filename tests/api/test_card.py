@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 import optq
 from optq import GPTQConfig
+from optq.api.card import INSTALLED
 from optq.errors import CheckpointError, ReportError
 
 
@@ -84,7 +85,7 @@ def test_readers_that_refuse_it_are_not_recommended(original, token_rows, tmp_pa
     config = GPTQConfig(bits=3, group_size=32, effort="fast", dataset=token_rows)
     text = optq.card(optq.quantize(original, config, output_dir=tmp_path / "out"))
     assert "| vllm | no: all linears: 3 bits; use 4 or 8 |" in text
-    assert "| vllm+optq | `pip install optq` beside vLLM, then `vllm serve out` |" in text
+    assert f"| vllm+optq | {INSTALLED} beside vLLM, then `vllm serve out` |" in text
     assert "GPTQModel.load" in text
 
 

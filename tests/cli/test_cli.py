@@ -17,6 +17,7 @@ from optq.cli import COMMANDS, EXPORT, main
 from optq.cli.command import DONE, EXIT_CODES, INTERNAL, MODEL, QUALITY, RESOURCES, USAGE, exit_code_of
 from optq.cli.printing import print_table
 from optq.config.fields import FIELDS
+from optq.version import how_to_install
 
 
 @pytest.fixture(scope="module")
@@ -650,7 +651,7 @@ def test_a_report_needs_matplotlib(run, checkpoint, tmp_path, monkeypatch):
     monkeypatch.delattr("optq.report.figures", raising=False)
     code, _, err = run("report", checkpoint, "--output", tmp_path)
     assert code == USAGE
-    assert has_one_line("pip install 'optq[report]'", err)
+    assert has_one_line(how_to_install("report"), err)
 
 
 # card

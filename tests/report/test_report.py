@@ -22,6 +22,7 @@ from optq.checkpoint import find_quantized_linears, read_headers
 from optq.errors import OutputError, QualityError, ReportError
 from optq.events import LOG_NAME
 from optq.report import report
+from optq.version import how_to_install
 
 pytest.importorskip("matplotlib", reason="reports need the package matplotlib")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -308,7 +309,7 @@ def test_without_matplotlib_the_package_to_install_is_named(finished, tmp_path, 
     monkeypatch.delitem(sys.modules, "optq.report.figures", raising=False)
     monkeypatch.delattr("optq.report.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ReportError, match=r"needs the package matplotlib: pip install 'optq\[report\]'"):
+    with pytest.raises(ReportError, match=re.escape(f"needs the package matplotlib: {how_to_install('report')}")):
         report([finished], tmp_path)
 
 

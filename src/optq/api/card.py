@@ -17,20 +17,22 @@ from optq.errors import CheckpointError, counted
 from optq.events import Quality
 from optq.files.source import place_of
 from optq.report import Run, notes_on, read_run
-from optq.version import __version__
+from optq.version import __version__, how_to_install, pip_install
 
 from .inspect import Inspection, inspect
 
+INSTALLED = how_to_install().replace(pip_install(), f"`{pip_install()}`")
+
 USE = {
     "transformers": (
-        "`pip install optq`, then ",
+        f"{INSTALLED}, then ",
         "AutoModelForCausalLM.from_pretrained({string})",
         "; no import of optq",
     ),
     "gptqmodel": ("", "GPTQModel.load({string})", ""),
     "sglang": ("", "python -m sglang.launch_server --model-path {word}", ""),
     "vllm": ("", "vllm serve {word}", ""),
-    "vllm+optq": ("`pip install optq` beside vLLM, then ", "vllm serve {word}", ""),
+    "vllm+optq": (f"{INSTALLED} beside vLLM, then ", "vllm serve {word}", ""),
 }
 """By reader: how it is told to use the checkpoint; its name as a string of Python, or as a word of the shell."""
 

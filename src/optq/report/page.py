@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from optq.errors import OutputError, ReportError, counted
 from optq.events import BlockQuantized, Failed, Gate, LinearQuantized, Quality, RunFinished
+from optq.version import how_to_install
 
 from .run import Run, bits_per_weight, notes_on, percent, read_run
 
@@ -52,7 +53,7 @@ def report(folders: Sequence[Path], output: Path) -> Report:
 
         from . import figures
     except ImportError as error:
-        raise ReportError(f"A report needs the package {error.name}: pip install 'optq[report]'.") from error
+        raise ReportError(f"A report needs the package {error.name}: {how_to_install('report')}.") from error
     runs = [read_run(Path(folder)) for folder in folders]
     for run in runs:
         if run.size_gib is None and run.folder.resolve() in (output.resolve(), *output.resolve().parents):
