@@ -13,6 +13,7 @@ from optq.version import __version__, pip_install
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def test_is_at_most_150_lines():
@@ -34,6 +35,14 @@ def test_the_code_parses_and_names_what_exists():
                 assert all(hasattr(optq, alias.name) for alias in node.names)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "optq":
                 assert hasattr(optq, node.attr)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_where_a_quantized_model_is_saved_so_is_its_tokenizer(page):
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+        if "GPTQConfig(" in block:
+            for folder in re.findall(r"model\.save_pretrained\((.*?)\)", block):
+                assert re.search(rf"[Tt]okenizer.*\.save_pretrained\({re.escape(folder)}\)", block), f"{page}: {block}"
 
 
 def test_every_page_installs_optq_as_its_version_says(tmp_path):
@@ -71,9 +80,6 @@ def test_the_quickstart_installs_what_its_commands_need():
     page = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
     assert "[demo]" in page and "gptq report" in page
     assert set(extras["report"]) <= set(extras["demo"])
-
-
-PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 @pytest.mark.parametrize("page", PAGES)
