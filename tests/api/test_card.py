@@ -12,6 +12,7 @@ import optq
 from optq import GPTQConfig
 from optq.api.card import INSTALLED
 from optq.errors import CheckpointError, ReportError
+from optq.report import read_run
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,13 @@ def test_a_base_on_the_hub_is_named_as_such(checkpoint, tmp_path):
     assert data.base_model == "org/base"
     assert data.base_model_relation == "quantized"
     assert data.license is None  # it could not be read from here
+
+
+def test_the_verdict_is_that_of_the_report(original, token_rows, tmp_path):
+    config = GPTQConfig(bits=2, group_size=32, effort="fast", dataset=token_rows)
+    folder = optq.quantize(original, config, output_dir=tmp_path / "out")
+    verdict = read_run(folder).verdict
+    assert verdict is not None and f"| verdict | {verdict} |" in optq.card(folder)
 
 
 def test_readers_that_refuse_it_are_not_recommended(original, token_rows, tmp_path):

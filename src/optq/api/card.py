@@ -110,7 +110,8 @@ def _closeness(run: Run) -> str:
         "same most likely token": ("agreement", "{:.1%}"),
     }
     found = {title: (getattr(quality, key), form) for title, (key, form) in figures.items()}
-    known = {title: form.format(value) for title, (value, form) in found.items() if value is not None}
+    known: dict[str, str] = {"verdict": run.verdict} if run.verdict else {}
+    known |= {title: form.format(value) for title, (value, form) in found.items() if value is not None}
     return (
         f"## Beside the original\n\nOn {counted(quality.tokens, 'token')}, {where} the calibration data:\n\n"
         + _table("figure", "value", known)

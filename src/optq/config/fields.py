@@ -246,7 +246,7 @@ class Fields:
         RUNNING, "warn, raise or off: if the result is far from the original", "warn", decisive=False
     )  # not decisive, although "off" holds no rows out: that shows in the data
     max_perplexity_ratio: float = declared(
-        RUNNING, "how many times the original's perplexity counts as far", 1.5, decisive=False, above=0
+        RUNNING, "how many times the original's perplexity counts as far", 1.25, decisive=False, above=0
     )
     device: Any = declared(
         RUNNING, "where blocks are run and solved, one at a time", None, "the accelerator, if there is one", **DEVICE

@@ -152,9 +152,9 @@ def _verdict(run: Run) -> dict[str, str]:
             + f"both models think the same token most likely {quality.agreement:.0%} of the time"
         )
         limit = f" The limit is a perplexity ratio of {gate.max_perplexity_ratio:g}." if ratio is not None else ""
-        opening = "Good enough to use" if gate.green else "Not good enough to use"
+        opening = (run.verdict or ("within the limits" if gate.green else "beyond the limits")).capitalize()
         text = f"{opening}: on {counted(quality.tokens, 'token')} of {where}, {found}.{limit}"
-        return {"tone": "good" if gate.green else "bad", "text": text}
+        return {"tone": "good" if gate.green and run.verdict != "poor" else "bad", "text": text}
     done = f"{len(run.finished_blocks)} of {counted(run.started.blocks, 'block')}"
     if failed is not None:
         return {"tone": "bad", "text": f"Failed after {done}: {failed.error}"}
@@ -238,7 +238,7 @@ def _comparison(runs: list[Run], picture: "Picture | None") -> dict[str, Any]:
     """The table of all runs, and whether they are comparable."""
     rows = []
     for number, run in enumerate(runs, 1):
-        quality, gate = run.last(Quality), run.last(Gate)
+        quality = run.last(Quality)
         rows.append(
             [
                 f"{number}. {run.name}",
@@ -248,7 +248,7 @@ def _comparison(runs: list[Run], picture: "Picture | None") -> dict[str, Any]:
                 _or_dash(quality.divergence if quality else None, "{:.4f}"),
                 _or_dash(quality.agreement if quality else None, "{:.1%}"),
                 _or_dash(quality.perplexity_ratio if quality else None, "{:.3f}"),
-                "–" if gate is None else "good" if gate.green else "not good",
+                run.verdict or "–",
                 f"{run.seconds / 60:.1f}",
             ]
         )
@@ -260,7 +260,7 @@ def _comparison(runs: list[Run], picture: "Picture | None") -> dict[str, Any]:
         "KL, nats",
         "same top token",
         "perplexity ratio",
-        "gate",
+        "verdict",
         "min",
     ]
     judged = {(run.model, run.started.calibration["sha256"], run.started.calibration["seed"]) for run in runs}
