@@ -7,6 +7,7 @@ marlin_utils.py, read in 0.5.20 and 0.5.23; GPTQModel 7.6 and runs of it. docs/i
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -79,6 +80,14 @@ class Linear:
                 fused = " with what is fused to it" if way == "colwise" and self.fused_outputs else ""
                 return f"{size} {what}{fused}{_in(count)} are no multiples of {tile}"
         return None
+
+
+def pattern_of(parent: str, children: list[str]) -> str:
+    """A regular expression for linears of one parent module, and for what servers make of them."""
+    # vLLM asks by the name of the fused layer.
+    fused = [whole for whole, parts in FUSED_NAMES.items() if set(parts) <= set(children)]
+    names = "|".join(map(re.escape, (*children, *fused)))
+    return rf"^{re.escape(parent)}\.(?:{names})$" if parent else f"^(?:{names})$"
 
 
 def kind_of(name: str) -> str:

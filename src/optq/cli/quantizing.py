@@ -117,6 +117,7 @@ def export(arguments: argparse.Namespace) -> int:
     import optq
     from optq.api.push import claim
     from optq.events import LOG_NAME, Quality, RunFinished, read_events
+    from optq.report import next_steps, read_run
 
     if arguments.push_to_hub:
         claim(arguments.push_to_hub, **access)  # a wrong name or token is found before the work, not after
@@ -129,6 +130,9 @@ def export(arguments: argparse.Namespace) -> int:
         if url:
             print(f"{url} holds it now.")
         print(f"{folder} is finished. How good it is: optimum-cli gptq compare {arguments.model} {folder}")
+        run = read_run(folder) if (folder / LOG_NAME).exists() else None  # else the log was wanted elsewhere
+        for number, step in enumerate(next_steps(run) if run is not None else ()):
+            logger.info("%s%s", "To come closer to the original:\n  " if number == 0 else "  ", step)
     return DONE
 
 

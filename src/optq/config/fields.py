@@ -6,6 +6,7 @@ docs/configuration.md are all made from `Fields`. Imports neither torch nor tran
 once.
 """
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -320,6 +321,24 @@ FIELDS: dict[str, Field] = {
     if found.metadata
 }
 """In the order of the signature."""
+
+
+def as_options(fields: Fields) -> list[str]:
+    """The options of the command line that ask for the same result; data that has no name is called DATASET."""
+    found: list[str] = []
+    for name, known in FIELDS.items():
+        value = getattr(fields, name)
+        if not known.flags or value is None or value == known.default or not (known.decisive or name == "dataset"):
+            continue
+        flag = known.flags[0]
+        if known.kind is bool:
+            found.append(flag if value else flag.replace("--", "--no-"))
+        elif known.kind in (dict, list):
+            found += [flag, json.dumps(value, default=str)]
+        else:
+            named = isinstance(value, (str, os.PathLike, int, float))
+            found += [flag, str(value) if named else name.upper()]
+    return found
 
 
 def refuse_unknown(given: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from optq.calibration import Calibration, accepted
 from optq.compat import transformers as compat
 from optq.compat.call import DTYPE, name_told, told, where_told
+from optq.config.fields import as_options
 from optq.config.gptq import GPTQConfig
 from optq.device.placement import execution_device, working_dtype
 from optq.distributed import ALONE
@@ -150,7 +151,8 @@ class QuantizingLoad:
             quantizer.journal = Journal(Path(config.journal_folder), model, plan.blocks, config.format)
             ranks.broadcast(partial(quantizer.journal.open, description))
         log_file = Path(config.log_file) if config.log_file and ranks.is_first else None
-        quantizer.log = RunLog(log_file, bar=ranks.is_first, run=json.loads(json.dumps(description, default=str)))
+        told = json.loads(json.dumps({**description, "options": as_options(config)}, default=str))
+        quantizer.log = RunLog(log_file, bar=ranks.is_first, run=told)
         if self._streamed is not None:
             self._streamed.come_back()
         else:

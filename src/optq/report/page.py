@@ -13,6 +13,7 @@ from optq.errors import OutputError, ReportError, counted
 from optq.events import BlockQuantized, Failed, Gate, LinearQuantized, Quality, RunFinished
 from optq.version import how_to_install
 
+from .next_steps import next_steps
 from .run import Run, bits_per_weight, notes_on, percent, read_run
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
         f"{counted(calibration['tokens'], 'token')} ({calibration['source']})",
         "verdict": _verdict(run),
         "hurting": _hurting(run),
+        "next_steps": next_steps(run),
         "tiles": _tiles(run),
         "notes": notes_on(run),
         "pictures": pictures,
