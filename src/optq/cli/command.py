@@ -16,6 +16,7 @@ from typing import Any
 
 from optq import errors
 from optq.config.counterparts import why_unknown
+from optq.console import AroundBars
 
 DONE, INTERNAL, USAGE, MODEL, QUALITY, RESOURCES, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -154,12 +155,4 @@ def _log_to_stderr(quiet: bool) -> None:
     logger = logging.getLogger("optq")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
-    logger.handlers = [_AroundBars()]
-
-
-class _AroundBars(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        from huggingface_hub.utils import tqdm  # whose instances are to be gone around
-
-        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + self.format(record), file=sys.stderr)
+    logger.handlers = [AroundBars()]

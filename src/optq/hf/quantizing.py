@@ -35,6 +35,7 @@ from optq.runs.journal import Journal, check_same, described
 from optq.runs.own_text import why_not_loaded_again, write_own_text
 from optq.runs.preparation import Preparation, budget_of, prepare
 from optq.runs.readership import as_linears, say_readers
+from optq.runs.summary import say_summary
 from optq.runs.validation import check_dtype, check_kernels, check_placement, check_request
 
 from .bases import check_dense, check_parts, method_of
@@ -191,6 +192,7 @@ class QuantizingLoad:
             packed_linears = [x for x in planned if isinstance(model.get_submodule(x.name), QuantLinear)]
             dense = {x.name for x in planned} - {x.name for x in packed_linears}
             say_readers(packed_linears, [*plan.skipped, *dense], config.serving, finished=True)
+            say_summary(packed_linears, run.log, quality, config.log_file)
 
     def _run(self, quantizer: Any) -> Run:
         config, device = self.config, execution_device(self.config.device)
