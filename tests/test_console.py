@@ -5,12 +5,6 @@ import json
 import logging
 import subprocess
 import sys
-from types import SimpleNamespace
-
-import pytest
-
-from optq.console import in_notebook
-from optq.events import Load, RunLog
 
 CALLS = """
 import logging, sys
@@ -48,16 +42,6 @@ def test_a_run_from_python_ends_with_a_summary_unless_logging_is_configured(tiny
     assert "Quantized" not in said["errors only"] and "optq" not in said["errors only"]
     assert "Quantized" not in said["configured"]
     assert "WARNING:optq.hf.quantizing:Weak calibration data" in said["configured"]
-
-
-@pytest.mark.parametrize(("shell", "wanted"), [("ZMQInteractiveShell", True), ("TerminalInteractiveShell", False)])
-def test_a_notebook_gets_a_bar_and_a_file_does_not(monkeypatch, shell, wanted):
-    kernel = SimpleNamespace(get_ipython=lambda: type(shell, (), {})())
-    monkeypatch.setitem(sys.modules, "IPython", kernel)
-    assert in_notebook() == wanted
-    with RunLog() as log:
-        log.expect({"b.0": Load(solving=1, running=1)})
-        assert log._bar is not None and log._bar.disable != wanted
 
 
 def test_the_log_is_named_where_there_is_one(tiny_llama, token_rows, tmp_path, caplog):

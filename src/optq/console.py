@@ -35,14 +35,3 @@ def shown(level: int) -> Iterator[None]:
     finally:
         logger.setLevel(logging.NOTSET)
         logger.removeHandler(handler)
-
-
-def no_bar() -> bool | None:
-    """What tqdm is told by `disable`: a bar on terminals (None), and in notebooks, which are none (False)."""
-    return False if in_notebook() else None
-
-
-def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel."""
-    ask = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
-    return type(ask()).__name__ == "ZMQInteractiveShell"

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 from huggingface_hub.utils import tqdm
 
-from .console import no_bar
 from .errors import OutputError, ReportError
 
 LOG_NAME = "quantization_log.jsonl"
@@ -391,7 +390,7 @@ class RunLog:
             total=len(loads),
             desc="Quantizing",
             unit="block",
-            disable=no_bar() if self._show_bar else True,
+            disable=None if self._show_bar else True,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| block {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}",
         )
 

@@ -18,7 +18,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from optq.checkpoint import PackedWeight, read_headers, value_errors
 from optq.config.metadata import ambiguity, groups_contradict, zeros_are_ambiguous, zeros_contradict
-from optq.console import no_bar
 from optq.errors import CheckpointError, ConfigError, found_in
 from optq.files.legacy import WHERE
 from optq.files.output import output_folder, write_index
@@ -102,7 +101,7 @@ def convert(
 def _write_weights(tensors: Tensors, source: Source, write: Write, dtype: torch.dtype | None, folder: Path) -> None:
     """Write every file's tensors, those of packed linears in the format asked for, and the index."""
     names_in, size = {}, 0
-    for file, names in tqdm(tensors.by_file.items(), desc="Converting", unit="file", disable=no_bar()):
+    for file, names in tqdm(tensors.by_file.items(), desc="Converting", unit="file", disable=None):
         converted: dict[str, Tensor] = {}
         for name in names:
             linear, _, part = name.rpartition(".")
