@@ -9,7 +9,7 @@ AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 # `make gpu` and its steps are for machines that have one.
-.PHONY: demo check test test-min test-latest test-versions gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 vllm lint format clean
+.PHONY: demo check dist test test-min test-latest test-versions gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -45,6 +45,17 @@ GPU_RESULTS ?= build/gpu
 gpu: STEPS := 1 2 3 4 5
 gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu.py $(or $(STEPS),$(@:gpu-%=%)) --results $(GPU_RESULTS)
+
+# What a release uploads, checked and tried in an environment of its own: RELEASE.md.
+dist:
+	rm -rf dist build/dist-tools build/dist-try
+	$(PYTHON) -m venv build/dist-tools
+	build/dist-tools/bin/python -m pip install --quiet build twine
+	build/dist-tools/bin/python -m build --outdir dist .
+	build/dist-tools/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/dist-try
+	build/dist-try/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && dist-try/bin/optq --version && dist-try/bin/python ../tests/installed.py
 
 # A real vLLM for CPUs beside ours, in .cache: 3 GB and 5 minutes the first time.
 vllm: $(VENV)/.installed

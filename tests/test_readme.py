@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from optq.version import __version__, pip_install
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def test_is_at_most_150_lines():
@@ -34,7 +37,49 @@ def test_the_code_parses_and_names_what_exists():
                 assert hasattr(optq, node.attr)
 
 
-PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+@pytest.mark.parametrize("page", PAGES)
+def test_where_a_quantized_model_is_saved_so_is_its_tokenizer(page):
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+        if "GPTQConfig(" in block:
+            for folder in re.findall(r"model\.save_pretrained\((.*?)\)", block):
+                assert re.search(rf"[Tt]okenizer.*\.save_pretrained\({re.escape(folder)}\)", block), f"{page}: {block}"
+
+
+def test_every_page_installs_optq_as_its_version_says(tmp_path):
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from install import COMMAND, PAGES, with_commands
+    finally:
+        sys.path.pop(0)
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    assert sum(len(COMMAND.findall(text)) for text in texts) >= 6
+    assert texts == [with_commands(text) for text in texts]
+    wrong = "`pip install optq` pip install 'optq[onnx]' pip install \"optq[onnx]\" pip install optq-other"
+    assert with_commands(wrong) == (
+        f"`{pip_install()}` {pip_install('onnx')} {pip_install('onnx')} pip install optq-other"
+    )
+
+
+@pytest.mark.parametrize(("version", "told"), [("0.1.0.dev0", "pip install '.[onnx]'"), ("0.1.0", "'optq[onnx]'")])
+def test_a_released_version_is_installed_by_its_name(version, told):
+    source = (ROOT / "src/optq/version.py").read_text().replace(f'"{__version__}"', f'"{version}"')
+    names: dict[str, object] = {}
+    exec(source, names)
+    assert told in names["how_to_install"]("onnx")
+    assert ("repository" in names["how_to_install"]()) == ("dev" in version)
+
+
+def test_no_text_of_the_package_says_it_otherwise():
+    for file in (ROOT / "src").rglob("*.py"):
+        assert not re.search(r"pip install ['\"]?optq", file.read_text(encoding="utf-8")), file
+
+
+def test_the_quickstart_installs_what_its_commands_need():
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml takes Python 3.11")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    assert "[demo]" in page and "gptq report" in page
+    assert set(extras["report"]) <= set(extras["demo"])
 
 
 @pytest.mark.parametrize("page", PAGES)

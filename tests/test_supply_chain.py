@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import optq
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,8 +76,8 @@ def test_attempts_are_seen(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy of the sources, with what is installed."""
+def built(tmp_path_factory):
+    """An sdist, and the wheel that is built from what it holds, with what is installed: (sdist, wheel)."""
     if find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed, and building without it would download it")
     folder = tmp_path_factory.mktemp("wheel")
@@ -87,10 +90,57 @@ def wheel(tmp_path_factory):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})"]
-    done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)
+
+    def build(kind, where):
+        code = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    build("sdist", source)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    build("wheel", next((folder / "unpacked").iterdir()))
+    (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return built[1]
+
+
+@pytest.mark.slow
+def test_the_sdist_is_named_after_the_version_and_has_what_a_packager_needs(built):
+    sdist, _ = built
+    assert sdist.name == f"optq-{optq.__version__}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "LICENSE", "pyproject.toml", "src/optq/version.py", "src/optq/py.typed"} <= names
+
+
+@pytest.mark.slow
+def test_the_wheel_works_where_only_it_is_installed(wheel, tmp_path):
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        tmp_path,
+        wheel,
+    ]
+    subprocess.run(list(map(str, install)), check=True, capture_output=True)
+    script = ROOT / "tests/installed.py"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return next(folder.glob("*.whl"))
+    assert f"optq {optq.__version__} of {tmp_path / 'optq'} works" in done.stderr
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
-from tqdm.auto import tqdm
+from huggingface_hub.utils import tqdm
 
 from .errors import OutputError, ReportError
 

@@ -7,6 +7,7 @@ marlin_utils.py, read in 0.5.20 and 0.5.23; GPTQModel 7.6 and runs of it. docs/i
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ MARLIN_TILES = ((64, 128), (128, 64))
 """Of what the outputs and inputs of a part are multiples on servers' GPU kernel; either pair will do."""
 
 VLLM_CPU_TILE = 32  # the same, of vLLM's CPU kernel
+
+NAMED = 3  # kinds of linears of which a reason is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,14 @@ class Linear:
         return None
 
 
+def pattern_of(parent: str, children: list[str]) -> str:
+    """A regular expression for linears of one parent module, and for what servers make of them."""
+    # vLLM asks by the name of the fused layer.
+    fused = [whole for whole, parts in FUSED_NAMES.items() if set(parts) <= set(children)]
+    names = "|".join(map(re.escape, (*children, *fused)))
+    return rf"^{re.escape(parent)}\.(?:{names})$" if parent else f"^(?:{names})$"
+
+
 def kind_of(name: str) -> str:
     """The name of a tensor or module with * for numbers, which is the same in all blocks."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
@@ -100,7 +111,7 @@ def refusals(
     dense: Iterable[str] = (),
     version: str | None = None,
 ) -> tuple[str, ...]:
-    """Why a reader refuses a checkpoint, one reason per kind of linear; empty if it reads them all.
+    """Why a reader refuses a checkpoint: every reason once, with its kinds of linears; empty if it reads them all.
 
     Args:
         tensor_parallel: over how many GPUs it splits the model.
@@ -110,11 +121,21 @@ def refusals(
         ConfigError: no such reader, or no such version of it, is in the table.
     """
     rules = rules_of(reader, version)
-    reasons = list(_why_not_fused(linears, dense)) if rules.fuses else []
+    kinds_of: dict[str, dict[str, None]] = {}
+    for kind, reason in _why_not_fused(linears, dense) if rules.fuses else ():
+        kinds_of.setdefault(reason, {})[kind] = None
     for linear in _fused(linears) if rules.fuses else linears:
-        if (reason := rules.why_not(linear, tensor_parallel)) is not None:
-            reasons.append((linear.kind, reason))
-    return tuple(sorted({f"{kind}: {reason}" for kind, reason in reasons}))
+        for reason in rules.why_not(linear, tensor_parallel):
+            kinds_of.setdefault(reason, {})[linear.kind] = None
+    every = {linear.kind for linear in linears}
+    return tuple(sorted(f"{_in_words(list(kinds), every)}: {reason}" for reason, kinds in kinds_of.items()))
+
+
+def _in_words(kinds: list[str], every: Collection[str]) -> str:
+    """Some of the kinds of linears, and how many there are."""
+    if len(kinds) > 1 and set(kinds) == set(every):
+        return "all linears"
+    return ", ".join(kinds[:NAMED]) + (f" and {len(kinds) - NAMED} more kinds" if len(kinds) > NAMED else "")
 
 
 def _served_as(name: str) -> str:
@@ -153,9 +174,18 @@ def _why_not_fused(linears: Iterable[Linear], dense: Iterable[str]) -> Iterator[
             yield kind_of(one), f"it fuses {', '.join(parts)}, which are quantized differently: {', '.join(how)}"
 
 
-def _why_not_vllm(linear: Linear, parts: int) -> str | None:
-    if reason := linear.scheme.why_not_served(linear.in_features):
-        return reason
+def _listed(reason: str | None) -> list[str]:
+    return [] if reason is None else [reason]
+
+
+def _why_not_vllm(linear: Linear, parts: int) -> list[str]:
+    reasons = linear.scheme.not_served(linear.in_features)
+    # Of shapes nothing can be said before there are bits and groups that it knows.
+    plain = replace(linear.scheme, symmetric=True, act_order="static")
+    return reasons if plain.not_served(linear.in_features) else [*reasons, *_listed(_why_not_in_shape(linear, parts))]
+
+
+def _why_not_in_shape(linear: Linear, parts: int) -> str | None:
     codes_per_word = 32 // linear.scheme.bits
     whole = codes_per_word if linear.scheme.group_size == -1 else linear.scheme.group_size
     if not linear.of_an_expert:
@@ -169,17 +199,17 @@ def _why_not_vllm(linear: Linear, parts: int) -> str | None:
     return None
 
 
-def _why_not_vllm_with_desc_act(linear: Linear, parts: int) -> str | None:
+def _why_not_vllm_with_desc_act(linear: Linear, parts: int) -> list[str]:
     """Refusals of the vLLM versions that still read desc_act=True, which they do not pad."""
     if linear.scheme.act_order != "desc_act" or linear.scheme.group_size == -1:
         return _why_not_vllm(linear, parts)
-    if reason := _why_not_vllm(replace(linear, scheme=replace(linear.scheme, act_order="static")), parts):
-        return reason
+    if reasons := _why_not_vllm(replace(linear, scheme=replace(linear.scheme, act_order="static")), parts):
+        return reasons
     if linear.of_an_expert:
         reason = _why_not_marlin_experts(linear, parts)
     else:
         reason = linear.why_not_divided(parts, *MARLIN_TILES[0])
-    return f"desc_act=True with {reason}" if reason else None
+    return _listed(reason and f"desc_act=True with {reason}")
 
 
 def _why_not_marlin_experts(linear: Linear, parts: int) -> str | None:
@@ -193,48 +223,50 @@ def _why_not_marlin_experts(linear: Linear, parts: int) -> str | None:
     )
 
 
-def _why_not_vllm_on_cpus(linear: Linear, parts: int) -> str | None:
-    if reason := _why_not_vllm(linear, parts):
-        return reason
-    if linear.scheme.bits != 4:
-        return f"{linear.scheme.bits} bits; its CPU kernel has 4"
+def _why_not_vllm_on_cpus(linear: Linear, parts: int) -> list[str]:
+    reasons = _why_not_vllm(linear, parts)
+    if linear.scheme.bits == 8:
+        reasons.append("8 bits; its CPU kernel has 4")
     if linear.of_an_expert:
-        return "mixtures of experts; its CPU kernel for them is for other processors"
-    return linear.why_not_divided(parts, VLLM_CPU_TILE, VLLM_CPU_TILE)
+        reasons.append("mixtures of experts; its CPU kernel for them is for other processors")
+    return reasons or _listed(linear.why_not_divided(parts, VLLM_CPU_TILE, VLLM_CPU_TILE))
 
 
-def _why_not_sglang(linear: Linear, parts: int) -> str | None:
+def _why_not_sglang(linear: Linear, parts: int) -> list[str]:
     scheme = replace(linear.scheme, act_order="static")  # it reads desc_act=True
-    if reason := scheme.why_not_served(linear.in_features):
-        return reason
+    if reasons := scheme.not_served(linear.in_features):
+        return reasons
     if linear.of_an_expert:
-        return _why_not_marlin_experts(linear, parts)
+        return _listed(_why_not_marlin_experts(linear, parts))
     if scheme.group_size != -1 and (reason := linear.why_not_divided(parts, 1, scheme.group_size)):
-        return reason
-    reasons = [linear.why_not_divided(parts, *tile) for tile in MARLIN_TILES]
-    return reasons[0] if all(reasons) else None
+        return [reason]
+    tiles = [linear.why_not_divided(parts, *tile) for tile in MARLIN_TILES]
+    return _listed(tiles[0] if all(tiles) else None)
 
 
-def _why_not_gptqmodel(linear: Linear, parts: int) -> str | None:
+def _why_not_gptqmodel(linear: Linear, parts: int) -> list[str]:
+    reasons = []
     if not linear.scheme.symmetric and linear.checkpoint_format == "gptq" and not linear.by_gptqmodel:
-        return "asymmetric grids in checkpoint_format 'gptq' of other tools; use format='gptq_v2'"
+        reasons.append("asymmetric grids in checkpoint_format 'gptq' of other tools; use format='gptq_v2'")
     if linear.scheme.group_size not in GPTQMODEL_GROUP_SIZES:
-        return f"group_size={linear.scheme.group_size}; use {', '.join(map(str, GPTQMODEL_GROUP_SIZES[1:]))} or -1"
-    return "it does not split models over GPUs by tensor parallelism" if parts > 1 else None
+        sizes = ", ".join(map(str, GPTQMODEL_GROUP_SIZES[1:]))
+        reasons.append(f"group_size={linear.scheme.group_size}; use {sizes} or -1")
+    return [*reasons, *_listed("it does not split models over GPUs by tensor parallelism" if parts > 1 else None)]
 
 
-def _why_not_optq(linear: Linear, parts: int) -> str | None:
+def _why_not_optq(linear: Linear, parts: int) -> list[str]:
     way = linear.split
     if linear.of_an_expert:
         way = "rowwise" if linear.leads_out else "colwise"
     if way == "colwise":
-        return why_not_in_parts(linear.out_features, "outputs", parts, linear.scheme.bits, linear.head_width)
+        heads = linear.head_width
+        return _listed(why_not_in_parts(linear.out_features, "outputs", parts, linear.scheme.bits, heads))
     if way == "rowwise":
-        return why_not_in_parts(linear.in_features, "inputs", parts, linear.scheme.bits)
-    return None  # whole in every process, or so if it has to be
+        return _listed(why_not_in_parts(linear.in_features, "inputs", parts, linear.scheme.bits))
+    return []  # whole in every process, or so if it has to be
 
 
-def _why_not_vllm_with_optq(linear: Linear, parts: int) -> str | None:
+def _why_not_vllm_with_optq(linear: Linear, parts: int) -> list[str]:
     """Refusals of vLLM with the plugin: optq's own, but processes may share heads of keys and values."""
     heads = linear.out_features // linear.head_width if linear.head_width else 0
     if heads and linear.split == "colwise" and heads < parts and not parts % heads:
@@ -258,12 +290,12 @@ class Rules:
 
     Args:
         versions: those releases; "0.32" stands for 0.32.1, too.
-        why_not: (linear, GPUs) -> why it is not read, or None.
+        why_not: (linear, GPUs) -> every reason for which it is not read.
         fuses: whether it makes one linear of those in `FUSED_NAMES`, and one of all experts of a layer.
     """
 
     versions: tuple[str, ...]
-    why_not: Callable[[Linear, int], str | None]
+    why_not: Callable[[Linear, int], list[str]]
     fuses: bool = False
 
 
@@ -280,6 +312,24 @@ READERS: dict[str, tuple[Rules, ...]] = {
 }
 """The newest releases first. "transformers" means with optq; "vllm+optq" is vLLM, also on CPUs, beside which optq is
 installed: its plugin, `optq.vllm`, reads what vLLM by itself does not."""
+
+
+NAMES = {
+    "transformers": "transformers with optq",
+    "gptqmodel": "GPTQModel",
+    "sglang": "SGLang",
+    "vllm": "vLLM",
+    "vllm-cpu": "vLLM on CPUs",
+    "vllm+optq": "vLLM with optq",
+}
+"""What the readers call themselves."""
+
+
+def settings_refused(reader: str | None, scheme: LayerScheme) -> list[str]:
+    """What a reader refuses of a scheme, whatever the linear's shape; nothing of no reader."""
+    if reader == "sglang":
+        scheme = replace(scheme, act_order="static")  # it reads desc_act=True
+    return scheme.not_served() if reader in ("vllm", "sglang") else []
 
 
 def rules_of(reader: str, version: str | None = None) -> Rules:

@@ -117,19 +117,24 @@ class LayerScheme:
             f"{', '.join(map(str, divisors_of(in_features))) or 'none'}, or -1 for whole rows"
         )
 
-    def why_not_served(self, in_features: int | None = None) -> str | None:
-        """Why vLLM does not read a layer of this scheme, or None."""
+    def not_served(self, in_features: int | None = None) -> list[str]:
+        """Everything for which vLLM does not read a layer of this scheme, with what to use instead."""
+        found = []
         if self.bits not in (4, 8):
-            return f"{self.bits} bits; use 4 or 8"
+            found.append(f"{self.bits} bits; use 4 or 8")
         if not self.symmetric:
-            return "asymmetric grids; use sym=True"
+            found.append("asymmetric grids; use sym=True")
         if self.act_order == "desc_act" and self.group_size != -1:  # one group has one order only
-            return "desc_act=True; leave it False: columns are still solved in activation order"
+            found.append("desc_act=True; leave it False: columns are still solved in activation order")
         if self.group_size not in (-1, *SERVED_GROUP_SIZES):
-            return f"group_size={self.group_size}; use {', '.join(map(str, SERVED_GROUP_SIZES))} or -1"
-        if in_features is not None and in_features % self.group_width(in_features):
-            return f"group_size={self.group_size}, which does not divide {in_features}"
-        return None
+            found.append(f"group_size={self.group_size}; use {', '.join(map(str, SERVED_GROUP_SIZES))} or -1")
+        elif in_features is not None and in_features % self.group_width(in_features):
+            sizes = [size for size in SERVED_GROUP_SIZES if in_features % size == 0]
+            found.append(
+                f"group_size={self.group_size}, which does not divide {in_features}; use "
+                f"{' or '.join(map(str, [*sizes, -1]))}"
+            )
+        return found
 
     def why_not_packed(self, in_features: int, out_features: int) -> str | None:
         """Why a layer of this shape has no place in the checkpoint format, or None.

@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 
 import optq
 from optq import GPTQConfig
+from optq.api.card import INSTALLED
 from optq.errors import CheckpointError, ReportError
+from optq.report import read_run
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +82,18 @@ def test_a_base_on_the_hub_is_named_as_such(checkpoint, tmp_path):
     assert data.license is None  # it could not be read from here
 
 
+def test_the_verdict_is_that_of_the_report(original, token_rows, tmp_path):
+    config = GPTQConfig(bits=2, group_size=32, effort="fast", dataset=token_rows)
+    folder = optq.quantize(original, config, output_dir=tmp_path / "out")
+    verdict = read_run(folder).verdict
+    assert verdict is not None and f"| verdict | {verdict} |" in optq.card(folder)
+
+
 def test_readers_that_refuse_it_are_not_recommended(original, token_rows, tmp_path):
     config = GPTQConfig(bits=3, group_size=32, effort="fast", dataset=token_rows)
     text = optq.card(optq.quantize(original, config, output_dir=tmp_path / "out"))
-    assert r"| vllm | no: model.layers.\*" in text
-    assert "| vllm+optq | `pip install optq` beside vLLM, then `vllm serve out` |" in text
+    assert "| vllm | no: all linears: 3 bits; use 4 or 8 |" in text
+    assert f"| vllm+optq | {INSTALLED} beside vLLM, then `vllm serve out` |" in text
     assert "GPTQModel.load" in text
 
 

@@ -50,6 +50,27 @@ def test_before_and_after_quantizing_the_answer_is_the_same(tiny_llama, token_ro
     assert optq.check(folder, server=server) == before
 
 
+@pytest.mark.parametrize("reader", ["vllm", "sglang", "vllm-cpu"])
+def test_all_reasons_are_told_at_once_and_each_once(tiny_llama, reader):
+    config = GPTQConfig(bits=3, group_size=16, sym=False, desc_act=True)
+    reasons = optq.check(tiny_llama, config, server=reader)
+    wanted = ["3 bits; use 4 or 8", "asymmetric grids; use sym=True", "group_size=16; use 128, 64, 32 or -1"]
+    ordered = ["desc_act=True; leave it False: columns are still solved in activation order"] * (reader != "sglang")
+    assert sorted(reasons) == sorted(f"all linears: {reason}" for reason in [*wanted, *ordered])
+
+
+def test_a_group_size_that_divides_is_named():
+    (reason,) = refusals("vllm", [replace(linear(), in_features=192)])
+    assert reason == "model.layers.*.mlp.up_proj: group_size=128, which does not divide 192; use 64 or 32 or -1"
+
+
+def test_of_many_kinds_some_are_named():
+    several = [linear(f"model.layers.0.{name}_proj", bits=3, group_size=32) for name in "abcdef"]
+    others = [linear("model.layers.0.g_proj", group_size=32)]
+    (reason,) = refusals("vllm", [*several, *others])
+    assert reason.startswith("model.layers.*.a_proj, model.layers.*.b_proj, model.layers.*.c_proj and 3 more kinds: ")
+
+
 def test_no_data_is_needed_to_check_a_config(tiny_llama):
     assert optq.check(tiny_llama, GPTQConfig(bits=4, group_size=32, dataset="no/such/file.txt")) == ()
 

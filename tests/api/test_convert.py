@@ -32,6 +32,10 @@ def checkpoint(request, tiny_llama, token_rows, tmp_path_factory):
     return optq.quantize(tiny_llama, config, output_dir=tmp_path_factory.mktemp("source") / "out")
 
 
+def test_the_folders_may_be_given_in_their_order(checkpoint, tmp_path):
+    assert optq.convert(checkpoint, tmp_path / "out", to="dense") == tmp_path / "out"
+
+
 def stated_in(folder):
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 

@@ -92,10 +92,10 @@ def test_times_are_rounded(seconds, words):
 def test_what_vllm_will_refuse_is_said(without_weights, token_rows):
     def reasons(parts=1, **settings):
         config = GPTQConfig(**{"bits": 4, "group_size": 32, "dataset": token_rows, **settings})
-        return " ".join(optq.plan(without_weights, config, tensor_parallel=parts).not_served)
+        return " ".join(optq.plan(without_weights, config, tensor_parallel=parts).refused["vllm"])
 
     assert reasons() == ""
-    assert "model.layers.*.mlp.down_proj: 3 bits; use 4 or 8" in reasons(bits=3)
+    assert reasons(bits=3) == "all linears: 3 bits; use 4 or 8"
     assert "asymmetric" in reasons(sym=False)
     assert "model.layers.*.mlp.down_proj: 96 inputs in 2 parts are no multiples of 32" in reasons(parts=2)
     assert "self_attn.o_proj: 64 inputs in 4 parts are no multiples of 32" in reasons(parts=4)

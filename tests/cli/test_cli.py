@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
+import argparse
 import json
+import os
+import pkgutil
+import shlex
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import optq
+from optq.calibration import DATASETS
 from optq.cli import COMMANDS, EXPORT, main
 from optq.cli.command import DONE, EXIT_CODES, INTERNAL, MODEL, QUALITY, RESOURCES, USAGE, exit_code_of
+from optq.cli.printing import print_table
 from optq.config.fields import FIELDS
+from optq.version import how_to_install
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +78,9 @@ def test_quantizing_makes_a_checkpoint_and_says_how_to_judge_it(run, tiny_llama,
 def test_the_options_of_qwens_script_are_understood(run, tiny_llama, tmp_path):
     chats = [{"messages": [{"role": "user", "content": "Say that again? " * 9}]}] * 3
     (tmp_path / "data.json").write_text(json.dumps(chats))
-    arguments = ["--data-path", tmp_path / "data.json", "--max-len", 64, "--group-size", 32, "--effort", "fast"]
-    code, out, _ = run("quantize", "--model", tiny_llama, tmp_path / "out", *arguments, "--json")
+    arguments = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--max_len", 64]
+    arguments += ["--out_path", tmp_path / "out", "--bits", 4, "--group-size", 32]  # as its page prints them
+    code, out, _ = run("quantize", *arguments, "--effort", "fast", "--json")
     assert code == DONE
     assert json.loads(out)["folder"] == str(tmp_path / "out")
     assert json.loads(out)["quality"]["perplexity_ratio"] > 0
@@ -113,6 +124,33 @@ def test_wrong_settings_are_told_before_any_work(run, tiny_llama, text, tmp_path
     assert code == USAGE
     assert has_one_line(words, err)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--bits", 5], "bits=5 was asked for; allowed are 2, 3, 4, 8"),
+        (["--effort", "most"], "allowed are 'fast', 'default', 'max'"),
+        (["--group-size", -2], "group_size=-2 was asked for"),
+        (["--format", "exllama"], "allowed are gptq, gptq_v2"),
+        (["--damp-percent", 2], "it is a fraction above 0 and below 1"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused_before_anything_heavy_is_imported(run, monkeypatch, options, words):
+    monkeypatch.setitem(sys.modules, "optq.config.gptq", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "optq.api.plan", None)
+    code, _, err = run("plan", "--model", "x", *options)
+    assert code == USAGE
+    assert has_one_line(words, err)
+
+
+def test_underscores_are_taken_for_hyphens(run, monkeypatch):
+    found = []
+    monkeypatch.setattr("optq.plan", lambda model, config, **kwargs: found.append((model, config)) or sys.exit(0))
+    run("plan", "--model_name_or_path", "x", "--data_path=a_text.txt", "--max_len", 64, "--group_size", 32)
+    ((model, config),) = found
+    assert model == "x"
+    assert (config.dataset, config.model_seqlen, config.group_size) == ("a_text.txt", 64, 32)
 
 
 @pytest.mark.parametrize("command", [("quantize", "out"), ("plan",)])
@@ -159,6 +197,8 @@ def test_every_field_with_an_option_reaches_the_config(run, monkeypatch):
     found = []
     monkeypatch.setattr("optq.plan", lambda model, config, **kwargs: found.append(config) or sys.exit(0))
     texts = {"effort": "fast", "grid": "minmax", "quality_gate": "off", "serving": "vllm", "format": "gptq_v2"}
+    texts["backend"] = "reference"
+    monkeypatch.setattr("optq.api.check.servable_group_size", lambda *arguments, **kwargs: None)  # would load x
     values = {dict: '{"cpu": 5}', list: '["a"]', int: "8", float: "0.5", str: "text", object: "cpu"}
     for field in FIELDS.values():
         for flag in field.flags:
@@ -174,6 +214,21 @@ def test_a_model_that_is_not_there_is_told(run, text, tmp_path):
     code, _, err = run("quantize", "--model", tmp_path / "nowhere", tmp_path / "out", "--dataset", text)
     assert code == MODEL
     assert has_one_line("nowhere", err)
+
+
+def test_a_wrong_path_is_not_taken_for_a_fault_of_the_network(run, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny-llama").mkdir(parents=True)
+    for path, words in {
+        "models/tiny-lama": "There is no folder 'models/tiny-lama' in ",
+        "tiny-lama": "There is no folder 'tiny-lama' in ",
+        "./models/tiny-lama": "There is no folder './models/tiny-lama', and a model's id on the Hub is no path.",
+        str(tmp_path / "models/tiny-lama"): "models/tiny-lama', and a model's id on the Hub is no path.",
+    }.items():
+        code, _, err = run("inspect", path)
+        assert code == MODEL
+        assert has_one_line(words, err)
+        assert ("models/tiny-llama'?" in err) == ("models" in path)
 
 
 def test_dynamic_must_be_json(run, tiny_llama, tmp_path):
@@ -223,9 +278,18 @@ def test_what_does_not_fit_has_an_exit_code(run, tiny_llama, text, monkeypatch):
     assert "does not fit; try" in out
 
 
-def test_a_plan_says_what_vllm_will_refuse(run, tiny_llama, text):
+def test_whom_it_is_for_decides_what_is_not_asked_for(run, tiny_llama, text):
+    code, out, err = run("plan", "--model", tiny_llama, "--dataset", text, "--for", "vllm")
+    assert code == DONE
+    assert "--group-size 32: with 128, vllm would not read it" in err and "groups of 32" in out
+    code, _, err = run("plan", "--model", tiny_llama, "--dataset", text, "--for", "vllm", "--group-size", 64)
+    assert code == USAGE
+    assert has_one_line("group_size=32 would be read", err)
+
+
+def test_a_plan_says_who_will_read_it(run, tiny_llama, text):
     settings = ["--model", tiny_llama, *SETTINGS, "--dataset", text]
-    assert "vLLM reads it" in run("plan", *settings)[1]
+    assert "vLLM 0.33 and GPTQModel 7.6 read it." in run("plan", *settings)[1]
     assert "96 inputs in 2 parts" in run("plan", *settings, "--tensor-parallel", 2)[1]
 
 
@@ -298,7 +362,7 @@ WINDOWS = ("--window", 64, "--stride", 32, "--dtype", "float32", "--device", "cp
 
 
 def test_evaluating_names_both_protocols(run, checkpoint, text):
-    code, out, _ = run("evaluate", checkpoint, "--dataset", text, *WINDOWS)
+    code, out, _ = run("evaluate", checkpoint, "--dataset", text, *WINDOWS, "--markdown")
     assert code == DONE
     assert "perplexity, consecutive windows of 64" in out
     assert "perplexity, sliding window of 64, stride 32" in out
@@ -330,7 +394,18 @@ def test_comparing_prints_markdown_and_json(run, tiny_llama, checkpoint, text):
 def test_a_script_can_ask_for_a_limit(run, tiny_llama, checkpoint, text):
     arguments = ["compare", tiny_llama, checkpoint, "--dataset", text, *WINDOWS, "--tokens", 64, "--fail-above"]
     assert run(*arguments, 1000)[0] == DONE
-    assert run(*arguments, 0.001)[0] == QUALITY
+    code, _, err = run(*arguments, 0.001)
+    assert code == QUALITY
+    assert has_one_line("--fail-above 0.001 was asked for; the perplexity, times the original's, is ", err)
+    assert f" for {checkpoint}." in err
+
+
+def test_a_limit_needs_something_to_compare_with(run, checkpoint, text, tmp_path):
+    code, _, err = run("evaluate", checkpoint, "--dataset", text, "--fail-above", 1.1)
+    assert code == USAGE
+    assert has_one_line("name it as --baseline", err)
+    files = harness_file(tmp_path, "fp", 0.60), harness_file(tmp_path, "quantized", 0.57)
+    assert run("compare", *files, "--fail-above", 1.1)[0] == USAGE
 
 
 def test_one_model_is_no_comparison(run, checkpoint, text):
@@ -352,7 +427,7 @@ def test_a_stride_as_long_as_the_window_is_told(run, checkpoint, text):
 
 
 def test_short_windows_slide_by_half_of_themselves(run, checkpoint, text):
-    code, out, _ = run("evaluate", checkpoint, "--dataset", text, "--window", 64)
+    code, out, _ = run("evaluate", checkpoint, "--dataset", text, "--window", 64, "--markdown")
     assert code == DONE
     assert "sliding window of 64, stride 32" in out
 
@@ -442,6 +517,59 @@ def test_help_lists_the_exit_codes(run, command):
     assert all(meaning in out for meaning in EXIT_CODES.values())
 
 
+@pytest.mark.parametrize("command", [EXPORT, *COMMANDS], ids=lambda command: command.name)
+def test_the_examples_of_the_help_are_understood(command):
+    parser = argparse.ArgumentParser(prog="optq x")
+    command.declare(parser)
+    assert command.examples
+    for example in command.examples:
+        assert f"  optq x {example}\n" in parser.format_help()
+        assert parser.parse_args(shlex.split(example))
+
+
+def test_the_help_names_the_datasets(run):
+    out = "".join(run("plan", "--help")[1].split())
+    assert all(name in out for name in DATASETS.keys() - {"c4-new"})
+
+
+def test_the_version_is_said(run):
+    assert run("--version")[:2] == (0, f"optq {optq.__version__}\n")
+
+
+def test_there_is_a_command_of_our_own(run, monkeypatch):
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml takes Python 3.11")
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert pkgutil.resolve_name(declared["optq"]) is main
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/optq"])
+    assert run("plan", "--help")[1].startswith("usage: optq plan ")
+
+
+def test_a_shell_completes_options_and_choices():
+    pytest.importorskip("argcomplete", reason="completion needs the package argcomplete")
+    ask = "import sys; sys.argv = ['optq']; from optq.cli import main; main()"
+    for line, offered in {
+        "optq pl": "plan",
+        "optq plan --effort ma": "max",
+        "optq plan --group": "--group-size",
+    }.items():
+        environment = {**os.environ, "_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+        environment |= {"_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": "/dev/stdout"}
+        ended = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
+        assert offered in [found.strip() for found in ended.stdout.split("\n")]
+
+
+def test_a_table_is_never_folded_inside_of_a_cell(monkeypatch, capsys):
+    columns = ("model", "perplexity, consecutive windows of 256", "perplexity, sliding window of 256, stride 128")
+    rows = [("a/model-of-some-length", "12.345", "12.345"), ("b", "1.5", "2.5")]
+    print_table("", columns, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and any(line.split() == ["b", "1.5", "2.5"] for line in lines)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "30")
+    print_table("", columns, rows)
+    assert "b\n  perplexity, consecutive windows of 256: 1.5\n" in capsys.readouterr().out
+
+
 def test_a_defect_is_called_one_and_debug_shows_where(run, checkpoint, monkeypatch):
     def broken(*arguments, **settings):
         raise IndexError("list index out of range")
@@ -523,7 +651,7 @@ def test_a_report_needs_matplotlib(run, checkpoint, tmp_path, monkeypatch):
     monkeypatch.delattr("optq.report.figures", raising=False)
     code, _, err = run("report", checkpoint, "--output", tmp_path)
     assert code == USAGE
-    assert has_one_line("pip install 'optq[report]'", err)
+    assert has_one_line(how_to_install("report"), err)
 
 
 # card

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands as optimum-cli finds them, in processes of their own."""
 
+import fcntl
 import json
+import os
+import pty
 import resource
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +57,30 @@ def test_json_is_all_that_is_printed_and_errors_reach_the_shell_with_their_exit_
     assert ended.stderr.split("\0")[2].startswith("error: ")
 
 
+@pytest.mark.slow
+def test_quiet_shows_no_bar_on_a_terminal(tiny_llama, tmp_path):
+    def shown(folder, *options):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 25, 100, 0, 0))
+        (tmp_path / "text.txt").write_text("It was a bright cold day in April. " * 9)
+        settings = ["--model", tiny_llama, "--dataset", tmp_path / "text.txt", "--group-size", 32, "--effort", "fast"]
+        command = [sys.executable, "-m", "optq", "quantize", tmp_path / folder, *settings, *options]
+        environment = {key: value for key, value in os.environ.items() if "PROGRESS_BARS" not in key}
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": theirs}
+        with subprocess.Popen(list(map(str, command)), env=environment, **pipes) as process:
+            os.close(theirs)
+            found = b""
+            with suppress(OSError):  # the terminal is closed
+                while part := os.read(ours, 4096):
+                    found += part
+        os.close(ours)
+        assert process.returncode == 0, found
+        return found
+
+    assert b"Quantizing: 100%" in shown("loud", "--no-sym")
+    assert b"%|" not in shown("quiet", "--no-sym", "--quiet")
+
+
 def test_help_needs_no_torch():
     code = "import sys; from optq.cli import main\ntry: main(['quantize', '--help'])\nexcept SystemExit: pass\n"
     check = f"{code}loaded = {{'torch', 'transformers', 'rich'}} & set(sys.modules); assert not loaded, loaded"
@@ -86,6 +116,7 @@ def test_python_m_optq_is_the_same():
         [sys.executable, "-m", "optq", "inspect", "--help"], capture_output=True, text=True, check=True
     ).stdout
     theirs = optimum_cli("gptq", "inspect", "--help").stdout
+    shown = shown.replace("python -m optq inspect", "optimum-cli gptq inspect")  # in the examples
     assert shown.partition("\n\n")[2] == theirs.partition("\n\n")[2] != ""
 
 

@@ -21,7 +21,7 @@ from optq import GPTQConfig
 from optq.config.dynamic import OVERRIDES
 from optq.config.fields import FIELDS, SECTIONS
 from optq.errors import ConfigError
-from optq.evaluation import GOOD_PERPLEXITY_RATIO
+from optq.evaluation import VERDICTS
 from optq.scheme import GridFit
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ OUT_OF_RANGE = {
     "effort": ("most", "FAST"),
     "grid": ("best",),
     "quality_gate": ("loud",),
-    "serving": ("sglang",),
+    "serving": ("tgi",),
     "format": ("exllama", "marlin"),
     "checkpoint_format": ("exllama", "marlin"),
     "dynamic": ({1: {}}, {"a": []}, {"a": None}, {"(": {}}, {"+:a": {"bits": 5}}, {"+:a": {"bits": 4.0}}, {None: {}}),
@@ -301,7 +301,7 @@ def test_the_page_has_the_tables_that_the_fields_make():
 
 
 def test_the_table_says_what_other_modules_say():
-    assert FIELDS["max_perplexity_ratio"].default == GOOD_PERPLEXITY_RATIO
+    assert FIELDS["max_perplexity_ratio"].default == VERDICTS["usable"]
     assert FIELDS["grid"].choices == GridFit.__args__
     assert set(OVERRIDES) <= set(FIELDS)
 

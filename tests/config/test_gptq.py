@@ -233,7 +233,7 @@ def test_an_effort_sets_what_is_left_open():
     [
         ({"effort": "maximal"}, "effort='maximal'.*'fast', 'default', 'max'"),
         ({"quality_gate": "loud"}, "quality_gate='loud'.*'warn', 'raise', 'off'"),
-        ({"serving": "sglang"}, "serving='sglang'.*'vllm'"),
+        ({"serving": "tgi"}, "serving='tgi'.*'vllm', 'sglang', 'transformers'"),
         ({"propagation": 1.5}, "propagation=1.5"),
         ({"refinement": -1}, "refinement=-1"),
         ({"polish": -1}, "polish=-1"),

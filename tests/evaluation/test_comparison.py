@@ -65,7 +65,7 @@ def test_the_gate_is_green_warns_or_raises(caplog):
     with caplog.at_level("INFO"):
         judge(comparison(), 1.5, held_out=True, strict=True)
         assert [record.levelname for record in caplog.records] == ["INFO"]
-        assert "perplexity 1.100" in caplog.text
+        assert "perplexity 1.100" in caplog.text and caplog.text.rstrip().endswith("same top token 90.0%: usable.")
         judge(comparison(perplexity=31.0), 1.5, held_out=True, strict=False)
         assert caplog.records[-1].levelname == "WARNING"
         assert "above the limit of 1.5" in caplog.records[-1].message

@@ -80,6 +80,7 @@ for folder in sys.argv[1:]:
 import optq
 model.dequantize()
 config = optq.GPTQConfig(bits=4, group_size=32, dataset=[{"input_ids": [5, 6, 7, 8]}])
+assert {*dir(optq)} == {*optq.__all__, "__version__"}
 print(sorted(optq.__all__), optq.QuantLinear.__name__, [*optq.kernels.KERNELS][-1])
 """
     *loaded, used = run(code, str(of_autogptq), str(checkpoint)).splitlines()

@@ -118,6 +118,13 @@ def test_serving_vllm_refuses_what_vllm_does_not_read(settings, message):
         GPTQConfig(serving="vllm", **settings)
 
 
+def test_serving_others_refuses_what_they_do_not_read():
+    assert GPTQConfig(bits=4, serving="sglang", desc_act=True).desc_act
+    with pytest.raises(ConfigError, match=r"SGLang does not read asymmetric grids.*, nor group_size=16"):
+        GPTQConfig(bits=4, serving="sglang", sym=False, group_size=16)
+    assert GPTQConfig(bits=2, serving="transformers", sym=False, desc_act=True, group_size=16).bits == 2
+
+
 def test_an_impossible_budget_says_what_is_possible(tiny_llama, token_rows):
     config = GPTQConfig(bits=4, group_size=32, dataset=token_rows, target_bits_per_weight=1.5)
     with pytest.raises(ConfigError, match=r"1\.500 bits per weight was asked for.*need 2\.5"):

@@ -17,20 +17,22 @@ from optq.errors import CheckpointError, counted
 from optq.events import Quality
 from optq.files.source import place_of
 from optq.report import Run, notes_on, read_run
-from optq.version import __version__
+from optq.version import __version__, how_to_install, pip_install
 
 from .inspect import Inspection, inspect
 
+INSTALLED = how_to_install().replace(pip_install(), f"`{pip_install()}`")
+
 USE = {
     "transformers": (
-        "`pip install optq`, then ",
+        f"{INSTALLED}, then ",
         "AutoModelForCausalLM.from_pretrained({string})",
         "; no import of optq",
     ),
     "gptqmodel": ("", "GPTQModel.load({string})", ""),
     "sglang": ("", "python -m sglang.launch_server --model-path {word}", ""),
     "vllm": ("", "vllm serve {word}", ""),
-    "vllm+optq": ("`pip install optq` beside vLLM, then ", "vllm serve {word}", ""),
+    "vllm+optq": (f"{INSTALLED} beside vLLM, then ", "vllm serve {word}", ""),
 }
 """By reader: how it is told to use the checkpoint; its name as a string of Python, or as a word of the shell."""
 
@@ -108,7 +110,8 @@ def _closeness(run: Run) -> str:
         "same most likely token": ("agreement", "{:.1%}"),
     }
     found = {title: (getattr(quality, key), form) for title, (key, form) in figures.items()}
-    known = {title: form.format(value) for title, (value, form) in found.items() if value is not None}
+    known: dict[str, str] = {"verdict": run.verdict} if run.verdict else {}
+    known |= {title: form.format(value) for title, (value, form) in found.items() if value is not None}
     return (
         f"## Beside the original\n\nOn {counted(quality.tokens, 'token')}, {where} the calibration data:\n\n"
         + _table("figure", "value", known)
@@ -131,7 +134,7 @@ def _widths(found: Inspection) -> str:
 
 def _usage(name: str, found: Inspection) -> str:
     lines = {
-        reader: f"no: {_text(reasons[0])}" if (reasons := found.refused[reader]) else _told(name, *USE[reader])
+        reader: f"no: {_text('; '.join(reasons))}" if (reasons := found.refused[reader]) else _told(name, *USE[reader])
         for reader in USE
         if reader != "vllm+optq" or found.refused["vllm"]
     }

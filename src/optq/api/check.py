@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`optq.check`: whether a server will read a checkpoint, or what a config would make of a model, and why not."""
 
+import copy
 import os
 from typing import Any
 
@@ -11,11 +12,23 @@ from optq.errors import ConfigError
 from optq.files.source import place_of
 from optq.readers import refusals, rules_of
 from optq.runs.preparation import plan_for
+from optq.runs.readership import as_linears, served_group_size
 from optq.torch_state import default_torch_state
 
 from .inspect import inspect
-from .plan import as_linears
 from .quantize import model_without_weights
+
+
+@default_torch_state()
+def servable_group_size(
+    model_id_or_dir: str | os.PathLike[str], config: GPTQConfig, server: str, **kwargs: Any
+) -> int | None:
+    """The largest group size, or -1, with which a server reads a model quantized like this; None if there is none."""
+    model = model_without_weights(place_of(model_id_or_dir), kwargs)
+    config = copy.copy(config)
+    config.serving, config.group_size = None, -1  # with which every linear can be planned
+    plan, _ = plan_for(model, config)
+    return served_group_size(as_linears(model, plan.all_targets, config.format), plan.skipped, server)
 
 
 @default_torch_state()
@@ -28,7 +41,7 @@ def check(
     tensor_parallel: int = 1,
     **kwargs: Any,
 ) -> tuple[str, ...]:
-    """Say what a server refuses, one reason per kind of linear; empty if it reads them all. Reads no weights.
+    """Say what a server refuses: all reasons, each with its kinds of linears; empty if it reads all. Reads no weights.
 
     Args:
         model_id_or_dir: a GPTQ checkpoint; or, with a config, the model that is going to be quantized.

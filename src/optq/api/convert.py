@@ -10,10 +10,10 @@ from types import NoneType
 from typing import Any
 
 import torch
+from huggingface_hub.utils import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from optq.checkpoint import PackedWeight, read_headers, value_errors
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 @default_torch_state()
 def convert(
     model_id_or_dir: str | os.PathLike[str],
-    *,
     output_dir: str | os.PathLike[str],
+    *,
     to: str,
     without_desc_act: bool = False,
     gguf_file: str | None = None,

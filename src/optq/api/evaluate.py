@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -27,11 +27,13 @@ from optq.evaluation import (
     Protocol,
     Span,
     Speed,
+    Verdict,
     compare_on,
     generation_speed,
     no_perplexity,
     perplexity_on,
     spans,
+    verdict_of,
 )
 from optq.files.source import model_config_of, place_of
 from optq.layers import QuantLinear
@@ -57,10 +59,6 @@ PROMPTS = (
     "Question: Tom has three apples and buys two more. How many apples does he have?\nAnswer:",
 )
 ANSWER = 32  # tokens
-
-Verdict = Literal["as good as the original", "good", "usable", "poor"]
-VERDICTS: dict[Verdict, float] = {"as good as the original": 1.01, "good": 1.05, "usable": 1.25}
-"""Up to how many times the original's perplexity. Above: poor. docs/evaluation.md says where these come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +88,7 @@ class Evaluation:
     @property
     def verdict(self) -> Verdict | None:
         """Quality in one word, by perplexity relative to the original's; None if no perplexity was compared."""
-        if self.comparison is None or self.comparison.perplexity_ratio is None:
-            return None
-        ratio = self.comparison.perplexity_ratio
-        return next((verdict for verdict, limit in VERDICTS.items() if ratio <= limit), "poor")
+        return None if self.comparison is None else verdict_of(self.comparison.perplexity_ratio)
 
 
 @default_torch_state()

@@ -17,12 +17,13 @@ from optq.files.output import output_folder
 from optq.files.source import companions_folder, copy_companions, model_config_of, place_of, quantization_entry
 from optq.formats.onnx import traced
 from optq.torch_state import default_torch_state
+from optq.version import how_to_install
 
 ONNX_FILE = "model.onnx"
 
 
 @default_torch_state()
-def export_onnx(model_id_or_dir: str | os.PathLike[str], *, output_dir: str | os.PathLike[str], **kwargs: Any) -> Path:
+def export_onnx(model_id_or_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str], **kwargs: Any) -> Path:
     """Write a GPTQ checkpoint as an ONNX model for onnxruntime.
 
     The model takes input_ids and attention_mask, both (batch, length) int64, and gives logits (batch, length,
@@ -43,7 +44,7 @@ def export_onnx(model_id_or_dir: str | os.PathLike[str], *, output_dir: str | os
     Cost: the model is in memory, in float32 but for its packed weights.
     """
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise ConfigError(f"Exporting to ONNX needs the packages {' and '.join(missing)}: pip install 'optq[onnx]'.")
+        raise ConfigError(f"Exporting to ONNX needs the packages {' and '.join(missing)}: {how_to_install('onnx')}.")
     source = place_of(model_id_or_dir)
     described = model_config_of(source, kwargs)
     stated = quantization_entry(described)

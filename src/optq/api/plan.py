@@ -19,13 +19,13 @@ from optq.device.memory import GIB, free_bytes
 from optq.device.placement import execution_device, working_dtype
 from optq.errors import counted
 from optq.events import RunLog
-from optq.files.source import check_files, head_width_of, parallel_plan_of, place_of
+from optq.files.source import check_files, place_of
 from optq.model import put_split
 from optq.quantization.cost_estimate import Duration, estimate
 from optq.quantization.plan import Plan, Target
 from optq.quantization.run import Run
-from optq.readers import Linear, refusals, split_of
 from optq.runs.preparation import budget_of, dense_bytes, prepare, vocabulary_of
+from optq.runs.readership import as_linears, readership, refused_by
 from optq.runs.validation import check_kernels, check_request
 from optq.scheme import LayerScheme
 from optq.torch_state import default_torch_state
@@ -50,7 +50,7 @@ class Estimate:
         seconds: an estimate of the time, by part, for one process on a machine that does nothing else; empty where it
             does not fit.
         uncounted: work of the run that `seconds` leaves out.
-        not_served: linears that vLLM will refuse, and why.
+        refused: by reader, what it will refuse and why; empty where it reads all.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Estimate:
     free_gib: float
     seconds: dict[str, float]
     uncounted: tuple[str, ...]
-    not_served: tuple[str, ...]
+    refused: dict[str, tuple[str, ...]]
 
     @property
     def fits(self) -> bool:
@@ -105,8 +105,7 @@ class Estimate:
             *([f"time: {_rounded(sum(self.seconds.values()))}"] if self.seconds else []),
             *(f"  {seconds:8.0f} s   {part}" for part, seconds in self.seconds.items()),
             *(f"  besides: {part}" for part in self.uncounted),
-            "vLLM reads it" if not self.not_served else "vLLM does not read:",
-            *(f"  {reason}" for reason in self.not_served),
+            *readership(self.refused),
         ]
         return "\n".join(lines)
 
@@ -124,7 +123,7 @@ def plan(
     The time is estimated from what this machine does in some seconds, with memory for a block and what lies outside.
 
     Args:
-        tensor_parallel: over how many GPUs vLLM will split the model.
+        tensor_parallel: over how many GPUs a server will split the model.
         kwargs: as for `optq.quantize`: dtype, revision, token, trust_remote_code, …
     Raises:
         ConfigError, CalibrationError, CheckpointError, ModelError: whatever would stop the run before its work.
@@ -166,7 +165,7 @@ def plan(
         free_gib=free_bytes(device) / GIB,
         seconds={},
         uncounted=(),
-        not_served=refusals("vllm", as_linears(model, targets, config.format), tensor_parallel, planned.skipped),
+        refused=refused_by(as_linears(model, targets, config.format), planned.skipped, tensor_parallel),
     )
     if not estimate.fits:
         return estimate
@@ -237,20 +236,3 @@ def _hessians(targets: Sequence[Target]) -> int:
         ),
         default=0,
     )
-
-
-def as_linears(model: Any, targets: Sequence[Target], checkpoint_format: str) -> list[Linear]:
-    """The planned linears in the form that `optq.readers` checks."""
-    plan = parallel_plan_of(model.config)
-    return [
-        Linear(
-            name=target.view.name,
-            out_features=target.view.shape[0],
-            in_features=target.view.shape[1],
-            scheme=target.scheme,
-            split=split_of(target.view.name, plan),
-            head_width=head_width_of(target.view.name, model.config),
-            checkpoint_format=checkpoint_format,
-        )
-        for target in targets
-    ]

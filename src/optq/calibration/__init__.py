@@ -7,6 +7,7 @@ itself (`generation`) needs no encoding.
 """
 
 from .batches import DEFAULT_SAMPLES as DEFAULT_SAMPLES
+from .batches import FEW_TOKENS as FEW_TOKENS
 from .batches import TOKENS_PER_MICRO_BATCH as TOKENS_PER_MICRO_BATCH
 from .batches import TOKENS_PER_STEP as TOKENS_PER_STEP
 from .batches import Calibration as Calibration

@@ -6,7 +6,12 @@ that help appears at once.
 """
 
 import argparse
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
+
+from optq.version import __version__
 
 from .command import EXIT_CODES as EXIT_CODES
 from .command import Command as Command
@@ -21,12 +26,20 @@ COMMANDS = (plan, inspect, evaluate, compare, bench, kernels, report, card, push
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m optq`: the same commands, with `quantize` for `export gptq`. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m optq", description=__doc__.splitlines()[0])
+    """`optq` and `python -m optq`: the same commands, with `quantize` for `export gptq`. Returns the exit code."""
+    prog = "optq" if Path(sys.argv[0]).stem == "optq" else "python -m optq"
+    parser = argparse.ArgumentParser(
+        prog=prog, description="GPTQ checkpoints: make them, judge them, and know who reads them."
+    )
+    parser.add_argument("--version", action="version", version=f"optq {__version__}")
     places = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (replace(EXPORT, name="quantize"), *COMMANDS):
         place = places.add_parser(command.name, help=command.summary)
         command.declare(place)
         place.set_defaults(command=command)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, and has the package
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     parsed = parser.parse_args(arguments)
     return execute(parsed.command, parsed)

@@ -16,6 +16,7 @@ from typing import Any
 
 from optq import errors
 from optq.config.counterparts import why_unknown
+from optq.console import AroundBars
 
 DONE, INTERNAL, USAGE, MODEL, QUALITY, RESOURCES, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -28,6 +29,9 @@ EXIT_CODES = {
     RESOURCES: "the output folder, the disk or the memory do not suffice",
     INTERRUPTED: "interrupted; an export goes on where it was when it is called again",
 }
+
+BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+"""What switches off bars, of the Hub, which transformers' and ours are as well, and of datasets."""
 
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.ConfigError, USAGE),
@@ -49,12 +53,14 @@ class Command:
     """A command of the command line.
 
     Args:
+        examples: what may follow its name, for its help.
         add_arguments: declares its arguments.
         run: does it; returns the exit code.
     """
 
     name: str
     summary: str
+    examples: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
@@ -67,27 +73,40 @@ class Command:
         shared.add_argument("--json", action="store_true", help="print JSON, for programs")
         shared.add_argument("--quiet", action="store_true", help="say nothing but results, warnings and errors")
         shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        _refuse_unknown_options(parser)
-        parser.epilog = "exit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
+        _read_options_leniently(parser)
+        parser.epilog = "\n".join(
+            [
+                *["examples:"] * bool(self.examples),
+                *(f"  %(prog)s {example}" for example in self.examples),
+                *[""] * bool(self.examples),
+                "exit codes:",
+                *(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items()),
+            ]
+        )
 
 
 def command(
-    name: str, summary: str, add_arguments: Callable[[argparse.ArgumentParser], None]
+    name: str, summary: str, add_arguments: Callable[[argparse.ArgumentParser], None], *examples: str
 ) -> Callable[[Callable[[argparse.Namespace], int]], Command]:
     """Decorate the function that runs a command to make a `Command` of it."""
-    return lambda run: Command(name=name, summary=summary, add_arguments=add_arguments, run=run)
+    return lambda run: Command(name=name, summary=summary, examples=examples, add_arguments=add_arguments, run=run)
 
 
-def _refuse_unknown_options(parser: argparse.ArgumentParser) -> None:
-    """Have the parser say what is near an option that there is not, or what another tool's is called here.
+def _read_options_leniently(parser: argparse.ArgumentParser) -> None:
+    """Have the parser take underscores for hyphens, and say what is near an option that there is not.
 
     On the parser itself, which optimum-cli makes; no command has commands below it that could take what it leaves.
     """
     parse = parser.parse_known_args
     known = {flag[2:].replace("-", "_"): flag for flag in re.findall(r"--[a-z-]+", parser.format_help())}
 
+    def with_hyphens(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        is_option = name.startswith("--") and name[2:] in known
+        return f"{known[name[2:]]}{equals}{value}" if is_option else argument
+
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        found, rest = parse(args, namespace)
+        found, rest = parse(list(map(with_hyphens, sys.argv[1:] if args is None else args)), namespace)
         for option in (part.partition("=")[0] for part in rest if part.startswith("--")):
             parser.error(f"{option} was given; {why_unknown(option, known, 'option', known.__getitem__)}")
         return found, rest
@@ -98,8 +117,10 @@ def _refuse_unknown_options(parser: argparse.ArgumentParser) -> None:
 def execute(command: Command, arguments: argparse.Namespace) -> int:
     """Run a command; returns its exit code, whatever happens."""
     _log_to_stderr(quiet=arguments.quiet)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars heed it too
+    if arguments.quiet:
+        os.environ |= dict.fromkeys(BARS_OFF, "1")
+    elif not sys.stderr.isatty():
+        os.environ.setdefault(BARS_OFF[0], "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: hooks are taken off, files closed
     only_the_first_prints = redirect_stdout(None) if os.environ.get("RANK", "0") != "0" else nullcontext()
     try:
@@ -134,12 +155,4 @@ def _log_to_stderr(quiet: bool) -> None:
     logger = logging.getLogger("optq")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
-    logger.handlers = [_AroundBars()]
-
-
-class _AroundBars(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + self.format(record), file=sys.stderr)
+    logger.handlers = [AroundBars()]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optq.errors import ConfigError, counted
+from optq.errors import ConfigError, QualityError, counted
 
-from .command import DONE, QUALITY, command
+from .command import DONE, command
 from .loading import add_loading, loading, positive
 from .printing import as_json, print_json, print_table
 
@@ -55,9 +55,19 @@ def _print_evaluations(arguments: argparse.Namespace, rows: "list[Evaluation]") 
             print(f"\n> {prompt!r}")
             for row in rows:
                 print(f"  {row.model}: {row.answers[place]!r}")
-    limit = arguments.fail_above
-    ratios = [row.comparison.perplexity_ratio for row in rows if row.comparison]
-    return QUALITY if limit is not None and not all(ratio is not None and ratio <= limit for ratio in ratios) else DONE
+    if arguments.fail_above is not None:
+        _refuse_above(arguments.fail_above, rows)
+    return DONE
+
+
+def _refuse_above(limit: float, rows: "list[Evaluation]") -> None:
+    ratios = {row.model: row.comparison.perplexity_ratio for row in rows if row.comparison}
+    worse = {model: ratio for model, ratio in ratios.items() if ratio is None or not ratio <= limit}
+    if worse:
+        told = ", ".join(
+            f"{'unknown' if ratio is None else f'{ratio:.4g}'} for {model}" for model, ratio in worse.items()
+        )
+        raise QualityError(f"--fail-above {limit:g} was asked for; the perplexity, times the original's, is {told}.")
 
 
 def _prompts() -> tuple[str, ...]:
@@ -86,8 +96,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     "evaluate",
     "Measure a model: perplexity by two protocols and, beside the original, KL divergence and agreement.",
     _add_evaluate,
+    "out --baseline org/model --dataset wikitext2",
+    "out --dataset my.txt --tokens 65536 --json",
 )
 def evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.fail_above is not None and arguments.baseline is None:
+        raise ConfigError("--fail-above compares with the original: name it as --baseline.")
     models = [arguments.model] if arguments.baseline is None else [arguments.baseline, arguments.model]
     return _print_evaluations(arguments, _measured(arguments, models, arguments.baseline))
 
@@ -103,13 +117,23 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     _add_text(parser)
 
 
-@command("compare", "Measure any number of models by the same protocols, beside the original.", _add_compare)
+@command(
+    "compare",
+    "Measure any number of models by the same protocols, beside the original.",
+    _add_compare,
+    "org/model out other-tools-out --dataset wikitext2",
+    "org/model out --dataset self --tokens 1024 --answers",
+    "org/model out --fail-above 1.1",
+)
 def compare(arguments: argparse.Namespace) -> int:
     if len(arguments.models) < 2:
         raise ConfigError("Name at least two models to compare, the original first; `gptq evaluate` measures one.")
+    of_tasks = arguments.lm_eval is not None or all(map(_is_harness_result, arguments.models))
+    if of_tasks and arguments.fail_above is not None:
+        raise ConfigError("--fail-above is a ratio of perplexities; results of lm-evaluation-harness are scores.")
     if arguments.lm_eval is not None:
         return _print_tasks(arguments, [_run_harness(model, arguments) for model in arguments.models])
-    if all(_is_harness_result(model) for model in arguments.models):
+    if of_tasks:
         from optq.evaluation import read_harness_results
 
         return _print_tasks(arguments, [read_harness_results(Path(model)) for model in arguments.models])
@@ -181,7 +205,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
 
 
-@command("bench", "Measure how fast models read prompts and generate, as `generate` delivers it.", _add_bench)
+@command(
+    "bench",
+    "Measure how fast models read prompts and generate, as `generate` delivers it.",
+    _add_bench,
+    "org/model out --batch-sizes 1 16 --dtype bfloat16",
+)
 def bench(arguments: argparse.Namespace) -> int:
     import optq
 

@@ -40,6 +40,8 @@ def _reader(text: str) -> tuple[str, str]:
     "Say what a checkpoint holds, who reads it and why others do not, and whether its bytes are what its "
     "labels say. Reads headers and a few small tensors.",
     _add_inspect,
+    "out",
+    "out --reader vllm=0.29 --tensor-parallel 2",
 )
 def inspect(arguments: argparse.Namespace) -> int:
     import optq
@@ -93,7 +95,12 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
 
 
-@command("kernels", "Say which kernel multiplies each linear here, and why the others do not.", _add_kernels)
+@command(
+    "kernels",
+    "Say which kernel multiplies each linear here, and why the others do not.",
+    _add_kernels,
+    "out --dtype bfloat16",
+)
 def kernels(arguments: argparse.Namespace) -> int:
     import optq
 
@@ -122,6 +129,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     "report",
     "Make a page with pictures of one or several runs: which layers hurt, where bits, time and memory went.",
     _add_report,
+    "out",
+    "out-4bit out-3bit --output report",
 )
 def report(arguments: argparse.Namespace) -> int:
     from optq.report import report
@@ -137,7 +146,12 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo-id", metavar="USER/NAME", help="what it will be called on the Hub")
 
 
-@command("card", "Print a model card made from what the run measured, as every export writes one.", _add_card)
+@command(
+    "card",
+    "Print a model card made from what the run measured, as every export writes one.",
+    _add_card,
+    "out --repo-id me/model-4bit",
+)
 def card(arguments: argparse.Namespace) -> int:
     import optq
 

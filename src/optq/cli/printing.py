@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,16 @@ from typing import Any
 Row = Sequence[str]
 
 
+NARROW = 10  # characters of a column, or as many as its cells or the longest word of its name need
+
+
 def print_table(title: str, columns: Row, rows: Sequence[Row], *, markdown: bool = False) -> None:
-    """Print a table on the standard output; all columns but the first are aligned to the right."""
+    """Print a table on the standard output; all columns but the first are aligned to the right.
+
+    The columns' names are wrapped, and cells are not: where these are too wide for a terminal, each row is a list.
+    """
     from rich import box
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
 
@@ -22,13 +30,25 @@ def print_table(title: str, columns: Row, rows: Sequence[Row], *, markdown: bool
         title=None if markdown else title, title_justify="left", box=box.MARKDOWN if markdown else box.SIMPLE
     )
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        width = max([NARROW, *(cell_len(row[index]) for row in rows)])
+        name = column if markdown else "\n".join(textwrap.wrap(column, width, break_long_words=False))
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, markup=False)
-    if markdown or not console.is_terminal:  # a file or a pipe is as wide as the table: only a terminal wraps lines
-        console.width = Console(width=10_000).measure(table).maximum
+    needed = Console(width=10_000).measure(table).maximum
+    if not markdown and console.is_terminal and needed > console.width:
+        _print_lists(title, columns, rows)
+        return
+    console.width = needed
     console.print(table)
+
+
+def _print_lists(title: str, columns: Row, rows: Sequence[Row]) -> None:
+    if title:
+        print(title)
+    for row in rows:
+        print(row[0], *(f"  {column}: {cell}" for column, cell in list(zip(columns, row, strict=True))[1:]), sep="\n")
 
 
 def print_either(arguments: argparse.Namespace, words: str, **facts: Any) -> None:

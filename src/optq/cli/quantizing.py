@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -14,13 +15,17 @@ from .command import DONE, RESOURCES, command
 from .loading import add_loading, add_source, loading, positive
 from .printing import as_json, print_either, print_json
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_BITS = 4
 METAVARS: dict[Any, str] = {int: "N", float: "X", dict: "JSON", list: "JSON"}
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """The fields of `GPTQConfig`. Defaults are its own: an option that is not given is not passed on."""
-    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the model to quantize")
+    parser.add_argument(
+        "--model", "--model-name-or-path", required=True, metavar="ID_OR_DIR", help="the model to quantize"
+    )
     for section in SECTIONS:
         group = parser.add_argument_group(section.lower())
         for field in FIELDS.values():
@@ -33,11 +38,15 @@ def _add_field(group: Any, field: Field) -> None:
     default = DEFAULT_BITS if field.name == "bits" else field.shown_default
     shown = f"{field.help} ({default})".replace("`", "").replace("%", "%%")
     kind: dict[str, Any] = {"metavar": METAVARS.get(field.kind, field.name.rpartition("_")[2].upper())}
+    if field.choices:
+        kind["metavar"] = f"{{{','.join(map(str, field.choices))}}}"
     if field.kind is bool:
         kind = {"action": argparse.BooleanOptionalAction}
     elif field.kind in METAVARS:
         kind["type"] = _json if METAVARS[field.kind] == "JSON" else field.kind
-    group.add_argument(*field.flags, dest=field.name, default=argparse.SUPPRESS, help=shown, **kind)
+    action = group.add_argument(*field.flags, dest=field.name, default=argparse.SUPPRESS, help=shown, **kind)
+    if field.choices:
+        action.completer = lambda **_: map(str, field.choices)  # of argcomplete
 
 
 def _json(text: str) -> Any:
@@ -48,14 +57,31 @@ def _json(text: str) -> Any:
 
 
 def _config(arguments: argparse.Namespace) -> Any:
+    given = {name: value for name, value in vars(arguments).items() if name in FIELDS}
+    for name, value in given.items():  # before what takes seconds to import
+        FIELDS[name].checked(value)
     from optq import GPTQConfig
 
-    given = {name: value for name, value in vars(arguments).items() if name in FIELDS}
-    return GPTQConfig(**{"bits": DEFAULT_BITS, **given})
+    config = GPTQConfig(**{"bits": DEFAULT_BITS, **given})
+    if config.serving is not None and "group_size" not in given:
+        from optq.api.check import servable_group_size
+
+        size = servable_group_size(arguments.model, config, config.serving, **loading(arguments))
+        if size not in (None, config.group_size):
+            logger.info("--group-size %d: with %d, %s would not read it.", size, config.group_size, config.serving)
+            config.group_size = size
+    return config
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", metavar="OUT", help="a new or empty folder, or one that an interrupted run left")
+    parser.add_argument(
+        "output",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="OUT",
+        help="a new or empty folder, or one that an interrupted run left",
+    )
+    parser.add_argument("--out-path", dest="output", default=argparse.SUPPRESS, metavar="OUT", help="the same")
     _add_settings(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say what it will take, as `gptq plan` does")
     hub = parser.add_argument_group("publishing")
@@ -72,8 +98,14 @@ def _add_private(parser: Any) -> None:
     "Quantize a model with GPTQ to a folder that vLLM, SGLang, GPTQModel and transformers read. "
     "Called again after an interruption, it goes on where it was.",
     _add_export,
+    "--model org/model --dataset wikitext2 out",
+    "--model org/model --dataset my.jsonl --bits 4 --group-size 64 out",
+    "--model org/model --dataset wikitext2:0.5,code:0.5 --effort max out",
+    "--model org/model --dry-run out",
 )
 def export(arguments: argparse.Namespace) -> int:
+    if "output" not in arguments:
+        raise ConfigError("The folder for the result was not named: add OUT, a new or empty one, to the command.")
     if arguments.dry_run:
         arguments.tensor_parallel = 1
         return plan.run(arguments)
@@ -81,11 +113,12 @@ def export(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "--private says how --push-to-hub USER/NAME uploads, which was not given. Give both or none."
         )
+    config, access = _config(arguments), {"private": arguments.private, "token": arguments.token}
     import optq
     from optq.api.push import claim
     from optq.events import LOG_NAME, Quality, RunFinished, read_events
+    from optq.report import next_steps, read_run
 
-    config, access = _config(arguments), {"private": arguments.private, "token": arguments.token}
     if arguments.push_to_hub:
         claim(arguments.push_to_hub, **access)  # a wrong name or token is found before the work, not after
     folder = optq.quantize(arguments.model, config, output_dir=arguments.output, **loading(arguments))
@@ -97,6 +130,9 @@ def export(arguments: argparse.Namespace) -> int:
         if url:
             print(f"{url} holds it now.")
         print(f"{folder} is finished. How good it is: optimum-cli gptq compare {arguments.model} {folder}")
+        run = read_run(folder) if (folder / LOG_NAME).exists() else None  # else the log was wanted elsewhere
+        for number, step in enumerate(next_steps(run) if run is not None else ()):
+            logger.info("%s%s", "To come closer to the original:\n  " if number == 0 else "  ", step)
     return DONE
 
 
@@ -107,13 +143,18 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@command("plan", "Say what quantizing a model will take and give, before any weight is read.", _add_plan)
+@command(
+    "plan",
+    "Say what quantizing a model will take and give, before any weight is read.",
+    _add_plan,
+    "--model org/model --dataset wikitext2",
+    "--model org/model --bits 3 --group-size 64 --json",
+)
 def plan(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
     import optq
 
-    estimate = optq.plan(
-        arguments.model, _config(arguments), tensor_parallel=arguments.tensor_parallel, **loading(arguments)
-    )
+    estimate = optq.plan(arguments.model, config, tensor_parallel=arguments.tensor_parallel, **loading(arguments))
     if arguments.json:
         linears = [
             {"out_features": out, "in_features": columns, "count": count, **as_json(scheme)}
@@ -149,6 +190,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     "convert",
     "Write a quantized checkpoint in another format. Exact: no weight changes, or it is refused.",
     _add_convert,
+    "autogptq-checkpoint out --to gptq --without-desc-act",
+    "model.Q4_0.gguf out --to gptq",
+    "out dense --to dense",
 )
 def convert(arguments: argparse.Namespace) -> int:
     import optq
@@ -171,7 +215,12 @@ def _add_onnx(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
 
 
-@command("onnx", "Write a GPTQ checkpoint as an ONNX model that onnxruntime runs with its packed weights.", _add_onnx)
+@command(
+    "onnx",
+    "Write a GPTQ checkpoint as an ONNX model that onnxruntime runs with its packed weights.",
+    _add_onnx,
+    "out onnx-out",
+)
 def onnx(arguments: argparse.Namespace) -> int:
     import optq
 
@@ -191,6 +240,7 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     "push",
     "Upload a finished export to the Hub. Called again after an interruption, it goes on where it was.",
     _add_push,
+    "out me/model-4bit --private",
 )
 def push(arguments: argparse.Namespace) -> int:
     import optq

@@ -2,7 +2,6 @@
 """The rules of `dynamic`: patterns of layers' names, and how the layers that match differ from the others."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -11,7 +10,7 @@ from typing import Any
 import regex  # a match of it may take no more than some time, which one of `re` may not
 
 from optq.errors import ConfigError
-from optq.readers import FUSED_NAMES
+from optq.readers import pattern_of
 from optq.scheme import BITS, SERVED_GROUP_SIZES, LayerScheme
 
 from .counterparts import why_unknown
@@ -172,14 +171,15 @@ def refuse_too_many(rules: Mapping[Any, Any]) -> None:
 
 def choices_of(base: LayerScheme, serving: str | None, out_features: int, in_features: int) -> Iterator[LayerScheme]:
     """The schemes that a budget may choose from for a linear of this shape."""
-    sizes = (base.group_size,) if serving is None else dict.fromkeys((base.group_size, *SERVED_GROUP_SIZES))
+    served = serving in ("vllm", "sglang")
+    sizes = dict.fromkeys((base.group_size, *SERVED_GROUP_SIZES)) if served else (base.group_size,)
     for bits in BITS:
         # With two bits, only a grid that need not be centred on zero is of use.
-        symmetric = base.symmetric and (bits > 2 or serving is not None)
+        symmetric = base.symmetric and (bits > 2 or served)
         for size in sizes:
             scheme = replace(base, bits=bits, symmetric=symmetric, group_size=size)
             fits = not scheme.why_not_grouped(in_features) and not scheme.why_not_packed(in_features, out_features)
-            if fits and not (serving is not None and scheme.why_not_served(in_features)):
+            if fits and not (served and scheme.not_served(in_features)):
                 yield scheme
 
 
@@ -197,14 +197,6 @@ def dynamic_rules(scheme_of: Mapping[str, LayerScheme], base: LayerScheme) -> Ru
         )
         for (parent, scheme), children in members.items()
     }
-
-
-def pattern_of(parent: str, children: list[str]) -> str:
-    """A regular expression for linears of one parent module, and for what servers make of them."""
-    # vLLM asks by the name of the fused layer.
-    fused = [whole for whole, parts in FUSED_NAMES.items() if set(parts) <= set(children)]
-    names = "|".join(map(re.escape, (*children, *fused)))
-    return rf"^{re.escape(parent)}\.(?:{names})$" if parent else f"^(?:{names})$"
 
 
 def _settings_of(scheme: LayerScheme) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Field:
         stored: config.json has it. All others say how to run, not what the checkpoint is.
         decisive: the checkpoint's bytes depend on it, so a run that goes on needs the same.
         least, above, below: bounds of a number.
+        allowed: the only values, where the annotation does not list them.
         fits, wanted: of a type that does not say it all, whether a value is one, and in words what it has to be.
         lenient: of a file, a value that does not fit is left aside: to read the checkpoint it is not needed.
         option: it has a command-line option, named like it; `options` are other names, the first is shown first.
@@ -47,6 +48,7 @@ class Field:
     least: int | None = None
     above: int | None = None
     below: int | None = None
+    allowed: tuple[Any, ...] = ()
     fits: Callable[[Any], bool] | None = None
     wanted: str = ""
     lenient: bool = False
@@ -58,15 +60,13 @@ class Field:
         return self.default is None if self.annotation is Any else type(None) in get_args(self.annotation)
 
     @cached_property
-    def choices(self) -> tuple[str, ...]:
-        return get_args(self._member) if get_origin(self._member) is Literal else ()
+    def choices(self) -> tuple[Any, ...]:
+        return get_args(self._member) if get_origin(self._member) is Literal else self.allowed
 
     @cached_property
     def kind(self) -> Any:
         """int, float, bool, str, dict, list or, of anything else, object."""
-        if self.choices:
-            return str
-        kind = get_origin(self._member) or self._member
+        kind = str if get_origin(self._member) is Literal else get_origin(self._member) or self._member
         return kind if isinstance(kind, type) and kind in (int, float, bool, str, dict, list) else object
 
     @property

@@ -6,6 +6,7 @@ docs/configuration.md are all made from `Fields`. Imports neither torch nor tran
 once.
 """
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -103,6 +104,10 @@ INT32 = {
     "fits": lambda value: str(value).removeprefix("torch.") == "int32",  # torch.int32 as well
     "wanted": "codes are packed into 'int32' words only",
 }
+FORMAT = {
+    "fits": lambda value: is_text(value) and value.lower() in ("gptq", "gptq_v2", "marlin"),
+    "wanted": "allowed are gptq, gptq_v2",
+}  # marlin is refused with more words
 GPTQ = {"fits": lambda value: str(value).lower() == "gptq", "wanted": "allowed is 'gptq'"}
 
 
@@ -122,13 +127,13 @@ class Fields:
         MISSING,
         "required",
         stored=True,
-        wanted="allowed are 2, 3, 4, 8",
+        allowed=(2, 3, 4, 8),  # those of `LayerScheme`, which takes torch to be read
     )
     tokenizer: Any = declared(CALIBRATION, "an object, a model id or a folder", None, "the model's", **TOKENIZER)
     dataset: Any = declared(
         CALIBRATION,
-        "a name (wikitext2, code, …), a file or folder, a mix (`wikitext2:0.5,./my.jsonl:0.5`), a list of samples, or "
-        "self: text that the model writes",
+        "a file or folder, a list of samples, self: text that the model writes; wikitext2, c4, ptb, code, math, chat, "
+        "medical, finance or multilingual, of the Hub; or a mix (`wikitext2:0.5,./my.jsonl:0.5`)",
         None,
         "self",
         options=("--dataset", "--data-path"),
@@ -139,6 +144,7 @@ class Fields:
         "columns that share a scale and a zero; -1 for whole rows",
         128,
         stored=True,
+        least=-1,
         wanted="it is a positive integer, or -1 for whole rows",
     )
     damp_percent: float | None = declared(
@@ -158,17 +164,16 @@ class Fields:
     true_sequential: bool = declared(
         SEARCH, "calibrate later linears of a block on the already quantized earlier ones", True, stored=True
     )
-    format: str = declared(CHECKPOINT, "gptq (v1), which all read, or gptq_v2", "gptq", stored=True)
+    format: str = declared(CHECKPOINT, "gptq (v1), which all read, or gptq_v2", "gptq", stored=True, **FORMAT)
     meta: dict[str, Any] | None = declared(
         CHECKPOINT,
         "facts for config.json; `quantizer` and `calibration` are added",
         None,
         stored=True,
-        option=False,
         **FACTS,
     )
     backend: str | None = declared(
-        RUNNING, "which kernels may run: auto, cpu, or a kernel's name", "auto", decisive=False, option=False
+        RUNNING, "which kernels may run: auto, cpu, or a kernel's name", "auto", decisive=False
     )
     model_seqlen: int | None = declared(
         CALIBRATION,
@@ -242,7 +247,7 @@ class Fields:
         RUNNING, "warn, raise or off: if the result is far from the original", "warn", decisive=False
     )  # not decisive, although "off" holds no rows out: that shows in the data
     max_perplexity_ratio: float = declared(
-        RUNNING, "how many times the original's perplexity counts as far", 1.5, decisive=False, above=0
+        RUNNING, "how many times the original's perplexity counts as far", 1.25, decisive=False, above=0
     )
     device: Any = declared(
         RUNNING, "where blocks are run and solved, one at a time", None, "the accelerator, if there is one", **DEVICE
@@ -261,8 +266,11 @@ class Fields:
         CHECKPOINT, "choose bits for each linear instead, so that they take so many together", None, above=0
     )
     target_size_gib: float | None = declared(CHECKPOINT, "the same, as the size of all weights", None, above=0)
-    serving: Literal["vllm"] | None = declared(
-        CHECKPOINT, "vllm: refuse, and do not choose, what it does not read", None
+    serving: Literal["vllm", "sglang", "transformers"] | None = declared(
+        CHECKPOINT,
+        "vllm, sglang or transformers: refuse, and do not choose, what it does not read",
+        None,
+        options=("--for",),
     )
     dynamic: dict[str, dict[str, Any]] | None = declared(
         CHECKPOINT,
@@ -313,6 +321,24 @@ FIELDS: dict[str, Field] = {
     if found.metadata
 }
 """In the order of the signature."""
+
+
+def as_options(fields: Fields) -> list[str]:
+    """The options of the command line that ask for the same result; data that has no name is called DATASET."""
+    found: list[str] = []
+    for name, known in FIELDS.items():
+        value = getattr(fields, name)
+        if not known.flags or value is None or value == known.default or not (known.decisive or name == "dataset"):
+            continue
+        flag = known.flags[0]
+        if known.kind is bool:
+            found.append(flag if value else flag.replace("--", "--no-"))
+        elif known.kind in (dict, list):
+            found += [flag, json.dumps(value, default=str)]
+        else:
+            named = isinstance(value, (str, os.PathLike, int, float))
+            found += [flag, str(value) if named else name.upper()]
+    return found
 
 
 def refuse_unknown(given: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from optq.calibration import SELF, mixture
 from optq.checkpoint import CHECKPOINT_FORMATS
 from optq.errors import ConfigError
 from optq.kernels import known_backend
+from optq.readers import NAMES, settings_refused
 from optq.scheme import BITS, LayerScheme
 from optq.version import __version__
 
@@ -154,8 +155,9 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
                 raise ConfigError(f"dynamic: {pattern!r}: {error}") from error
 
     def _check_serving(self, scheme: LayerScheme) -> None:
-        if self.serving is not None and (reason := scheme.why_not_served()):
-            raise ConfigError(f"serving={self.serving!r} was asked for, but vLLM does not read {reason}.")
+        if self.serving is not None and (reasons := settings_refused(self.serving, scheme)):
+            named, told = NAMES[self.serving], ", nor ".join(reasons)
+            raise ConfigError(f"serving={self.serving!r} was asked for, but {named} does not read {told}.")
 
     @property
     def by_gptqmodel(self) -> bool:

@@ -3,7 +3,6 @@
 
 from .comparison import Comparer as Comparer
 from .comparison import Comparison as Comparison
-from .gate import GOOD_PERPLEXITY_RATIO as GOOD_PERPLEXITY_RATIO
 from .gate import is_good as is_good
 from .gate import judge as judge
 from .harness import HarnessComparison as HarnessComparison
@@ -20,3 +19,6 @@ from .perplexity import perplexity_on as perplexity_on
 from .perplexity import spans as spans
 from .speed import Speed as Speed
 from .speed import generation_speed as generation_speed
+from .verdict import VERDICTS as VERDICTS
+from .verdict import Verdict as Verdict
+from .verdict import verdict_of as verdict_of

@@ -6,11 +6,9 @@ import logging
 from optq.errors import QualityError, counted
 
 from .comparison import Comparison
+from .verdict import verdict_of
 
 logger = logging.getLogger(__name__)
-
-GOOD_PERPLEXITY_RATIO = 1.5
-"""Above it the gate is red. 4-bit models stay below 1.1, 3-bit ones of 135M parameters near 1.3 (docs/accuracy.md)."""
 
 
 def is_good(comparison: Comparison, limit: float) -> bool:
@@ -32,9 +30,11 @@ def judge(comparison: Comparison, limit: float, *, held_out: bool, strict: bool)
     where = "held-out calibration rows" if held_out else "calibration rows (too few to hold some out)"
     ratio = comparison.perplexity_ratio
     perplexity = "" if ratio is None else f"perplexity {ratio:.3f} × the original's, "
+    word = verdict_of(ratio)
+    told = "" if word is None else f": {word}"
     verdict = (
         f"On {counted(comparison.tokens, 'token')} of {where}: {perplexity}KL divergence "
-        f"{comparison.divergence:.4f} nats per token, same top token {comparison.agreement:.1%}."
+        f"{comparison.divergence:.4f} nats per token, same top token {comparison.agreement:.1%}{told}."
     )
     if not comparison.finite:
         raise QualityError(

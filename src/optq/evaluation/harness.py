@@ -6,18 +6,16 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from optq.errors import ConfigError
+
+from .verdict import Verdict, verdict_of_scores
 
 METRICS = ("acc_norm", "exact_match", "acc", "f1", "pass@1", "word_perplexity", "perplexity")
 """The first of these that a task has is the one that is compared; else its first number."""
 
 LARGE_LOSS = 0.02  # of the original's score
-
-HarnessVerdict = Literal["as good as the original", "good", "usable", "poor"]
-VERDICTS: dict[HarnessVerdict, float] = {"as good as the original": 0.99, "good": 0.98, "usable": 0.95}
-"""From what mean part of the original's scores on. Below: poor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +57,8 @@ class HarnessComparison:
         return statistics.fmean(task.kept for task in self.tasks)
 
     @property
-    def verdict(self) -> HarnessVerdict:
-        return next((verdict for verdict, limit in VERDICTS.items() if self.kept >= limit), "poor")
+    def verdict(self) -> Verdict:
+        return verdict_of_scores(self.kept)
 
 
 def read_harness_results(path: Path) -> dict[str, Any]:

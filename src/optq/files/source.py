@@ -7,11 +7,13 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -57,7 +59,7 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
         as_data: never run code of the model: if transformers does not know it, a plain config holds what is written.
     Raises:
         ModelError: there is none, or none that transformers knows.
-        OSError: there is no such folder or repository, or it cannot be reached.
+        OSError: there is no such folder or repository, or it cannot be reached; says which was looked for.
     """
     keys = (*WHERE, "trust_remote_code")
     folder = Path(source, kwargs.get("subfolder") or "")
@@ -74,16 +76,41 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
 
 @contextmanager
 def _refusing(source: str) -> Iterator[None]:
-    """Name the file in what transformers says of a config that it cannot read, which may be any error."""
+    """Name the file, or the folder that is not there, in what transformers says, which may be any error."""
     try:
         yield
-    except (OptqError, OSError):  # these do, or say that there is no such model
+    except OptqError:
         raise
+    except OSError as error:
+        if Path(source).exists():  # it names the file
+            raise
+        raise OSError(_not_found(source, error)) from error
     except Exception as error:
         raise ModelError(
             f"{source}/config.json: transformers {transformers.__version__} cannot read it: {type(error).__name__}: "
             f"{error}"
         ) from error
+
+
+def _not_found(source: str, error: OSError) -> str:
+    """Why there is no such model: without a network, what transformers says of a wrong path is that there is none."""
+    folder = Path(source)
+    near = get_close_matches(folder.name, [path.name for path in siblings_of(folder)], n=1)
+    hint = f" Did you mean {str(folder.with_name(near[0]))!r}?" if near else ""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return f"There is no folder {source!r}, and a model's id on the Hub is no path.{hint}"
+    here = str(Path.cwd())
+    return f"There is no folder {source!r} in {here!r}, and of the Hub there is no such model here: {error}{hint}"
+
+
+def siblings_of(folder: Path) -> list[Path]:
+    """The folders beside one, which need not be there."""
+    try:
+        return [path for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return []
 
 
 def stated_quantization(model_config: Any) -> GPTQConfig | None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from optq.checkpoint import PackedWeight, with_trivial_groups
 from optq.checkpoint.headers import TensorHeader
-from optq.config.dynamic import dynamic_rules, pattern_of
+from optq.config.dynamic import dynamic_rules
 from optq.config.gptq import GPTQConfig
 from optq.errors import CheckpointError, shortened
-from optq.readers import kind_of
+from optq.readers import kind_of, pattern_of
 from optq.scheme import LayerScheme
 from optq.version import __version__
 

@@ -5,6 +5,8 @@ transformers builds the model on the meta device and calls *before*; reads the w
 done there is told by one of two objects: `QuantizingLoad` or `PackedLoad`.
 """
 
+import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ import transformers
 from transformers.quantizers.base import HfQuantizer
 
 from optq.config.gptq import GPTQConfig
+from optq.console import shown
 from optq.evaluation import Comparison
 from optq.events import RunLog
 from optq.integrations.tensor_parallel import whole_state
@@ -62,13 +65,22 @@ class OptqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self._load.before(model, checkpoint_files or [], self)
+        with self._shown():
+            self._load.before(model, checkpoint_files or [], self)
         self.quantization_config = self._load.config
 
     @default_torch_state()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         leave_inference_mode(model)
-        self._load.after(model, self)
+        with self._shown():
+            self._load.after(model, self)
+
+    def _shown(self) -> AbstractContextManager[None]:
+        """A run shows what it does, unless somebody has configured logging, or wants only errors of transformers."""
+        if isinstance(self._load, PackedLoad):
+            return nullcontext()
+        verbosity = transformers.logging.get_verbosity()
+        return shown(logging.INFO if verbosity <= logging.WARNING else verbosity)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         weight_conversions = super().update_weight_conversions(weight_conversions, *args, **kwargs)

@@ -14,6 +14,7 @@ from typing import Any
 from optq.calibration import Calibration, accepted
 from optq.compat import transformers as compat
 from optq.compat.call import DTYPE, name_told, told, where_told
+from optq.config.fields import as_options
 from optq.config.gptq import GPTQConfig
 from optq.device.placement import execution_device, working_dtype
 from optq.distributed import ALONE
@@ -33,6 +34,8 @@ from optq.quantization.run import Run
 from optq.runs.journal import Journal, check_same, described
 from optq.runs.own_text import why_not_loaded_again, write_own_text
 from optq.runs.preparation import Preparation, budget_of, prepare
+from optq.runs.readership import as_linears, say_readers
+from optq.runs.summary import say_summary
 from optq.runs.validation import check_dtype, check_kernels, check_placement, check_request
 
 from .bases import check_dense, check_parts, method_of
@@ -113,6 +116,10 @@ class QuantizingLoad:
         if placed:
             check_placement(model, plan, compat.automatic_map(model, asked, quantizer), asked.offload_folder)
         check_kernels(model, plan, config, asked.device_map, placed=placed)
+        if not config.has_budget:  # which decides later
+            say_readers(
+                as_linears(model, plan.all_targets, config.format), plan.skipped, config.serving, finished=False
+            )
         blocks = plan.without_head().blocks
         if reason := why_not_streamed(model, blocks, files):
             logger.info("The whole model is read into memory: %s.", reason)
@@ -146,7 +153,8 @@ class QuantizingLoad:
             quantizer.journal = Journal(Path(config.journal_folder), model, plan.blocks, config.format)
             ranks.broadcast(partial(quantizer.journal.open, description))
         log_file = Path(config.log_file) if config.log_file and ranks.is_first else None
-        quantizer.log = RunLog(log_file, bar=ranks.is_first, run=json.loads(json.dumps(description, default=str)))
+        told = json.loads(json.dumps({**description, "options": as_options(config)}, default=str))
+        quantizer.log = RunLog(log_file, bar=ranks.is_first, run=told)
         if self._streamed is not None:
             self._streamed.come_back()
         else:
@@ -167,6 +175,7 @@ class QuantizingLoad:
                 plan = allocate(
                     model, plan, calibration, lambda view: config.candidates_for(view.name, *view.shape), budget, run
                 )
+            planned = as_linears(model, plan.all_targets, config.format)
             quality = quantizer.quality = quantize_model(model, plan, calibration, run)
             if config.base is not None:
                 run.log.emit(Dequantized(quant_method=method_of(config.base)))
@@ -181,6 +190,10 @@ class QuantizingLoad:
                 packed.place(model, self._placement, quantizer)
             if quality is not None:
                 self._judge(model, quality, held_out=calibration.truly_held_out)
+            packed_linears = [x for x in planned if isinstance(model.get_submodule(x.name), QuantLinear)]
+            dense = {x.name for x in planned} - {x.name for x in packed_linears}
+            say_readers(packed_linears, [*plan.skipped, *dense], config.serving, finished=True)
+            say_summary(packed_linears, run.log, quality, config.log_file)
 
     def _run(self, quantizer: Any) -> Run:
         config, device = self.config, execution_device(self.config.device)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from optq.errors import OutputError, ReportError, counted
 from optq.events import BlockQuantized, Failed, Gate, LinearQuantized, Quality, RunFinished
+from optq.version import how_to_install
 
+from .next_steps import next_steps
 from .run import Run, bits_per_weight, notes_on, percent, read_run
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def report(folders: Sequence[Path], output: Path) -> Report:
 
         from . import figures
     except ImportError as error:
-        raise ReportError(f"A report needs the package {error.name}: pip install 'optq[report]'.") from error
+        raise ReportError(f"A report needs the package {error.name}: {how_to_install('report')}.") from error
     runs = [read_run(Path(folder)) for folder in folders]
     for run in runs:
         if run.size_gib is None and run.folder.resolve() in (output.resolve(), *output.resolve().parents):
@@ -112,6 +114,7 @@ def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
         f"{counted(calibration['tokens'], 'token')} ({calibration['source']})",
         "verdict": _verdict(run),
         "hurting": _hurting(run),
+        "next_steps": next_steps(run),
         "tiles": _tiles(run),
         "notes": notes_on(run),
         "pictures": pictures,
@@ -151,9 +154,9 @@ def _verdict(run: Run) -> dict[str, str]:
             + f"both models think the same token most likely {quality.agreement:.0%} of the time"
         )
         limit = f" The limit is a perplexity ratio of {gate.max_perplexity_ratio:g}." if ratio is not None else ""
-        opening = "Good enough to use" if gate.green else "Not good enough to use"
+        opening = (run.verdict or ("within the limits" if gate.green else "beyond the limits")).capitalize()
         text = f"{opening}: on {counted(quality.tokens, 'token')} of {where}, {found}.{limit}"
-        return {"tone": "good" if gate.green else "bad", "text": text}
+        return {"tone": "good" if gate.green and run.verdict != "poor" else "bad", "text": text}
     done = f"{len(run.finished_blocks)} of {counted(run.started.blocks, 'block')}"
     if failed is not None:
         return {"tone": "bad", "text": f"Failed after {done}: {failed.error}"}
@@ -237,7 +240,7 @@ def _comparison(runs: list[Run], picture: "Picture | None") -> dict[str, Any]:
     """The table of all runs, and whether they are comparable."""
     rows = []
     for number, run in enumerate(runs, 1):
-        quality, gate = run.last(Quality), run.last(Gate)
+        quality = run.last(Quality)
         rows.append(
             [
                 f"{number}. {run.name}",
@@ -247,7 +250,7 @@ def _comparison(runs: list[Run], picture: "Picture | None") -> dict[str, Any]:
                 _or_dash(quality.divergence if quality else None, "{:.4f}"),
                 _or_dash(quality.agreement if quality else None, "{:.1%}"),
                 _or_dash(quality.perplexity_ratio if quality else None, "{:.3f}"),
-                "–" if gate is None else "good" if gate.green else "not good",
+                run.verdict or "–",
                 f"{run.seconds / 60:.1f}",
             ]
         )
@@ -259,7 +262,7 @@ def _comparison(runs: list[Run], picture: "Picture | None") -> dict[str, Any]:
         "KL, nats",
         "same top token",
         "perplexity ratio",
-        "gate",
+        "verdict",
         "min",
     ]
     judged = {(run.model, run.started.calibration["sha256"], run.started.calibration["seed"]) for run in runs}

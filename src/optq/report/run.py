@@ -3,13 +3,14 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from optq.device.memory import GIB
 from optq.errors import ReportError, counted
+from optq.evaluation import Verdict, verdict_of
 from optq.events import (
     LOG_NAME,
     Allocated,
@@ -41,9 +42,9 @@ class Run:
     """
 
     folder: Path
-    events: tuple[Event, ...]
+    events: tuple[Event, ...] = field(repr=False)  # thousands
     seconds: float
-    info: dict[str, Any]
+    info: dict[str, Any] = field(repr=False)
     size_gib: float | None
 
     @property
@@ -93,6 +94,14 @@ class Run:
         if quality is None or quality.divergence is None or not self.bits_per_weight:
             return None
         return self.bits_per_weight, quality.divergence
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """How good the result is, on the rows that the run looked at; None if that is not known."""
+        quality = self.last(Quality)
+        if quality is None:
+            return None
+        return verdict_of(quality.perplexity_ratio, sound=quality.finite and quality.overflows is None)
 
     @property
     def peak_gib(self) -> float | None:

@@ -30,6 +30,8 @@ from optq.model import Experts, find_blocks, find_fused_experts, find_linears, p
 from optq.positions import fitting, positions_of, stated_positions
 from optq.quantization.plan import Plan, plan_quantization
 
+from .readership import refuse_unserved
+
 logger = logging.getLogger(__name__)
 
 LONGEST = 2048  # tokens of a calibration sequence, by default
@@ -72,6 +74,7 @@ def prepare(model: Any, config: GPTQConfig, where: Mapping[str, Any]) -> Prepara
             f"write its own calibration data: {reason}. Pass dataset= with {accepted()}."
         )
     plan, experts = plan_for(model, config)
+    refuse_unserved(model, plan, config)
     with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
         prepared = _data_for(model, config, where)
         calibration = None if config.own_text else prepared(None)
