@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from optq.gptq import triton_columns
 from optq.gptq.columns import FUSED_BLOCK, FUSED_ROWS, FUSED_WARPS
 from optq.kernels import triton_kernels
-from optq.kernels.tilings import TILINGS
+from optq.kernels.tilings import HOPPER, TILINGS
 from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, block_of, launch_options
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -175,25 +175,31 @@ def weights_per_thread(bits: int, tiling: Any) -> float:
     return tiling.parts * tiling.outputs * block_of(bits) / (32 * tiling.warps)
 
 
+def tilings_of(target: Any) -> tuple[Any, ...]:
+    return HOPPER if target.arch == 90 else TILINGS
+
+
 def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
-    targets = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90)} | {
+    others = () if quick else (89, 100, 120)
+    targets = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, *others)} | {
         "gfx942": GPUTarget("hip", "gfx942", 64)
     }
     for name, target in targets.items():
-        every = list(itertools.product(PLANES, ("float16", "bfloat16"), (32, 128), TILINGS))
+        tilings = tilings_of(target)
+        every = list(itertools.product(PLANES, ("float16", "bfloat16"), (32, 128), tilings))
         # One in four of the cases, another one for each number of bits, meets every pair of choices; NVIDIA's two
         # share them. Of the larger tilings, each with half of the bits, and both groups, will do.
         order = [at + at // (len(every) // len(PLANES)) for at in range(len(every))]
         own = 4 * (name == "sm_90")
         for at, (bits, dtype, group, tiling) in zip(order, every, strict=True):
-            turn = (PLANES_IN_ORDER.index(bits) - TILINGS.index(tiling)) % len(PLANES)
+            turn = (PLANES_IN_ORDER.index(bits) - tilings.index(tiling)) % len(PLANES)
             if quick and (at % 8 != own or (bits != 4 if name == "gfx942" else tiling.rows > 8 and turn in (1, 2))):
                 continue
             what = {"target": name, "program": "product", "bits": bits, "dtype": dtype, "group": group}
             what |= {"rows": tiling.rows, "weights_per_thread": weights_per_thread(bits, tiling)}
             yield what, product(bits, dtype, group, tiling, target)
         for bits, dtype, group, tiling in every:
-            at = TILINGS.index(tiling)
+            at = tilings.index(tiling)
             own_one = at == 1 if name == "gfx942" else at % 2 == (name == "sm_90")
             if quick and not (own_one and (bits, dtype, group) == AROUND_IT[at % len(AROUND_IT)]):
                 continue
@@ -210,10 +216,11 @@ def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
 
 
 def loops() -> Iterator[tuple[dict[str, Any], Any]]:
-    for arch, bits, tiling in itertools.product((80, 89, 90, 100, 120), PLANES, TILINGS):
-        what = {"target": f"sm_{arch}", "bits": bits, "rows": tiling.rows, "most_rows": tiling.most_rows}
-        what |= {"weights_per_thread": weights_per_thread(bits, tiling)}
-        yield what, product(bits, "bfloat16", 128, tiling, GPUTarget("cuda", arch, 32))
+    for target in [GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)]:
+        for bits, tiling in itertools.product(PLANES, tilings_of(target)):
+            what = {"target": f"sm_{target.arch}", "bits": bits, "rows": tiling.rows, "most_rows": tiling.most_rows}
+            what |= {"weights_per_thread": weights_per_thread(bits, tiling)}
+            yield what, product(bits, "bfloat16", 128, tiling, target)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ FAULTS = {
     "the first expert's scales and zeros for all": ("grid + expert * out", "grid"),
     "tiles counted from the first expert's": ("(tile - tiles_before) * ROWS", "tile * ROWS"),
     "the first tile of an expert for all of its": ("(tile - tiles_before) * ROWS", "0 * tile"),
-    "a tile that runs into the next expert's rows": ("m < tl.load(starts + expert + 1)", "m < rows"),
+    "a tile that runs into the next expert's rows": ("end = tl.load(starts + expert + 1)", "end = rows"),
     "an expert too early": ("tl.cumsum(tiles, 0) <= tile)", "tl.cumsum(tiles, 0) < tile)"),
     "rows of a last tile left out": ("(rows + ROWS - 1) // ROWS", "rows // ROWS"),
 }

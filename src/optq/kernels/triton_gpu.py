@@ -41,7 +41,7 @@ from .launches import Program
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
 from .roofline import Roofline, roofline
 from .selftest import why_wrong
-from .tilings import MOST_ROWS, TILINGS, Tiling, problem_of
+from .tilings import MOST_ROWS, Tiling, problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -170,9 +170,10 @@ def matmul_transposed(gradient: Tensor, prepared: Prepared) -> Tensor:
 
 def _tiling(rows: int, prepared: Prepared, dtype: torch.dtype, outputs: int) -> Tiling:
     """The tiling for so many rows; with more than any is for, that of the most rows."""
-    candidates: tuple[Tiling, ...] = TILINGS
-    if tuned := tilings.tuned(prepared.codes.device):
-        candidates = tuned.get(replace(problem_of(prepared, dtype), outputs=outputs), TILINGS)
+    device = prepared.codes.device
+    candidates = tilings.untuned(device)
+    if tuned := tilings.tuned(device):
+        candidates = tuned.get(replace(problem_of(prepared, dtype), outputs=outputs), candidates)
     return next((tiling for tiling in candidates if rows <= tiling.most_rows), candidates[-1])
 
 

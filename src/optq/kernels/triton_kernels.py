@@ -157,8 +157,8 @@ def sum_over_columns(
     third,  # likewise, of 3 bits
     grid,  # the first output's, in the first group
     n,  # the tile's first output
-    m,  # (ROWS,) the tile's rows
-    there,  # (ROWS,) which rows there are
+    m,  # its first row
+    end,  # the first row that is not the tile's
     out,
     first_block,
     last_block,
@@ -192,6 +192,8 @@ def sum_over_columns(
     words_at = first_words(output, blocks, WORDS) + part_of_row * (TOGETHER * WORDS)
     words_at = words_at[:, None] + tl.arange(0, WORDS)[None, :]
     part, column = tl.arange(0, PARTS), tl.arange(0, WIDTH)
+    m += tl.arange(0, ROWS)
+    there = m < end
     if PARTS == 1:
         inputs = x + m.to(tl.int64)[None, :] * columns + column[:, None]
     else:
@@ -280,11 +282,12 @@ def store_tile(
     counts,  # (row tiles, output tiles)
     output,  # (rows, out)
     n,  # the tile's first output
-    m,  # (ROWS,)
-    there,  # (ROWS,)
+    m,  # its first row
+    end,  # the first row that is not the tile's to store
     rows,
     out,
     OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
     LAST_ADDS: tl.constexpr,
 ):
     """Store a tile of the product; with several splits, a part of it. The last to be ready adds all in their order.
@@ -292,13 +295,16 @@ def store_tile(
     So the same input gives the same bytes, whichever is the last.
     """
     splits = tl.num_programs(2)
-    n += tl.arange(0, OUTPUTS)
-    at = m.to(tl.int64)[None, :] * out + n[:, None]
-    known = (n < out)[:, None] & there[None, :]
+    row, column = tl.arange(0, ROWS), tl.arange(0, OUTPUTS)
+    at = row[None, :] * out + column[:, None]  # int32: with int64, every number of the tile had two registers more
+    known = (n + column < out)[:, None] & (m + row < end)[None, :]
+    first = m.to(tl.int64) * out + n
+    output += first
     if splits == 1:
         tl.store(output + at, total.to(output.dtype.element_ty), mask=known)
     else:
         size = rows.to(tl.int64) * out
+        parts += first
         tl.store(parts + tl.program_id(2) * size + at, total, mask=known)
         if LAST_ADDS:
             tl.debug_barrier()  # all threads have stored before one of them counts
@@ -343,9 +349,8 @@ def product(
 ):
     """x times the transposed weight: a program makes (ROWS, OUTPUTS) of one split's part of the sum over columns."""
     n = tl.program_id(0) * OUTPUTS
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    m = tl.program_id(1) * ROWS
     split = tl.program_id(2)
-    there = m < rows
     total = sum_over_columns(
         x,
         first,
@@ -353,7 +358,7 @@ def product(
         grid,
         n,
         m,
-        there,
+        rows,
         out,
         split * blocks_per_split,
         tl.minimum((split + 1) * blocks_per_split, blocks),
@@ -373,7 +378,7 @@ def product(
         PTX,
         UPCAST,
     )
-    store_tile(total, parts, counts, output, n, m, there, rows, out, OUTPUTS, LAST_ADDS)
+    store_tile(total, parts, counts, output, n, m, rows, rows, out, OUTPUTS, ROWS, LAST_ADDS)
 
 
 @triton.jit
@@ -428,9 +433,9 @@ def grouped_product(
     if expert >= experts:
         return
     n = tl.program_id(0) * OUTPUTS
-    m = tl.load(starts + expert) + (tile - tiles_before) * ROWS + tl.arange(0, ROWS)
+    m = tl.load(starts + expert) + (tile - tiles_before) * ROWS
+    end = tl.load(starts + expert + 1)
     split = tl.program_id(2)
-    there = m < tl.load(starts + expert + 1)
     WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
     words = first_words(expert * out, blocks, WORDS)
     total = sum_over_columns(
@@ -440,7 +445,7 @@ def grouped_product(
         grid + expert * out,
         n,
         m,
-        there,
+        end,
         out,
         split * blocks_per_split,
         tl.minimum((split + 1) * blocks_per_split, blocks),
@@ -460,7 +465,7 @@ def grouped_product(
         PTX,
         UPCAST,
     )
-    store_tile(total, parts, counts, output, n, m, there, rows, out, OUTPUTS, LAST_ADDS)
+    store_tile(total, parts, counts, output, n, m, end, rows, out, OUTPUTS, ROWS, LAST_ADDS)
 
 
 @triton.jit(do_not_specialize=["first_output", "count"])
