@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from optq.gptq import triton_columns
 from optq.gptq.columns import FUSED_BLOCK, FUSED_ROWS, FUSED_WARPS
 from optq.kernels import triton_kernels
-from optq.kernels.tilings import HOPPER, TILINGS
+from optq.kernels.tilings import BY_CAPABILITY, TILINGS
 from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, block_of, launch_options
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -176,7 +176,7 @@ def weights_per_thread(bits: int, tiling: Any) -> float:
 
 
 def tilings_of(target: Any) -> tuple[Any, ...]:
-    return HOPPER if target.arch == 90 else TILINGS
+    return TILINGS if target.backend == "hip" else BY_CAPABILITY.get(target.arch // 10, TILINGS)
 
 
 def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:

@@ -22,7 +22,7 @@ from optq.checkpoint import PackedWeight, unpack_codes
 from optq.device import triton as triton_devices
 from optq.kernels import KERNELS, choose_kernel, explain, triton_gpu
 from optq.kernels.roofline import H200, Roofline, roofline
-from optq.kernels.tilings import TILINGS
+from optq.kernels.tilings import BY_CAPABILITY, TILINGS, untuned
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the programs themselves")
@@ -286,6 +286,9 @@ def test_compiles_for_gpus_that_are_not_there():
                 # Memory of an H200 brings a weight of 4 bits in the time of 3.6 instructions. Triton 3.6 takes 3.2.
                 most = {2: 3.2, 3: 4.5, 4: 3.3, 8: 3.8}[facts["bits"]]
                 assert facts["loop_instructions"] / facts["weights_per_thread"] <= most, facts
+            elif facts["bits"] == 4 and facts["group"] == 128:
+                most = {16: 2.6, 32: 2.8, 64: 3.0, 128: 3.3}[facts["rows"]]  # on sm_90
+                assert facts["target"] != "sm_90" or facts["loop_instructions"] / facts["weights_per_thread"] <= most
 
 
 def test_it_is_tried_before_it_is_used(monkeypatch, planted, caplog):
@@ -442,6 +445,15 @@ def test_refuses_in_words(monkeypatch):
     monkeypatch.setattr(triton_devices.shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     assert "install gcc" in triton_gpu.why_not(packed, torch.float16)
+
+
+def test_a_gpu_gets_the_tilings_of_its_capability(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    for capability, expected in {(9, 0): BY_CAPABILITY[9], (12, 0): BY_CAPABILITY[12], (8, 9): TILINGS}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert untuned(gpu) == expected
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert untuned(gpu) == untuned(torch.device("cpu")) == TILINGS
 
 
 def test_the_sum_is_split_where_that_pays():

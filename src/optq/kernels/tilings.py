@@ -137,16 +137,21 @@ TILINGS = (
 )
 
 
-# Where four warps multiply as one, with the weight from their registers (compute capability 9), scaling sums takes
-# fewer instructions than scaling weights; and two programs of four warps need not wait for one another as eight do.
-HOPPER = (*TILINGS[:3], replace(TILINGS[3], scale_sums=128), replace(TILINGS[4], warps=4))
+# Others than TILINGS, by the major number of a GPU's compute capability.
+BY_CAPABILITY = {
+    # Where four warps multiply as one, with the weight from their registers, scaling sums takes fewer instructions
+    # than scaling weights; and two programs of four warps need not wait for one another as eight warps do.
+    9: (*TILINGS[:3], replace(TILINGS[3], scale_sums=128), replace(TILINGS[4], warps=4)),
+    # The wider tile spills 10 registers there.
+    12: (*TILINGS[:3], replace(TILINGS[3], outputs=64, stages=4), TILINGS[4]),
+}
 
 
 def untuned(device: torch.device) -> tuple[Tiling, ...]:
     """The tilings that are there from the start, for few rows first."""
     if device.type != "cuda" or torch.version.hip is not None:
         return TILINGS
-    return HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else TILINGS
+    return BY_CAPABILITY.get(torch.cuda.get_device_capability(device)[0], TILINGS)
 
 
 @cache
