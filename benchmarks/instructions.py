@@ -4,7 +4,7 @@
 With few rows a product waits for the weights: a GPU's memory brings so many per second, and its processors start so
 many instructions per second. The quotient is how many a weight may take; more than that, and the instructions decide.
 
-    python benchmarks/instructions.py    # about 2 minutes
+    python benchmarks/instructions.py    # about 5 minutes
 """
 
 import json
@@ -36,11 +36,13 @@ def main() -> None:
     found: dict[str, Any] = {
         gpu: {"affordable": {bits: affordable(gpu, bits) for bits in (2, 3, 4, 8)}} for gpu in GPUS
     }
+    names = {target: gpu for gpu, (target, *_) in GPUS.items()}
     for facts in map(json.loads, ran.stdout.splitlines()):
-        for gpu, (target, *_) in GPUS.items():
-            if target == facts["target"]:
-                per_weight = round(facts["loop_instructions"] / facts["weights_per_thread"], 2)
-                found[gpu].setdefault(f"up to {facts['most_rows']} rows", {})[facts["bits"]] = per_weight
+        gpu = found.setdefault(names.get(facts["target"], facts["target"]), {})
+        per_weight = round(facts["loop_instructions"] / facts["weights_per_thread"], 2)
+        gpu.setdefault(f"up to {facts['most_rows']} rows", {})[facts["bits"]] = per_weight
+        for name in ("reg", "shared_bytes", "spills"):
+            gpu[f"most {name}"] = max(gpu.get(f"most {name}", 0), facts[name])
     settings = {"group_size": GROUP_SIZE, "activations": "bfloat16", "unit": "instructions of a thread per weight"}
     record.write("instructions", settings, found)
 

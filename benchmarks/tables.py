@@ -161,13 +161,23 @@ def instructions() -> str:
         f"Triton {content['environment']['triton']}.",
         "",
     ]
-    bits = list(next(iter(content["results"].values()))["affordable"])
+    results = content["results"]
+    bits = list(next(iter(results.values()))["affordable"])
+    tilings = [key for key in next(iter(results.values())) if key.startswith("up to")]
     lines += [f"| | {' | '.join(f'{each} bits' for each in bits)} |", f"|---|{'---|' * len(bits)}"]
-    for gpu, found in content["results"].items():
-        cells = [f"{found['affordable'][each]:.1f}" for each in bits]
-        lines.append(f"| {gpu}: while memory brings a weight | {' | '.join(cells)} |")
-        for rows in ("up to 8 rows", "up to 16 rows", "up to 32 rows"):
-            lines.append(f"| {gpu}, {rows} | {' | '.join(f'{found[rows][each]:.1f}' for each in bits)} |")
+    for gpu, found in results.items():
+        if "affordable" in found:
+            cells = [f"{found['affordable'][each]:.1f}" for each in bits]
+            lines.append(f"| {gpu}: while memory brings a weight | {' | '.join(cells)} |")
+            lines += [
+                f"| {gpu}, {rows} | {' | '.join(f'{found[rows][each]:.1f}' for each in bits)} |" for rows in tilings
+            ]
+    lines += ["", f"| 4 bits | {' | '.join(results)} |", f"|---|{'---|' * len(results)}"]
+    for rows in tilings:
+        four_bits = [found[rows]["4"] for found in results.values()]
+        lines.append(f"| {rows} | {' | '.join(f'{each:.1f}' for each in four_bits)} |")
+    for name, words in {"reg": "most registers", "spills": "most spills, any bits"}.items():
+        lines.append(f"| {words} | {' | '.join(str(found[f'most {name}']) for found in results.values())} |")
     return "\n".join(lines)
 
 

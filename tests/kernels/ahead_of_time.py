@@ -30,13 +30,13 @@ from triton.compiler import ASTSource
 from optq.gptq import triton_columns
 from optq.gptq.columns import FUSED_BLOCK, FUSED_ROWS, FUSED_WARPS
 from optq.kernels import triton_kernels
-from optq.kernels.tilings import TILINGS
+from optq.kernels.tilings import BY_CAPABILITY, TILINGS
 from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, block_of, launch_options
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 EXPERTS = 128
-TENSOR_CORE = r"H?G?MMA"
+TENSOR_CORE = r"(UTC)?H?G?MMA"
 AROUND_IT = ((4, "bfloat16", 32), (4, "float16", 128), (3, "bfloat16", 128), (3, "float16", 32))
 """With `--quick`: what is in the experts' program, around the same product, for each tiling in turn."""
 PLANES_IN_ORDER = list(PLANES)
@@ -46,6 +46,8 @@ ALIGNED = (
     "first",
     "third",
     "grid",
+    "parts",
+    "counts",
     "output",
     "dense",
     "out",
@@ -69,7 +71,9 @@ def product(bits: int, dtype: str, group: int, tiling: Any, target: Any, experts
         "first": "*i32",
         "third": "*i16",
         "grid": "*i32",
-        "output": f"*{TYPES[dtype]}" if experts else "*fp32",
+        "parts": "*fp32",
+        "counts": "*i64",
+        "output": f"*{TYPES[dtype]}",
         "starts": "*i32",
     }
     constants = {
@@ -78,11 +82,13 @@ def product(bits: int, dtype: str, group: int, tiling: Any, target: Any, experts
         "GROUP": group,
         "OUTPUTS": tiling.outputs,
         "ROWS": tiling.rows,
+        "PARTS": tiling.parts,
         "SCALE_SUMS": bool(tiling.scale_sums) and group >= tiling.scale_sums,
         "WHOLE": True,
         "BFLOAT16_SCALES": False,
         "PTX": target.backend == "cuda",
         "UPCAST": False,
+        "LAST_ADDS": target.backend == "cuda",
     }
     options = launch_options(tiling, constants["PTX"])
     if experts:
@@ -150,42 +156,50 @@ def operations(lines: list[str]) -> list[str]:
 
 
 def loop_over_columns(lines: list[str]) -> list[str]:
-    """The instructions from a label to the branch back to it, the tensor core's among them; of the last such loop."""
-    labels, loop = {}, []
+    """The instructions from a label to a branch back to it, with the most of the tensor core's among them.
+
+    Of such loops, the shortest: where a program waits for sm_100's tensor core is put at its end, and branches back.
+    """
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = [[]]
     for at, line in enumerate(lines):
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = at
         elif (branch := re.search(r"\bBRA.*?(\.L_\w+)", line)) and branch[1] in labels:
-            body = operations(lines[labels[branch[1]] : at + 1])
-            if any(re.match(TENSOR_CORE, op) for op in body):
-                loop = body
-    return loop
+            loops.append(operations(lines[labels[branch[1]] : at + 1]))
+    return max(loops, key=lambda loop: (sum(bool(re.match(TENSOR_CORE, op)) for op in loop), -len(loop)))
 
 
 def weights_per_thread(bits: int, tiling: Any) -> float:
     """In one turn of the loop."""
-    return tiling.outputs * block_of(bits) / (32 * tiling.warps)
+    return tiling.parts * tiling.outputs * block_of(bits) / (32 * tiling.warps)
+
+
+def tilings_of(target: Any) -> tuple[Any, ...]:
+    return TILINGS if target.backend == "hip" else BY_CAPABILITY.get(target.arch // 10, TILINGS)
 
 
 def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
-    targets = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90)} | {
+    others = () if quick else (89, 100, 120)
+    targets = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, *others)} | {
         "gfx942": GPUTarget("hip", "gfx942", 64)
     }
     for name, target in targets.items():
-        every = list(itertools.product(PLANES, ("float16", "bfloat16"), (32, 128), TILINGS))
+        tilings = tilings_of(target)
+        every = list(itertools.product(PLANES, ("float16", "bfloat16"), (32, 128), tilings))
         # One in four of the cases, another one for each number of bits, meets every pair of choices; NVIDIA's two
         # share them. Of the larger tilings, each with half of the bits, and both groups, will do.
         order = [at + at // (len(every) // len(PLANES)) for at in range(len(every))]
         own = 4 * (name == "sm_90")
         for at, (bits, dtype, group, tiling) in zip(order, every, strict=True):
-            turn = (PLANES_IN_ORDER.index(bits) - TILINGS.index(tiling)) % len(PLANES)
+            turn = (PLANES_IN_ORDER.index(bits) - tilings.index(tiling)) % len(PLANES)
             if quick and (at % 8 != own or (bits != 4 if name == "gfx942" else tiling.rows > 8 and turn in (1, 2))):
                 continue
             what = {"target": name, "program": "product", "bits": bits, "dtype": dtype, "group": group}
             what |= {"rows": tiling.rows, "weights_per_thread": weights_per_thread(bits, tiling)}
             yield what, product(bits, dtype, group, tiling, target)
         for bits, dtype, group, tiling in every:
-            at = TILINGS.index(tiling)
+            at = tilings.index(tiling)
             own_one = at == 1 if name == "gfx942" else at % 2 == (name == "sm_90")
             if quick and not (own_one and (bits, dtype, group) == AROUND_IT[at % len(AROUND_IT)]):
                 continue
@@ -202,10 +216,11 @@ def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
 
 
 def loops() -> Iterator[tuple[dict[str, Any], Any]]:
-    for arch, bits, tiling in itertools.product((80, 90), PLANES, TILINGS):
-        what = {"target": f"sm_{arch}", "bits": bits, "rows": tiling.rows, "most_rows": tiling.most_rows}
-        what |= {"weights_per_thread": weights_per_thread(bits, tiling)}
-        yield what, product(bits, "bfloat16", 128, tiling, GPUTarget("cuda", arch, 32))
+    for target in [GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)]:
+        for bits, tiling in itertools.product(PLANES, tilings_of(target)):
+            what = {"target": f"sm_{target.arch}", "bits": bits, "rows": tiling.rows, "most_rows": tiling.most_rows}
+            what |= {"weights_per_thread": weights_per_thread(bits, tiling)}
+            yield what, product(bits, "bfloat16", 128, tiling, target)
 
 
 if __name__ == "__main__":

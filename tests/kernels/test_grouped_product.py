@@ -119,7 +119,8 @@ def test_each_expert_gets_what_it_would_get_alone_and_the_same_bytes_again():
     for view, own, result in zip(
         KERNEL.joint.split(whole, [OUT] * len(packed)), x.split(counts), found.split(counts), strict=True
     ):
-        torch.testing.assert_close(result, triton_gpu.matmul(own, view), rtol=2e-3, atol=2e-3)
+        if len(own):  # alone, by another tiling, which may scale weights where this one scales sums
+            assert relative_error(result, triton_gpu.matmul(own, view)) <= 1e-3
 
 
 def test_refuses_in_words():
@@ -138,11 +139,11 @@ def test_the_operator_keeps_torchs_rules():
 
 
 FAULTS = {
-    "the first expert's weights for all": ("first_words(expert * out + n,", "first_words(n,"),
+    "the first expert's weights for all": ("first_words(expert * out,", "first_words(0 * expert,"),
     "the first expert's scales and zeros for all": ("grid + expert * out", "grid"),
     "tiles counted from the first expert's": ("(tile - tiles_before) * ROWS", "tile * ROWS"),
     "the first tile of an expert for all of its": ("(tile - tiles_before) * ROWS", "0 * tile"),
-    "a tile that runs into the next expert's rows": ("m < tl.load(starts + expert + 1)", "m < rows"),
+    "a tile that runs into the next expert's rows": ("end = tl.load(starts + expert + 1)", "end = rows"),
     "an expert too early": ("tl.cumsum(tiles, 0) <= tile)", "tl.cumsum(tiles, 0) < tile)"),
     "rows of a last tile left out": ("(rows + ROWS - 1) // ROWS", "rows // ROWS"),
 }

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,8 @@ class Tiling:
         registers: at most, for each thread on NVIDIA's GPUs. 0: as many as its assembler likes; that may be too few,
             and then it spills some.
         split_fully: always into so many, and not only where an estimate says that it pays.
+        parts: blocks of columns that a program sums at once. As many as warps: each warp has one of its own, and their
+            sums are added at the end. 1: all warps share one.
     """
 
     most_rows: int
@@ -47,6 +49,7 @@ class Tiling:
     programs_per_processor: int
     registers: int = 0
     split_fully: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +95,34 @@ def problem_of(prepared: Prepared, dtype: torch.dtype) -> Problem:
 TILINGS = (
     # Not tuned on any GPU yet: chosen by the instructions of the loop (with few rows they must not take longer than
     # the weights' way from memory; docs/kernels.md), registers and shared memory (at most 96 KiB, what small GPUs
-    # have), all as compiled ahead of time for sm_80 and sm_90.
+    # have), all as compiled ahead of time for sm_80, sm_90 and sm_120.
     Tiling(
-        most_rows=8, rows=8, outputs=32, warps=1, stages=5, scale_sums=32, programs_per_processor=12, registers=255
+        most_rows=8,
+        rows=8,
+        outputs=32,
+        warps=8,
+        stages=3,
+        scale_sums=32,
+        programs_per_processor=2,
+        registers=255,
+        parts=8,
     ),
     Tiling(
-        most_rows=16, rows=16, outputs=64, warps=2, stages=5, scale_sums=64, programs_per_processor=4, registers=255
+        most_rows=16,
+        rows=16,
+        outputs=32,
+        warps=4,
+        stages=4,
+        scale_sums=32,
+        programs_per_processor=3,
+        registers=255,
+        parts=4,
     ),
     Tiling(
-        most_rows=32, rows=32, outputs=128, warps=4, stages=4, scale_sums=0, programs_per_processor=3, registers=255
+        most_rows=32, rows=32, outputs=128, warps=4, stages=4, scale_sums=128, programs_per_processor=3, registers=255
     ),
     Tiling(
-        most_rows=64, rows=64, outputs=64, warps=4, stages=4, scale_sums=0, programs_per_processor=2, registers=255
+        most_rows=64, rows=64, outputs=128, warps=4, stages=3, scale_sums=0, programs_per_processor=2, registers=255
     ),
     Tiling(
         most_rows=MOST_ROWS,
@@ -116,6 +135,23 @@ TILINGS = (
         registers=255,
     ),
 )
+
+
+# Others than TILINGS, by the major number of a GPU's compute capability.
+BY_CAPABILITY = {
+    # Where four warps multiply as one, with the weight from their registers, scaling sums takes fewer instructions
+    # than scaling weights; and two programs of four warps need not wait for one another as eight warps do.
+    9: (*TILINGS[:3], replace(TILINGS[3], scale_sums=128), replace(TILINGS[4], warps=4)),
+    # The wider tile spills 10 registers there.
+    12: (*TILINGS[:3], replace(TILINGS[3], outputs=64, stages=4), TILINGS[4]),
+}
+
+
+def untuned(device: torch.device) -> tuple[Tiling, ...]:
+    """The tilings that are there from the start, for few rows first."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return TILINGS
+    return BY_CAPABILITY.get(torch.cuda.get_device_capability(device)[0], TILINGS)
 
 
 @cache

@@ -16,9 +16,10 @@ cache lines, and a program's reads are few long ones.
 
 Beside them lies the grid, scale and zero of a group in one word: one load, wide enough to be made ahead.
 
-By rows of activations: few rows split the sum over columns among more programs and add the parts in a second, short
-program, always in the same order; above `MOST_ROWS` the weight is dequantized into memory and multiplied by the dense
-library, which then is as fast and whose product no longer waits for the weights.
+By rows of activations: with few rows, the warps of a program share out the columns and add their sums; where there
+still are too few programs, these split the columns, and the last one to be ready adds all parts, always in the same
+order. Above `MOST_ROWS` the weight is dequantized into memory and multiplied by the dense library, which then is as
+fast and whose product no longer waits for the weights.
 """
 
 import logging
@@ -40,7 +41,7 @@ from .launches import Program
 from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
 from .roofline import Roofline, roofline
 from .selftest import why_wrong
-from .tilings import MOST_ROWS, TILINGS, Tiling, problem_of
+from .tilings import MOST_ROWS, Tiling, problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +50,16 @@ LARGEST_FLOAT16_SCALE = 31.0  # the kernel's own numbers are 2**11 times as larg
 DENSE_BYTES = 2**27  # of the weight while it is multiplied densely
 TOGETHER = 16  # outputs whose blocks lie side by side
 DEQUANTIZED_OUTPUTS = 32  # per program
-SUMMED = 1024  # elements per program
 ALIGNED = 16  # bytes, as Triton has it
 MOST_REMEMBERED = 64  # rows whose launch is remembered: with more it takes a small part of the time
 
 
 FEWEST_BLOCKS = 4  # per split
-LATENCY, SECOND_PROGRAM = 1.0, 2.5  # microseconds that a load takes, and a program that is started after another
+LATENCY, ADDING = 1.0, 2.0  # microseconds that a load takes, and to store parts, count them and load them again
 
 # What is tried on a device before the kernel is used there: a row count for every tiling, and columns enough for split
 # sums, each of more blocks than are loaded ahead, with a part of a group at the end.
-TRIED_ROWS, TRIED_COLUMNS, TRIED_EXPERTS = (3, 12, 24, 48, 70), 2048 + 64, 3
+TRIED_ROWS, TRIED_COLUMNS, TRIED_EXPERTS = (3, 12, 24, 48, 70), 6144 + 64, 3
 
 
 def why_not(packed: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -89,18 +89,26 @@ def why_not_laid_out(packed: PackedWeight, dtype: torch.dtype) -> str | None:
 def _why_wrong(device: torch.device, bits: int, dtype: torch.dtype) -> str | None:
     products = [(3, product_of_dense)]
     if dtype != torch.float32:
-        products += [*((rows, _product_of_tiles) for rows in TRIED_ROWS), (TRIED_ROWS[1], _product_of_experts)]
+        products += [(rows, product) for rows in TRIED_ROWS for product in (_product_of_tiles, _product_in_parts)]
+        products += [(TRIED_ROWS[1], _product_of_experts)]
     return why_wrong("triton", prepare, products, device, bits, dtype, TRIED_COLUMNS)
 
 
 def _product_of_tiles(x: Tensor, prepared: Prepared) -> Tensor:
-    return product(x, prepared, _tiling(x.shape[0], prepared, x.dtype, prepared.out_features))
+    tiling = _tiling(x.shape[0], prepared, x.dtype, prepared.out_features)
+    return product(x, prepared, replace(tiling, programs_per_processor=0))
+
+
+def _product_in_parts(x: Tensor, prepared: Prepared) -> Tensor:
+    tiling = _tiling(x.shape[0], prepared, x.dtype, prepared.out_features)
+    return product(x, prepared, replace(tiling, split_fully=True))
 
 
 def _product_of_experts(x: Tensor, prepared: Prepared) -> Tensor:
     """The product by the program for experts: each has a part of the outputs, and gets all rows once."""
     rows, out = x.shape[0], prepared.out_features // TRIED_EXPERTS
-    launch = _launch(x, prepared, _tiling(-(-rows // TRIED_EXPERTS), prepared, x.dtype, out), TRIED_EXPERTS)
+    tiling = replace(_tiling(-(-rows // TRIED_EXPERTS), prepared, x.dtype, out), split_fully=True)
+    launch = _launch(x, prepared, tiling, TRIED_EXPERTS)
     every = torch.arange(TRIED_EXPERTS + 1, dtype=torch.int32, device=x.device)
     return torch.cat([launch(((every > expert).int() * rows, x)) for expert in range(TRIED_EXPERTS)], 1)
 
@@ -162,9 +170,10 @@ def matmul_transposed(gradient: Tensor, prepared: Prepared) -> Tensor:
 
 def _tiling(rows: int, prepared: Prepared, dtype: torch.dtype, outputs: int) -> Tiling:
     """The tiling for so many rows; with more than any is for, that of the most rows."""
-    candidates: tuple[Tiling, ...] = TILINGS
-    if tuned := tilings.tuned(prepared.codes.device):
-        candidates = tuned.get(replace(problem_of(prepared, dtype), outputs=outputs), TILINGS)
+    device = prepared.codes.device
+    candidates = tilings.untuned(device)
+    if tuned := tilings.tuned(device):
+        candidates = tuned.get(replace(problem_of(prepared, dtype), outputs=outputs), candidates)
     return next((tiling for tiling in candidates if rows <= tiling.most_rows), candidates[-1])
 
 
@@ -267,7 +276,7 @@ def most_tiles(rows: int, experts: int, size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A launch of `product` or `grouped_product` for one weight and number of rows, and of the sum of its splits.
+    """A launch of `product` or `grouped_product` for one weight and number of rows.
 
     Args:
         weight: two planes of codes, (padded out, words) each, twice the same if there is one; and the grid,
@@ -277,10 +286,12 @@ class Launch:
     program: tuple[Any, ...]  # what makes it another one for Triton: device, tiling, constants
     shape: tuple[int, int]  # of the output
     splits: int
+    tiles: int
+    last_adds: bool
     multiply: Program
     weight: tuple[Tensor, ...]
+    no_parts: tuple[Tensor, Tensor]
     constants: tuple[Any, ...]
-    add: Program
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """(rows, out) from x (rows, in), or from the experts' starts and x."""
@@ -288,14 +299,18 @@ class Launch:
         output = torch.empty(self.shape, dtype=x.dtype, device=x.device)
         if not self.shape[0]:
             return output
+        parts = self.no_parts if self.splits == 1 else room_for_parts(self.splits, self.shape, self.tiles, x.device)
         with current(x.device):
-            if self.splits == 1:
-                self.multiply(*inputs, *self.weight, output, *self.constants)
-            else:
-                parts = torch.empty((self.splits, *self.shape), dtype=torch.float32, device=x.device)
-                self.multiply(*inputs, *self.weight, parts, *self.constants)
-                self.add(parts, output, self.splits, *self.shape, SUMMED)
-        return output
+            self.multiply(*inputs, *self.weight, *parts, output, *self.constants)
+        return output if self.splits == 1 or self.last_adds else output.copy_(parts[0].sum(0))
+
+
+def room_for_parts(splits: int, shape: tuple[int, int], tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory of a launch's own, so that any others may run at the same time: `parts` and `counts` of `product`."""
+    return (
+        torch.empty((splits, *shape), dtype=torch.float32, device=device),
+        torch.empty(tiles, dtype=torch.int64, device=device),
+    )
 
 
 def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> Launch:
@@ -324,23 +339,28 @@ def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> 
         "GROUP": width,
         "OUTPUTS": tiling.outputs,
         "ROWS": tiling.rows,
+        "PARTS": tiling.parts,
         "SCALE_SUMS": bool(tiling.scale_sums) and width >= tiling.scale_sums,
         "WHOLE": columns % block == 0,
         "BFLOAT16_SCALES": prepared.scales.dtype == torch.bfloat16,
         "PTX": ptx,
         "UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16,
+        # There, only the thread that counts waits until what it has stored is where other processors find it.
+        "LAST_ADDS": torch.version.hip is None,
         "EXPERTS": 1 << (experts - 1).bit_length() if experts else 0,
     }
     names = function.arg_names
     compiled = tuple(value for name, value in constants.items() if name.isupper())
     return Launch(
-        program=(x.device, tiling, bool(experts), splits > 1, x.dtype, compiled),
+        program=(x.device, tiling, bool(experts), x.dtype, compiled),
         shape=(rows, out),
         splits=splits,
+        tiles=row_tiles * output_tiles,
+        last_adds=bool(constants["LAST_ADDS"]),
         multiply=Program(function, (output_tiles, row_tiles, splits), launch_options(tiling, ptx)),
         weight=_arguments(prepared),
+        no_parts=room_for_parts(0, (rows, out), 0, x.device),
         constants=tuple(constants[name] for name in names[names.index("output") + 1 :]),
-        add=Program(_kernels().sum_of_parts, (-(-rows * out // SUMMED),), {}),
     )
 
 
@@ -355,17 +375,18 @@ def blocks_per_split(tiles: int, blocks: int, gpu: Roofline, tiling: Tiling) -> 
     """How many blocks of columns each program sums, chosen by an estimate of the time.
 
     The estimate is the work of the busiest processor, or the memory latency of a single program if that is longer; and
-    the start of a second program where there is more than one split.
+    the time to add the parts where there is more than one split.
     """
+    fewest = max(FEWEST_BLOCKS, tiling.parts * tiling.stages)
 
     def microseconds(splits: int) -> tuple[float, int]:
         summed = -(-blocks // splits)
         rate = min(gpu.weights, gpu.products / tiling.rows)
         busiest = -(-tiles * splits // gpu.processors) * summed * tiling.outputs * 128 / rate
-        waiting = summed / (tiling.stages - 1) * LATENCY
-        return max(busiest, waiting) + (SECOND_PROGRAM if splits > 1 else 0), -splits
+        waiting = summed / tiling.parts / (tiling.stages - 1) * LATENCY
+        return max(busiest, waiting) + (ADDING if splits > 1 else 0), -splits
 
-    most = max(1, min(round(tiling.programs_per_processor * gpu.processors / tiles), blocks // FEWEST_BLOCKS))
+    most = max(1, min(round(tiling.programs_per_processor * gpu.processors / tiles), blocks // fewest))
     return -(-blocks // (most if tiling.split_fully else min(range(1, most + 1), key=microseconds)))
 
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 TOGETHER = tl.constexpr(16)  # outputs whose blocks lie side by side: then a warp loads whole cache lines
+NOBODY = tl.constexpr(0x6F7074715EED0000)  # a count of none: at random, but for the bits that count
 MINUS_NOTHING = tl.constexpr(0x80008000 - 2**32)  # -0 in both halves: x * y + -0 is x * y, whatever its sign
 
 
@@ -33,9 +34,8 @@ def words_of_block(columns, bits):
 
 @triton.jit
 def first_words(n, blocks, WORDS: tl.constexpr):
-    """Offsets of the words of each output's first block, (outputs, WORDS) int64; the next is TOGETHER * WORDS on."""
-    start = (n // TOGETHER).to(tl.int64) * (blocks * TOGETHER) + n % TOGETHER
-    return start[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    """Offset of the words of output n's first block, int64; the next is TOGETHER * WORDS on."""
+    return ((n // TOGETHER).to(tl.int64) * (blocks * TOGETHER) + n % TOGETHER) * WORDS
 
 
 @triton.jit
@@ -138,12 +138,12 @@ def weights_in_ptx(
 
 
 @triton.jit
-def grid_of(grid, group, groups, grid_stride, n, inside, BFLOAT16_SCALES: tl.constexpr):
+def grid_of(grid, group, groups, grid_stride, n, BFLOAT16_SCALES: tl.constexpr):
     """The scales, float32, and zeros, int32, of outputs n in a group.
 
     Columns that only fill up the last block may lie beyond the last group. What they get does not matter.
     """
-    words = tl.load(grid + tl.minimum(group, groups - 1) * grid_stride + n, mask=inside, other=0)
+    words = tl.load(grid + tl.minimum(group, groups - 1) * grid_stride + n)
     scales = (words >> 16).to(tl.int16)
     if BFLOAT16_SCALES:
         return scales.to(tl.bfloat16, bitcast=True).to(tl.float32), words & 0xFFFF
@@ -152,24 +152,26 @@ def grid_of(grid, group, groups, grid_stride, n, inside, BFLOAT16_SCALES: tl.con
 
 @triton.jit
 def sum_over_columns(
-    inputs,  # (WIDTH, ROWS) pointers to the first step's columns of x
-    first,  # (OUTPUTS, WORDS) pointers to the first block's words
+    x,  # (rows, columns)
+    first,  # the first output's words
     third,  # likewise, of 3 bits
-    grid,  # the first group's
-    n,  # (OUTPUTS,)
-    inside,  # (OUTPUTS,) which outputs there are
-    there,  # (ROWS,) which rows there are
+    grid,  # the first output's, in the first group
+    n,  # the tile's first output
+    m,  # its first row
+    end,  # the first row that is not the tile's
+    out,
     first_block,
     last_block,
+    blocks,
     columns,
     groups,
     grid_stride,
-    dtype: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
     WHOLE: tl.constexpr,
     BFLOAT16_SCALES: tl.constexpr,
@@ -179,21 +181,47 @@ def sum_over_columns(
     """A tile of the product, (OUTPUTS, ROWS) float32, summed over some blocks of columns. Constants as of product."""
     WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
     WIDTH: tl.constexpr = 2 * WORDS  # columns per step
-    column = tl.arange(0, WIDTH)
-    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    for block in range(first_block, last_block):
-        words = tl.load(first + block * (TOGETHER * WORDS), mask=inside[:, None], other=0)
-        thirds = words
-        if BITS == 3:
-            thirds = third_bits(tl.load(third + block * (TOGETHER * WORDS), mask=inside[:, None], other=0))
-        part = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    TILE: tl.constexpr = [OUTPUTS, ROWS] if PARTS == 1 else [PARTS, OUTPUTS, ROWS]
+    OF_OUTPUTS: tl.constexpr = [OUTPUTS, 1] if PARTS == 1 else [PARTS, OUTPUTS, 1]
+    dtype: tl.constexpr = x.dtype.element_ty
+    # Until they are multiplied, the outputs of the second part follow those of the first, as if they were others.
+    row = tl.arange(0, PARTS * OUTPUTS)
+    part_of_row = row // OUTPUTS
+    # Outputs beyond the last are the last again, and not stored: a mask would take an instruction for each load.
+    output = tl.minimum(n + row % OUTPUTS, out - 1)
+    words_at = first_words(output, blocks, WORDS) + part_of_row * (TOGETHER * WORDS)
+    words_at = words_at[:, None] + tl.arange(0, WORDS)[None, :]
+    part, column = tl.arange(0, PARTS), tl.arange(0, WIDTH)
+    m += tl.arange(0, ROWS)
+    there = m < end
+    if PARTS == 1:
+        inputs = x + m.to(tl.int64)[None, :] * columns + column[:, None]
+    else:
+        inputs = x + m.to(tl.int64)[None, None, :] * columns + (part[:, None] * BLOCK + column[None, :])[:, :, None]
+    total = tl.zeros(TILE, tl.float32)
+    for block in range(first_block, last_block, PARTS):
+        at = words_at + block * (TOGETHER * WORDS)
+        if PARTS == 1:
+            words = tl.load(first + at)
+            thirds = third_bits(tl.load(third + at)) if BITS == 3 else words
+        else:
+            known_words = (block + part_of_row < last_block)[:, None]
+            words = tl.load(first + at, mask=known_words, other=0)
+            thirds = third_bits(tl.load(third + at, mask=known_words, other=0)) if BITS == 3 else words
+        sums = tl.zeros(TILE, tl.float32)
         for step in tl.static_range(BLOCK // WIDTH):
             start = block * BLOCK + step * WIDTH
             if step * WIDTH % GROUP == 0:
-                scale, zero = grid_of(grid, start // GROUP, groups, grid_stride, n, inside, BFLOAT16_SCALES)
-            known = there[None, :]
-            if not WHOLE:
-                known = known & (start + column < columns)[:, None]
+                group = (start + part_of_row * BLOCK) // GROUP
+                scale, zero = grid_of(grid, group, groups, grid_stride, output, BFLOAT16_SCALES)
+            if PARTS == 1:
+                known = there[None, :]
+                if not WHOLE:
+                    known = known & (start + column < columns)[:, None]
+            else:
+                known = there[None, None, :] & (block + part < last_block)[:, None, None]
+                if not WHOLE:
+                    known = known & (start + part[:, None] * BLOCK + column[None, :] < columns)[:, :, None]
             values = tl.load(inputs + start, mask=known, other=0)
             if PTX:
                 weight = weights_in_ptx(words, thirds, zero, scale, step, BITS, not SCALE_SUMS, dtype)
@@ -204,16 +232,90 @@ def sum_over_columns(
                 weight = weight.to(tl.float32)
             else:
                 weight = weight.to(dtype)
+            if PARTS > 1:
+                weight = tl.reshape(weight, [PARTS, OUTPUTS, WIDTH])
             if SCALE_SUMS:
-                part = tl.dot(weight, values, part, input_precision="ieee")
+                sums = tl.dot(weight, values, sums, input_precision="ieee")
                 if (step + 1) * WIDTH % GROUP == 0 or step == BLOCK // WIDTH - 1:
-                    total += part * scale[:, None]
-                    part = tl.zeros([OUTPUTS, ROWS], tl.float32)
+                    total += sums * tl.reshape(scale, OF_OUTPUTS)
+                    sums = tl.zeros(TILE, tl.float32)
             else:
                 total = tl.dot(weight, values, total, input_precision="ieee")
+    if PARTS > 1:
+        total = tl.sum(total, 0)
     if SCALE_SUMS and PTX:
         total *= 2 ** left_over(dtype)
     return total
+
+
+@triton.jit
+def with_one_more(count, of):
+    """What the word of `is_last` holds after one more arrival."""
+    arrived = count ^ NOBODY
+    return tl.where((arrived > 0) & (arrived < of), count + 1, NOBODY + 1)
+
+
+@triton.jit
+def is_last(
+    count,  # a word, int64, in memory that may hold anything, and belongs to these programs
+    of,
+):
+    """Whether this is the last of `of` programs to ask. What they wrote before they asked is then visible to it.
+
+    Zeroing the count before would be a start of its own; and counts that are left at zero from launch to launch must
+    not be shared by two at a time, as streams do, or graphs that were captured one after the other. So a count that is
+    under way is told from what memory held before by its upper bits, which nothing else writes; a random word is a
+    given count once in 2**64 times.
+    """
+    known = tl.load(count)
+    found = tl.atomic_cas(count, known, with_one_more(known, of), sem="acq_rel", scope="gpu")
+    while found != known:
+        known = found
+        found = tl.atomic_cas(count, known, with_one_more(known, of), sem="acq_rel", scope="gpu")
+    return (known ^ NOBODY) == of - 1
+
+
+@triton.jit
+def store_tile(
+    total,  # (OUTPUTS, ROWS)
+    parts,  # (splits, rows, out), as for product
+    counts,  # (row tiles, output tiles)
+    output,  # (rows, out)
+    n,  # the tile's first output
+    m,  # its first row
+    end,  # the first row that is not the tile's to store
+    rows,
+    out,
+    OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LAST_ADDS: tl.constexpr,
+):
+    """Store a tile of the product; with several splits, a part of it. The last to be ready adds all in their order.
+
+    So the same input gives the same bytes, whichever is the last.
+    """
+    splits = tl.num_programs(2)
+    row, column = tl.arange(0, ROWS), tl.arange(0, OUTPUTS)
+    at = row[None, :] * out + column[:, None]  # int32: with int64, every number of the tile had two registers more
+    known = (n + column < out)[:, None] & (m + row < end)[None, :]
+    first = m.to(tl.int64) * out + n
+    output += first
+    if splits == 1:
+        tl.store(output + at, total.to(output.dtype.element_ty), mask=known)
+    else:
+        size = rows.to(tl.int64) * out
+        parts += first
+        tl.store(parts + tl.program_id(2) * size + at, total, mask=known)
+        if LAST_ADDS:
+            tl.debug_barrier()  # all threads have stored before one of them counts
+            count = counts + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            if is_last(count, splits):
+                total = tl.zeros_like(total)
+                for _ in range(splits):
+                    total += tl.load(parts + at, mask=known, other=0, cache_modifier=".cg")
+                    parts += size
+                tl.store(output + at, total.to(output.dtype.element_ty), mask=known)
+                tl.store(count, 0)  # or a later launch that finds this word may take it for its own
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "blocks", "blocks_per_split"])  # or each kind of value is compiled
@@ -222,7 +324,9 @@ def product(
     first,  # (out / TOGETHER, blocks, TOGETHER, words) int32, row-major
     third,  # the same shape, int16, of 3 bits; else not read
     grid,  # (groups, out) int32, grid_stride from group to group: 16 bits of the scale above 16 of the zero
-    output,  # (splits, rows, out), row-major: float32 parts of the sum, or with one split the sum itself
+    parts,  # (splits, rows, out) float32, row-major: parts of the sum; with one split not used
+    counts,  # (row tiles, output tiles) int64: of the parts that are ready. Both may hold anything at first
+    output,  # (rows, out), row-major
     rows,
     out,
     columns,
@@ -235,46 +339,46 @@ def product(
     GROUP: tl.constexpr,  # columns per group: a divisor or a multiple of a block's, and a multiple of a step's
     OUTPUTS: tl.constexpr,  # per program
     ROWS: tl.constexpr,  # per program
+    PARTS: tl.constexpr,  # blocks of columns that are summed at once, each by a warp; 1: all warps share one
     SCALE_SUMS: tl.constexpr,  # scale each group's sum and not its weights: less work for few rows, and more exact
     WHOLE: tl.constexpr,  # columns are whole blocks
     BFLOAT16_SCALES: tl.constexpr,  # and not float16
     PTX: tl.constexpr,
     UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 products are wrong
+    LAST_ADDS: tl.constexpr,  # the last of a tile's splits to be ready adds the parts; else nothing does
 ):
     """x times the transposed weight: a program makes (ROWS, OUTPUTS) of one split's part of the sum over columns."""
-    WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) * OUTPUTS
+    m = tl.program_id(1) * ROWS
     split = tl.program_id(2)
-    inside, there = n < out, m < rows
-    words = first_words(n, blocks, WORDS)
     total = sum_over_columns(
-        x + m.to(tl.int64)[None, :] * columns + tl.arange(0, 2 * WORDS)[:, None],
-        first + words,
-        third + words,
+        x,
+        first,
+        third,
         grid,
         n,
-        inside,
-        there,
+        m,
+        rows,
+        out,
         split * blocks_per_split,
         tl.minimum((split + 1) * blocks_per_split, blocks),
+        blocks,
         columns,
         groups,
         grid_stride,
-        x.dtype.element_ty,
         BITS,
         BLOCK,
         GROUP,
         OUTPUTS,
         ROWS,
+        PARTS,
         SCALE_SUMS,
         WHOLE,
         BFLOAT16_SCALES,
         PTX,
         UPCAST,
     )
-    at = (split.to(tl.int64) * rows + m[None, :]) * out + n[:, None]
-    tl.store(output + at, total.to(output.dtype.element_ty), mask=inside[:, None] & there[None, :])
+    store_tile(total, parts, counts, output, n, m, rows, rows, out, OUTPUTS, ROWS, LAST_ADDS)
 
 
 @triton.jit
@@ -295,7 +399,9 @@ def grouped_product(
     first,  # the outputs of the first expert, a multiple of TOGETHER, then of the second, …
     third,
     grid,  # (groups, experts * out)
-    output,  # (splits, rows, out); rows beyond the last expert's are left as they are
+    parts,
+    counts,
+    output,  # (rows, out); rows beyond the last expert's are left as they are
     rows,
     out,  # of one expert
     columns,
@@ -309,74 +415,57 @@ def grouped_product(
     GROUP: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
     WHOLE: tl.constexpr,
     BFLOAT16_SCALES: tl.constexpr,
     PTX: tl.constexpr,
     UPCAST: tl.constexpr,
+    LAST_ADDS: tl.constexpr,
     EXPERTS: tl.constexpr,  # a power of two, at least `experts`
 ):
     """`product` with a weight per expert: a tile of rows lies inside one expert's, and is multiplied by its weight.
 
     How many tiles there are depends on the data; the programs of those that there are not return at once.
     """
-    WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
     tile = tl.program_id(1)
     expert, tiles_before = expert_of_tile(starts, tile, experts, ROWS, EXPERTS)
     if expert >= experts:
         return
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m = tl.load(starts + expert) + (tile - tiles_before) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) * OUTPUTS
+    m = tl.load(starts + expert) + (tile - tiles_before) * ROWS
+    end = tl.load(starts + expert + 1)
     split = tl.program_id(2)
-    inside, there = n < out, m < tl.load(starts + expert + 1)
-    words = first_words(expert * out + n, blocks, WORDS)
+    WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
+    words = first_words(expert * out, blocks, WORDS)
     total = sum_over_columns(
-        x + m.to(tl.int64)[None, :] * columns + tl.arange(0, 2 * WORDS)[:, None],
+        x,
         first + words,
         third + words,
         grid + expert * out,
         n,
-        inside,
-        there,
+        m,
+        end,
+        out,
         split * blocks_per_split,
         tl.minimum((split + 1) * blocks_per_split, blocks),
+        blocks,
         columns,
         groups,
         grid_stride,
-        x.dtype.element_ty,
         BITS,
         BLOCK,
         GROUP,
         OUTPUTS,
         ROWS,
+        PARTS,
         SCALE_SUMS,
         WHOLE,
         BFLOAT16_SCALES,
         PTX,
         UPCAST,
     )
-    at = (split.to(tl.int64) * rows + m[None, :]) * out + n[:, None]
-    tl.store(output + at, total.to(output.dtype.element_ty), mask=inside[:, None] & there[None, :])
-
-
-@triton.jit(do_not_specialize=["splits", "rows"])
-def sum_of_parts(
-    parts,  # (splits, rows, out) float32
-    output,  # (rows, out)
-    splits,
-    rows,
-    out,
-    SIZE: tl.constexpr,  # per program
-):
-    """The sum over splits, always in the same order: the same bytes at every run."""
-    size = rows * out
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    inside = at < size
-    total = tl.zeros([SIZE], tl.float32)
-    for _ in range(splits):
-        total += tl.load(parts + at, mask=inside, other=0)
-        parts += size
-    tl.store(output + at, total.to(output.dtype.element_ty), mask=inside)
+    store_tile(total, parts, counts, output, n, m, end, rows, out, OUTPUTS, ROWS, LAST_ADDS)
 
 
 @triton.jit(do_not_specialize=["first_output", "count"])
@@ -401,22 +490,18 @@ def dequantize(
     """Some outputs of the dense weight, columns in the kernel's order: a program makes OUTPUTS of one block."""
     WORDS: tl.constexpr = words_of_block(BLOCK, BITS)
     WIDTH: tl.constexpr = 2 * WORDS
-    row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.minimum(tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), count - 1)  # the last one is made again
     n = first_output + row
     block = tl.program_id(1)
     column = tl.arange(0, WIDTH)
-    inside = row < count
-    at = first_words(n, blocks, WORDS) + block * (TOGETHER * WORDS)
-    words = tl.load(first + at, mask=inside[:, None], other=0)
-    thirds = words
-    if BITS == 3:
-        thirds = third_bits(tl.load(third + at, mask=inside[:, None], other=0))
+    at = (first_words(n, blocks, WORDS) + block * (TOGETHER * WORDS))[:, None] + tl.arange(0, WORDS)[None, :]
+    words = tl.load(first + at)
+    thirds = third_bits(tl.load(third + at)) if BITS == 3 else words
     for step in tl.static_range(BLOCK // WIDTH):
         start = block * BLOCK + step * WIDTH
         if step * WIDTH % GROUP == 0:
-            scale, zero = grid_of(grid, start // GROUP, groups, grid_stride, n, inside, BFLOAT16_SCALES)
+            scale, zero = grid_of(grid, start // GROUP, groups, grid_stride, n, BFLOAT16_SCALES)
         # In float32 whatever the result: this is bound by memory, and the weight is rounded once.
         weight = weights(words, thirds, zero, scale, step, BITS, True)
         at = row.to(tl.int64)[:, None] * columns + (start + column)[None, :]
-        known = inside[:, None] & (start + column < columns)[None, :]
-        tl.store(dense + at, weight.to(dense.dtype.element_ty), mask=known)
+        tl.store(dense + at, weight.to(dense.dtype.element_ty), mask=(start + column < columns)[None, :])

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import tilings, triton_gpu
 from .prepared import Prepared
 from .selftest import MOST_DIFFERENT
-from .tilings import MOST_ROWS, TILINGS, Problem, Tiling, problem_of, remember, remembered
+from .tilings import MOST_ROWS, Problem, Tiling, problem_of, remember, remembered
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def tune(model: torch.nn.Module) -> dict[str, dict[str, float]]:
     for problem, layers in by_problem.items():
         device = layers[0].codes.device
         known = remembered(device)
-        best, gains[problem.words] = _fastest(problem, layers[:LAYERS], known.get(problem, TILINGS))
+        best, gains[problem.words] = _fastest(problem, layers[:LAYERS], known.get(problem, tilings.untuned(device)))
         remember(device, problem, best)
         tilings.tuned.cache_clear()
         for prepared in layers:
