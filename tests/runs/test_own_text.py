@@ -191,11 +191,11 @@ class TestInterruptedWriting:
         code = (
             "import os, signal, sys, optq\n"
             "from optq.runs import journal\n"
-            "whole = journal.write_whole\n"
+            "whole = journal.write_checked\n"
             "def write(path, content):\n"
             "    whole(path, content)\n"
             "    os.kill(os.getpid(), signal.SIGTERM)\n"
-            "journal.write_whole = write\n"
+            "journal.write_checked = write\n"
             "config = optq.GPTQConfig(\n"
             "    bits=4, group_size=32, dataset='self', num_samples=32, model_seqlen=12, effort='fast'\n"
             ")\n"
