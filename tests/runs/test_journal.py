@@ -346,6 +346,9 @@ def test_another_model_does_not_get_what_only_lacks_its_names(
     rows, before = token_rows if name or settings else token_rows[1:], tree(complete)
     with pytest.raises(OutputError, match=rf"results of another run, which only lack their names: .*{said}"):
         optq.quantize(other, config(rows, **FAST), output_dir=complete, dtype="auto")
+    if settings:
+        with pytest.raises(OutputError, match=rf"results of another run, which only lack their names: .*{said}"):
+            optq.quantize(source, config(rows, **FAST), output_dir=complete, **settings)
     assert tree(complete) == before
 
 

@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optq.compat.call import where_in
 from optq.config.gptq import GPTQConfig
@@ -280,13 +280,11 @@ def _differences_to(
     """Differences between a run that has ended and this call, but for values of weights in large files."""
     model = model_without_weights(source, kwargs)
     calibration = prepare(model, config, where_in(kwargs)).calibration
-    asked: dict[str, Any] = {"settings": config.settings()}
+    asked: dict[str, Any] = {"settings": config.settings(), "model config": config_of(model)}
     if described.dtype is not None or kwargs.get("dtype", "auto") != "auto":
         asked["dtype"] = str(model.dtype)
     if calibration is not None:  # what the model writes follows from the settings
         asked["calibration"] = hash_of(calibration)
-    if not any(hasattr(model.config, key) for key in kwargs if key not in NO_SETTINGS):
-        asked["model config"] = config_of(model)  # else it was another one when the model was loaded
     files = weight_files_of(source, described, kwargs, run.get("model files", {}))
     asked["model files"] = identities_of(map(str, files))
     return differences_between(run, asked)
@@ -388,10 +386,17 @@ def _write_rest(model: Any, companions: Path, partial: Path) -> None:
 
 
 def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
-    """Build the model on the meta device, in the dtype that it would be loaded in."""
+    """Build the model on the meta device, with the config and in the dtype that it would be loaded in."""
     check_dtype(kwargs.get("dtype"))
     model_config = model_config_of(source, kwargs)
     check_base(model_config, source)
+    stated = model_config.to_dict()
+    for key, value in kwargs.items():  # of the config, which from_pretrained changes like this
+        if key in stated and key not in NO_SETTINGS:
+            part = getattr(model_config, key)
+            if isinstance(part, PreTrainedConfig) and isinstance(value, dict):
+                value = type(part)(**part.to_dict() | value)
+            setattr(model_config, key, value)
     model_class = model_class_of(model_config)
     dtype = kwargs.get("dtype", "auto")
     if isinstance(dtype, str):
