@@ -200,6 +200,16 @@ def test_only_what_the_call_has_made_gets_a_name(tmp_path, monkeypatch):
     assert (tmp_path / PARTIAL / COMPLETE / "notes.txt").read_text() == "mine"
 
 
+def test_what_is_not_optqs_does_not_keep_it_from_tidying_up(tmp_path, caplog):
+    """Negative control: its own files go."""
+    (tmp_path / PARTIAL / "b").mkdir(parents=True)
+    for name in "ac":
+        (tmp_path / PARTIAL / name).write_text("")
+    files.tidy(tmp_path / PARTIAL, [tmp_path / PARTIAL / name for name in "abc"])
+    assert tree(tmp_path) == {PARTIAL: False, f"{PARTIAL}/b": False}
+    assert "stays, because of what else is in there: b" in caplog.text
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes among files")
 @pytest.mark.parametrize("name", [LOCK, OWNER, PARTIAL, f"{PARTIAL}/{COMPLETE}", f"{PARTIAL}/{COMPLETE}/{RESULT}"])
 def test_nobody_waits_for_a_pipe(tmp_path, name):

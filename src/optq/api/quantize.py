@@ -244,7 +244,7 @@ def _is_finished(output: Path, differences: Differences, companions: Callable[[]
         OutputError: it holds that of another one, or one that is damaged.
     """
     log, partial = output / LOG_NAME, output / PARTIAL
-    if has_result(partial) or (partial / DESCRIPTION).exists() or not log.exists():
+    if has_result(partial) or (partial / DESCRIPTION).is_file() or not log.exists():
         return False
     refuse_irregular(log)
     run, files = finished_in(log)

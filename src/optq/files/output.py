@@ -354,7 +354,8 @@ def tidy(partial: Path, known: Iterable[Path] = ()) -> None:
     """Remove a working folder that has served its purpose, but nothing in it that is not `known` to be optq's own."""
     with suppress(OSError):  # a whole result is no worse for it
         for path in known:
-            path.unlink(missing_ok=True)
+            if path.is_file() and not path.is_symlink():  # else it is not what optq has put there
+                path.unlink()
         inside = partial / COMPLETE
         if inside.exists():
             if [path.name for path in inside.iterdir()] == [RESULT]:
