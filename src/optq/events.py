@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from huggingface_hub.utils import tqdm
 
 from .errors import OutputError, ReportError
+from .reading import read_regular
 
 LOG_NAME = "quantization_log.jsonl"
 """The file of a run's events in its output folder."""
@@ -263,6 +264,18 @@ class Gate(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FilesWritten(Event):
+    """All files of the checkpoint are written; this log and the model card are none of them.
+
+    Args:
+        files: checksums of all bytes, by name.
+    """
+
+    event = "written"
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failed(Event):
     """The run ended with an error."""
 
@@ -287,9 +300,12 @@ def read_events(log: Path) -> list[Event]:
     """The events of a log, without those that this version does not know, and a last line that a crash cut off.
 
     Raises:
-        ReportError: a line is no event, or one of another version; file and line are named.
+        ReportError: a line is no event, or one of another version; file and line are named. Or it cannot be read.
     """
-    lines = log.read_bytes().splitlines(keepends=True)
+    try:
+        lines = read_regular(log).splitlines(keepends=True)
+    except OSError as error:
+        raise ReportError(f"{log} cannot be read: {error}.") from error
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     events = []

@@ -97,7 +97,10 @@ def test_the_caches_links_to_its_own_contents_are_followed(source, tmp_path):
 
 def test_the_events_lie_beside_the_weights(source, config, tmp_path):
     output = optq.quantize(source, config, output_dir=tmp_path / "out")
-    events = [json.loads(line)["event"] for line in (output / api.LOG_NAME).read_text().splitlines()]
+    *events, last = [json.loads(line) for line in (output / api.LOG_NAME).read_text().splitlines()]
+    assert last["event"] == "written"
+    assert last["files"].keys() == {path.name for path in output.iterdir()} - {"README.md", api.LOG_NAME}
+    events = [event["event"] for event in events]
     assert events == ["started", *["linear"] * 7, "block", *["linear"] * 7, "block", "quality", "finished", "gate"]
     assert config.log_file is None
 

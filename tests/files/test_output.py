@@ -6,12 +6,13 @@ import platform
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from optq.errors import OutputError
 from optq.files import output as files
-from optq.files.output import COMPLETE, PARTIAL, output_folder
+from optq.files.output import COMPLETE, PARTIAL, RESULT, output_folder
 from optq.files.ownership import LOCK, OWNER, owned
 
 
@@ -145,3 +146,91 @@ def test_modes_follow_the_umask(tmp_path, umask):
     finally:
         os.umask(before)
     assert (tmp_path / "out/config.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def killed_when_complete(monkeypatch, output):
+    """An output folder whose files are all complete, and have no names yet."""
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "reveal", interrupt)
+        patch.setattr(files, "tidy", lambda *arguments: None)
+        with pytest.raises(KeyboardInterrupt):
+            write(output, a="a", b="b")
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("damage", ["bit", "missing", "no result", "half a result"])
+def test_what_is_damaged_before_it_has_its_name_is_made_again(tmp_path, monkeypatch, damage, caplog):
+    killed_when_complete(monkeypatch, tmp_path)
+    inside = tmp_path / PARTIAL / COMPLETE
+    if damage == "bit":
+        (inside / "a").write_text("c")
+    elif damage == "half a result":
+        (inside / RESULT).write_text((inside / RESULT).read_text()[:-9])
+    else:
+        (inside / (RESULT if damage == "no result" else "a")).unlink()
+    if damage == "no result":  # a folder of somebody else would look like that
+        with pytest.raises(OutputError, match="nothing tells which call has made it"):
+            write(tmp_path, a="a")
+        return
+    write(tmp_path, a="another")
+    assert tree(tmp_path) == {"a": b"another", "config.json": b"{}"}
+    assert "is damaged" in caplog.text
+
+
+def test_what_is_damaged_while_files_get_their_names_is_named(tmp_path, monkeypatch):
+    killed_when_complete(monkeypatch, tmp_path)
+    os.replace(tmp_path / PARTIAL / COMPLETE / "a", tmp_path / "a")
+    (tmp_path / PARTIAL / COMPLETE / "b").write_text("c")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"complete.b is not what .*, a for one"):
+        write(tmp_path, a="a")
+    assert tree(tmp_path) == before
+
+
+def test_only_what_the_call_has_made_gets_a_name(tmp_path, monkeypatch):
+    killed_when_complete(monkeypatch, tmp_path)
+    (tmp_path / PARTIAL / COMPLETE / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        write(tmp_path)
+    assert not (tmp_path / "notes.txt").exists()
+    assert (tmp_path / "a").exists()
+    assert (tmp_path / PARTIAL / COMPLETE / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_not_optqs_does_not_keep_it_from_tidying_up(tmp_path, caplog):
+    """Negative control: its own files go."""
+    (tmp_path / PARTIAL / "b").mkdir(parents=True)
+    for name in "ac":
+        (tmp_path / PARTIAL / name).write_text("")
+    files.tidy(tmp_path / PARTIAL, [tmp_path / PARTIAL / name for name in "abc"])
+    assert tree(tmp_path) == {PARTIAL: False, f"{PARTIAL}/b": False}
+    assert "stays, because of what else is in there: b" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes among files")
+@pytest.mark.parametrize("name", [LOCK, OWNER, PARTIAL, f"{PARTIAL}/{COMPLETE}", f"{PARTIAL}/{COMPLETE}/{RESULT}"])
+def test_nobody_waits_for_a_pipe(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OutputError, match=r"is no (regular file|folder), so it is not optq's"):
+        write(tmp_path)
+    assert (tmp_path / name).is_fifo()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "new/" + "x" * 300, "a\0b", "bad\udcff", "/".join("x" * 4000)])
+def test_a_name_that_no_folder_can_have_is_refused_before_anything_is_made(tmp_path, name):
+    with pytest.raises(OutputError, match=r"output_dir=.* cannot be made .* nothing was done"):
+        write(tmp_path / name)
+    assert tree(tmp_path) == {}
+
+
+def test_a_folder_stays_the_same_wherever_the_process_goes(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with output_folder(Path("out")) as folder:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        (folder / "config.json").write_text("{}")
+    assert tree(tmp_path / "out") == {"config.json": b"{}"}

@@ -189,13 +189,13 @@ class TestInterruptedWriting:
     @pytest.mark.slow
     def test_a_killed_process_leaves_it_there_too(self, source, tmp_path, monkeypatch):
         def killed():
-            whole = journal.write_whole
+            whole = journal.write_checked
 
             def write(path, content):
                 whole(path, content)
                 os.kill(os.getpid(), signal.SIGTERM)
 
-            journal.write_whole = write
+            journal.write_checked = write
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             optq.quantize(source, config(), output_dir=tmp_path / "out")
 

@@ -3,6 +3,8 @@
 
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,9 +120,14 @@ def test_what_was_assigned_later_is_checked_as_well(everywhere, config, no_weigh
     assert all("group_size=0" in str(error) for error in everywhere(settings))
 
 
-@pytest.mark.parametrize("place", ["missing/run.jsonl", ".", "file/run.jsonl"])
+PIPE = pytest.param("pipe", marks=pytest.mark.skipif(sys.platform == "win32", reason="no pipes among files"))
+
+
+@pytest.mark.parametrize("place", ["missing/run.jsonl", ".", "file/run.jsonl", "x" * 300, "a\0b", PIPE])
 def test_a_log_that_cannot_be_written_is_refused_by_all(everywhere, config, no_weights, tmp_path, place):
     (tmp_path / "file").touch()
+    if place == "pipe":
+        os.mkfifo(tmp_path / place)
     for error in everywhere(config(log_file=str(tmp_path / place))):
         assert isinstance(error, ConfigError)
         assert "log_file=" in str(error)

@@ -53,7 +53,7 @@ def export_onnx(model_id_or_dir: str | os.PathLike[str], output_dir: str | os.Pa
             f"{source} is no GPTQ checkpoint. optq.convert makes one of AWQ, compressed-tensors and GGUF; for dense "
             "models there is torch.onnx.export."
         )
-    with output_folder(Path(output_dir)) as partial:
+    with output_folder(Path(output_dir), "optq.export_onnx") as partial:
         model = AutoModelForCausalLM.from_pretrained(source, **{**kwargs, "dtype": torch.float32})
         program = traced(model)
         copy_companions(companions_folder(source, kwargs), partial)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter of ht
 from optq.errors import CheckpointError, HubError, OptqError, ReportError
 from optq.events import LOG_NAME
 from optq.files.source import COMPANIONS, files_of, leads_out, place_of
+from optq.reading import text_of
 from optq.version import __version__
 
 from .card import card
@@ -111,7 +112,7 @@ def _claimed(api: Any, repo_id: str, private: bool) -> Any:
 def _readme(folder: Path, repo_id: str) -> Path | bytes:
     """The folder's own, if it is not just the card that optq has written, else the card with the name on the Hub."""
     own, has_log = folder / "README.md", (folder / LOG_NAME).exists()
-    if own.exists() and not (has_log and own.read_text(encoding="utf-8") == card(folder)):
+    if own.exists() and not (has_log and text_of(own) == card(folder)):
         logger.info("README.md is uploaded as it is: it is not the one that optq would write.")
         return own
     if not has_log:

@@ -4,6 +4,7 @@
 import copy
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, overload
@@ -11,49 +12,59 @@ from typing import Any, overload
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optq.compat.call import where_in
 from optq.config.gptq import GPTQConfig
 from optq.distributed import join
 from optq.errors import CheckpointError, ConfigError, OutputError, ReportError
-from optq.events import LOG_NAME
+from optq.events import LOG_NAME, FilesWritten
 from optq.files.output import (
-    COMPLETE,
     PARTIAL,
     complete,
+    digest_of_file,
+    flush,
+    has_result,
     is_begun,
+    is_whole,
     left_in,
     open_working_folder,
+    place_for,
+    read_result,
     refuse_strangers,
     reveal,
     scratch,
+    settled,
     tidy,
+    write_result,
     write_whole,
 )
-from optq.files.ownership import owned
+from optq.files.ownership import owned, refuse_irregular
 from optq.files.source import (
+    absolute,
     check_files,
     companions_folder,
+    companions_in,
     copy_companions,
     has_tokenizer,
     model_class_of,
     model_config_of,
-    weight_files,
+    weight_files_of,
 )
 from optq.hf.bases import check_base
 from optq.hf.in_memory import quantize_in_memory, refuse_unless_whole
 from optq.runs.journal import (
+    CALL,
     DESCRIPTION,
+    NO_SETTINGS,
     config_of,
-    damaged_blocks,
-    differences_to,
-    differences_to_finished,
-    final_names,
+    differences_between,
+    finished_in,
     hash_of,
     identities_of,
     is_worth_keeping,
     own_files,
+    read_description,
 )
 from optq.runs.preparation import prepare
 from optq.runs.validation import check_dtype, check_request
@@ -62,6 +73,9 @@ from optq.torch_state import default_torch_state
 from .card import card
 
 logger = logging.getLogger(__name__)
+
+Differences = Callable[[dict[str, Any]], list[str]]
+"""What this call asks for otherwise than a run, in words."""
 
 
 @overload
@@ -109,9 +123,10 @@ def quantize(
             finished one is returned as it is. Required for an id or folder.
         kwargs: passed to `from_pretrained`: dtype, revision, token, trust_remote_code, …
     Returns:
-        The folder; or the model object, if it was given one.
+        The folder, as an absolute path; or the model object, if it was given one.
     Raises:
-        OutputError: the folder holds something else or another run, or cannot be written.
+        OutputError: the folder holds something else or another run, or what it holds is damaged; or it cannot be
+            written.
         ConfigError, CalibrationError, ModelError, SolveError: see `GPTQConfig` and docs/configuration.md.
         CheckpointError: a file of the model is missing or not whole.
     """
@@ -122,8 +137,8 @@ def quantize(
             f"optq.quantize({os.fspath(model)!r}, ...) writes a checkpoint: pass output_dir=, a folder that does not "
             "exist or is empty. For a model in memory call from_pretrained(..., quantization_config=config)."
         )
-    source, output = os.fspath(model), Path(output_dir)
-    config = copy.copy(GPTQConfig.from_stock(config))
+    source, output = absolute(os.fspath(model)), place_for(output_dir)
+    config = _copied(config)
     check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"), output)
     check_dtype(kwargs.get("dtype"))
     described = model_config_of(source, kwargs)
@@ -131,8 +146,14 @@ def quantize(
     check_files(source, kwargs)
     ranks, partial = join(), output / PARTIAL
 
+    def differences(run: dict[str, Any]) -> list[str]:
+        return _differences_to(run, source, described, config, kwargs)
+
+    def companions() -> dict[str, str]:
+        return {path.name: digest_of_file(path) for path in companions_in(companions_folder(source, kwargs))}
+
     def finished() -> bool:
-        return _is_finished(output, source, described, config, kwargs)
+        return _is_finished(output, differences, companions)
 
     if ranks.broadcast(lambda: not is_begun(output) and finished()):
         return output
@@ -141,14 +162,15 @@ def quantize(
         if ranks.broadcast(finished):  # since just now
             ranks.broadcast(lambda: tidy(partial))
             return output
-        if ranks.broadcast(lambda: _begin(output, config)):
+        if ranks.broadcast(lambda: _begin(output, differences, companions)):
             if ranks.is_first:  # in the folder that it has made, and may have removed again when others come to check
                 config.log_file = config.log_file or str(output / LOG_NAME)
             config.journal_folder = str(partial)
+            beside = ranks.broadcast(lambda: companions_folder(source, kwargs))  # now: it may need the network
             try:
                 loaded = model_class_of(described).from_pretrained(source, quantization_config=config, **kwargs)
                 if ranks.is_first:
-                    _write_rest(loaded, companions_folder(source, kwargs), partial)
+                    _write_rest(loaded, beside, partial)
             finally:
                 if ranks.is_first and not is_worth_keeping(partial):
                     tidy(partial, own_files(partial))
@@ -171,9 +193,9 @@ def _quantize_object(
     refuse_unless_whole(model)
     if output_dir is None:
         return quantize_in_memory(model, config)
-    output, ranks = Path(output_dir), join()
-    partial, named = output / PARTIAL, model.config.name_or_path
-    config = copy.copy(GPTQConfig.from_stock(config))
+    output, ranks = place_for(output_dir), join()
+    partial, named = output / PARTIAL, absolute(model.config.name_or_path)
+    config = _copied(config)
     if ranks.is_first:
         config.log_file = config.log_file or str(output / LOG_NAME)
     companions = companions_folder(named, {}) if named else None  # before the work: it may need the network
@@ -198,44 +220,74 @@ def _quantize_object(
                         copy_companions(companions, folder)
                     if hasattr(config.tokenizer, "save_pretrained"):
                         config.tokenizer.save_pretrained(folder)
+                    write_result(folder, f"{CALL} of a model object")
                     complete(folder)
         finally:
-            if ranks.is_first and not (partial / COMPLETE).exists():
+            if ranks.is_first and not has_result(partial):
                 tidy(partial)
         ranks.broadcast(lambda: _end(output))
     return model
 
 
-def _is_finished(output: Path, source: str, described: Any, config: GPTQConfig, kwargs: dict[str, Any]) -> bool:
+def _copied(config: transformers.GPTQConfig | dict[str, Any]) -> GPTQConfig:
+    """A copy whose log is the same file wherever the process goes meanwhile."""
+    copied = copy.copy(GPTQConfig.from_stock(config))
+    if copied.log_file is not None:
+        copied.log_file = os.path.abspath(copied.log_file)
+    return copied
+
+
+def _is_finished(output: Path, differences: Differences, companions: Callable[[], dict[str, str]]) -> bool:
     """Whether the folder holds the finished checkpoint of this very run.
 
     Raises:
-        OutputError: it holds that of another one.
+        OutputError: it holds that of another one, or one that is damaged.
     """
     log, partial = output / LOG_NAME, output / PARTIAL
-    unfinished = (partial / COMPLETE).exists() or (partial / DESCRIPTION).exists() or is_worth_keeping(partial)
-    if unfinished or not (output / "config.json").exists() or not log.exists():
+    if has_result(partial) or (partial / DESCRIPTION).is_file() or not log.exists():
         return False
+    refuse_irregular(log)
+    run, files = finished_in(log)
+    kept = ("config.json",) if files is None else files
+    if run is None or not any((output / name).exists() for name in kept):
+        return False
+    different = differences(run)
+    if files is not None:
+        different += [f"{name} is another one" for name, digest in companions().items() if files.get(name) != digest]
+    if different:
+        raise OutputError(
+            f"output_dir={str(output)!r} holds the finished checkpoint of another run: {'; '.join(different[:6])}. "
+            "`gptq push` uploads that. Name another folder, or delete this one; nothing was changed."
+        )
+    if files is None:
+        raise OutputError(
+            f"{log} does not tell which files the run has written: it was cut short, or an earlier version wrote it. "
+            f"Name another folder, or delete {output}; nothing was changed."
+        )
+    for name, digest in files.items():
+        if not is_whole(output / name, digest):
+            found = "is not what was written" if (output / name).exists() else "is missing"
+            raise OutputError(
+                f"{output / name} {found}, so the finished checkpoint there is damaged. Put the file back, or delete "
+                f"{output} and repeat the call, or name another folder; nothing was changed."
+            )
+    return True
+
+
+def _differences_to(
+    run: dict[str, Any], source: str, described: Any, config: GPTQConfig, kwargs: dict[str, Any]
+) -> list[str]:
+    """Differences between a run that has ended and this call, but for values of weights in large files."""
     model = model_without_weights(source, kwargs)
     calibration = prepare(model, config, where_in(kwargs)).calibration
-    asked: dict[str, Any] = {"settings": config.settings()}
+    asked: dict[str, Any] = {"settings": config.settings(), "model config": config_of(model)}
     if described.dtype is not None or kwargs.get("dtype", "auto") != "auto":
         asked["dtype"] = str(model.dtype)
     if calibration is not None:  # what the model writes follows from the settings
         asked["calibration"] = hash_of(calibration)
-    if not any(
-        hasattr(model.config, key) for key in kwargs
-    ):  # else the config was another one when the model was loaded
-        asked["model config"] = config_of(model)
-    if Path(source).is_dir():  # of the Hub, they may not be here any more
-        asked["model files"] = identities_of(map(str, weight_files(source, described, kwargs)))
-    differences = differences_to_finished(log, asked)
-    if differences:
-        raise OutputError(
-            f"output_dir={str(output)!r} holds the finished checkpoint of another run: {'; '.join(differences[:6])}. "
-            "`gptq push` uploads that. Name another folder, or delete this one; nothing was changed."
-        )
-    return differences is not None
+    files = weight_files_of(source, described, kwargs, run.get("model files", {}))
+    asked["model files"] = identities_of(map(str, files))
+    return differences_between(run, asked)
 
 
 def _hold(output: Path, held: ExitStack) -> None:
@@ -243,49 +295,57 @@ def _hold(output: Path, held: ExitStack) -> None:
     if not is_begun(output):
         _refuse(output)
     held.enter_context(owned(output))
+    refuse_irregular(output / PARTIAL, folder=True)
+    refuse_irregular(output / LOG_NAME)
 
 
-def _begin(output: Path, config: GPTQConfig) -> bool:
+def _begin(output: Path, differences: Differences, companions: Callable[[], dict[str, str]]) -> bool:
     """Claim the output folder for this run; whether there is still anything to quantize."""
     partial = output / PARTIAL
-    if (partial / COMPLETE).is_dir() and not partial.is_symlink():
-        if differences := differences_to(partial, config):
+    if has_result(partial):
+        result = read_result(partial)
+        if result is not None and result.run is None:
+            raise OutputError(
+                f"{output} holds the results of {result.call}, which only lack their names. Repeat that call, or name "
+                "another folder, or delete this one; nothing was changed."
+            )
+        run = result.run if result is not None else read_description(partial)
+        if run is not None and (different := differences(run)):
             raise OutputError(
                 f"{output} holds the results of another run, which only lack their names: "
-                f"{'; '.join(differences[:6])}. Repeat that call, or name another folder, or delete this one."
+                f"{'; '.join(different[:6])}. Repeat that call, or name another folder, or delete this one."
             )
-        damaged = [] if (output / "config.json").exists() else damaged_blocks(partial, output)
-        if not damaged:
+        if settled(output, (LOG_NAME,), is_own=run is not None, asked=companions()) is not None:
             return False
-        if any((output / name).exists() for name in final_names(partial).values()):
-            raise OutputError(
-                f"{damaged[0]} is not what was written, and some files of {output} have their names already, so it "
-                "cannot be made again there. Quantize into another folder."
-            )
-        with scratch(partial) as folder:  # all but the damaged blocks is done again in a moment
-            os.replace(partial / COMPLETE, folder / COMPLETE)
-    _claim(output)
+    _refuse(output)
+    open_working_folder(output)
     return True
 
 
 def _begin_object(output: Path) -> None:
     """Claim the output folder for a model object, of which nothing can be gone on with."""
     partial = output / PARTIAL
-    if (partial / COMPLETE).is_dir() and not left_in(partial):
+    if settled(output, (LOG_NAME,)) is not None:
         _end(output)
-    _claim(output)
+    _refuse(output)
     if left := left_in(partial):
         raise OutputError(
             f"output_dir={str(output)!r} holds an unfinished run of a model given by its id or folder, or what "
             f"else is in {partial}: {', '.join(left[:5])}. Repeat that call, or name another folder; nothing was "
             "changed."
         )
+    open_working_folder(output)
 
 
 def _end(output: Path) -> None:
     """Give the files their names, and describe them."""
     partial = output / PARTIAL
-    reveal(output, final_names(partial))
+    result = read_result(partial)
+    if result is None:
+        raise OutputError(f"{partial} was changed by somebody else meanwhile. Repeat the call: it goes on from there.")
+    if (output / LOG_NAME).exists():  # which has the checksums
+        flush(output / LOG_NAME)
+    reveal(output, result)
     if (output / LOG_NAME).exists() and not (output / "README.md").exists():  # not if the log was wanted elsewhere
         try:
             write_whole(output / "README.md", card(output))
@@ -296,13 +356,7 @@ def _end(output: Path) -> None:
                 f"All files of {output} have their names, but its model card could not be made: {error}. Once it can "
                 "be, the same call makes it."
             ) from error
-    tidy(partial, own_files(partial))
-
-
-def _claim(output: Path) -> None:
-    """Make sure that this run may write to the output folder, and open its working folder."""
-    _refuse(output)
-    open_working_folder(output)
+    tidy(partial, own_files(partial, result))
 
 
 def _refuse(output: Path) -> None:
@@ -321,7 +375,8 @@ def _write_rest(model: Any, companions: Path, partial: Path) -> None:
         with scratch(partial) as folder:
             model.save_pretrained(folder, max_shard_size="1000TB")  # all that is no block: one file
             copy_companions(companions, folder)
-            model.hf_quantizer.journal.write_index(folder)
+            result = model.hf_quantizer.journal.write_result(folder)
+            model.hf_quantizer.log.emit(FilesWritten(files=result.files))
             complete(folder)
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:  # of the disk, or transformers
         raise OutputError(
@@ -331,10 +386,17 @@ def _write_rest(model: Any, companions: Path, partial: Path) -> None:
 
 
 def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
-    """Build the model on the meta device, in the dtype that it would be loaded in."""
+    """Build the model on the meta device, with the config and in the dtype that it would be loaded in."""
     check_dtype(kwargs.get("dtype"))
     model_config = model_config_of(source, kwargs)
     check_base(model_config, source)
+    stated = model_config.to_dict()
+    for key, value in kwargs.items():  # of the config, which from_pretrained changes like this
+        if key in stated and key not in NO_SETTINGS:
+            part = getattr(model_config, key)
+            if isinstance(part, PreTrainedConfig) and isinstance(value, dict):
+                value = type(part)(**part.to_dict() | value)
+            setattr(model_config, key, value)
     model_class = model_class_of(model_config)
     dtype = kwargs.get("dtype", "auto")
     if isinstance(dtype, str):

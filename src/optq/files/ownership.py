@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from optq.errors import OutputError
+from optq.reading import text_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,10 @@ def owned(folder: Path) -> Iterator[None]:
     """Create a folder if there is none, and hold it until the end of the context. Not reentrant.
 
     Raises:
-        OutputError: another call holds it, which is named; or it cannot be made or written to, or has links.
+        OutputError: another call holds it, which is named; or it cannot be made or written to, or has links or pipes.
     """
     for path in (folder / LOCK, folder / OWNER):
-        if path.is_symlink():
-            raise OutputError(
-                f"{path} is a link, through which nothing is written. Remove it, or name another folder."
-            )
+        refuse_irregular(path)
     lock, is_new = FileLock(folder / LOCK), not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,10 +71,31 @@ def owned(folder: Path) -> Iterator[None]:
                     folder.rmdir()
 
 
+def refuse_irregular(path: Path, *, folder: bool = False) -> None:
+    """Refuse a link, a pipe, a device, … in the place of a file, or folder, of optq's. There may be nothing.
+
+    Raises:
+        OutputError: there is something else. Nothing is changed.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise OutputError(f"{path} cannot be looked at: {error}. Once it can, repeat the call.") from error
+    if stat.S_ISLNK(mode):
+        raise OutputError(f"{path} is a link, through which nothing is written. Remove it, or name another folder.")
+    if not (stat.S_ISDIR if folder else stat.S_ISREG)(mode):
+        raise OutputError(
+            f"{path} is no {'folder' if folder else 'regular file'}, so it is not optq's. Remove it, or name another "
+            "folder; nothing was changed."
+        )
+
+
 def holder_of(folder: Path) -> str:
     """The process that holds a folder, in words."""
     try:
-        found = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        found = json.loads(text_of(folder / OWNER))
         return f"process {found['process']} on {found['host']} since {found['since']} ({found['command']})"
     except (OSError, ValueError, LookupError, TypeError):  # it has not said so yet, or not as a whole
         return "another process"

@@ -22,6 +22,7 @@ from optq.config.field import short
 from optq.config.gptq import GPTQConfig
 from optq.errors import CheckpointError, ModelError, OptqError, found_in
 from optq.readers import FUSED_NAMES
+from optq.reading import text_of
 
 from .legacy import WHERE, entry_of
 
@@ -52,6 +53,11 @@ def place_of(model: Any) -> str:
     )
 
 
+def absolute(model: str) -> str:
+    """A model's folder as an absolute path, which is the same wherever the process goes; an id as it is."""
+    return os.path.abspath(model) if model and os.path.isdir(model) else model
+
+
 def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = False) -> Any:
     """Read the model's config from a folder or the Hub; only arguments of `kwargs` that say where it is are used.
 
@@ -63,7 +69,7 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
     """
     keys = (*WHERE, "trust_remote_code")
     folder = Path(source, kwargs.get("subfolder") or "")
-    if folder.is_dir() and not (folder / "config.json").exists():
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json, so it is no model. Name a model's folder, or its id on the Hub."
         )
@@ -215,14 +221,22 @@ def copy_companions(source: Path, target: Path) -> None:
     A link that leads out of the model's folder is not followed: with the checkpoint, any file could be published. Nor
     does its content stay that transformers has read, and save_pretrained written, as of generation_config.json.
     """
-    for path in files_of(source, COMPANIONS):
+    for path in companions_in(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def companions_in(folder: Path) -> list[Path]:
+    """The files that are copied from a model's folder."""
+    found = []
+    for path in files_of(folder, COMPANIONS):
         if any(fnmatch(path.name, pattern) for pattern in NOT_COMPANIONS):
             continue
         if leads_out(path):
             logger.warning("%s is not copied: it is a link to a file outside of the model's folder.", path)
             (target / path.name).unlink(missing_ok=True)
         else:
-            shutil.copyfile(path, target / path.name)
+            found.append(path)
+    return found
 
 
 def leads_out(path: Path) -> bool:
@@ -265,6 +279,23 @@ def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list
             "use_safetensors=False), then save_pretrained()."
         )
     return [path for path in files.values() if path is not None]
+
+
+def weight_files_of(source: str, model_config: Any, kwargs: dict[str, Any], names: Iterable[str]) -> list[Path]:
+    """The files of a model's weights, of whatever kind; of files that are not safetensors those with these names.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    others = kwargs.get("use_safetensors") is False or kwargs.get("variant") or kwargs.get("gguf_file")
+    names = [name for name in names if others or not name.endswith(".safetensors")]
+    if not names:
+        return weight_files(source, model_config, kwargs)
+    found = [
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_only(WHERE, kwargs))
+        for name in names
+    ]
+    return [Path(file) for file in found if file is not None]
 
 
 def check_files(source: str, kwargs: dict[str, Any]) -> None:
@@ -314,7 +345,7 @@ def json_object(file: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text_of(file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}. Download it again.") from error
     if not isinstance(content, dict):

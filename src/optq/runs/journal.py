@@ -4,7 +4,8 @@
 A block's file is written in a scratch folder, flushed to the disk, and renamed: it is whole or not there. A
 description of the run, written first, makes sure that what is found belongs to the same model, settings and data.
 Beside every block lies a record: a checksum of its file, without which it is not used, and one of each tensor that it
-was made of. The record names the description as well, so that this can be damaged without work being lost.
+was made of. The record names the description as well, so that this can be damaged without work being lost. Both have a
+checksum of themselves. In the end a `Result` tells which files belong to the checkpoint: no others get a final name.
 
 The activations between blocks are not stored. A run that goes on sends the calibration data once more through the
 blocks that are done, with the weights that their files stand for. These are the very numbers with which the first run
@@ -15,6 +16,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,23 @@ from torch import Tensor
 from optq.calibration import Calibration, bytes_of
 from optq.checkpoint import PackedWeight, find_quantized_linears, open_whole, read_headers
 from optq.compat import transformers as compat
-from optq.config.gptq import GPTQConfig
 from optq.errors import CheckpointError, OutputError, RankError, counted
-from optq.events import Started, read_events
-from optq.files.output import COMPLETE, scratch, temporary, write_index, write_whole, written_whole
+from optq.events import FilesWritten, Started, read_events
+from optq.files.output import (
+    Result,
+    digest_of_file,
+    digest_of_json,
+    is_whole,
+    read_checked,
+    scratch,
+    temporary,
+    write_checked,
+    write_index,
+    write_result,
+    written_whole,
+)
+from optq.files.ownership import refuse_irregular
+from optq.reading import open_regular, text_of
 from optq.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -37,10 +52,13 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "run.json"
 """What the run is: another one does not go on here."""
 
+CALL = "optq.quantize"
+"""What writes journals."""
+
 WRITTEN = "written.json"
 """What the model wrote to be calibrated on: a run that goes on uses the same."""
 
-FORMAT = 2  # of the journal
+FORMAT = 3  # of the journal
 BLOCK_FILE = "block-{index:05}.safetensors"
 BLOCKS, RECORDS = "block-[0-9][0-9][0-9][0-9][0-9].safetensors", "record-[0-9][0-9][0-9][0-9][0-9].json"
 REST_FILE = "model.safetensors"
@@ -66,7 +84,9 @@ class Journal:
         self._model = model
         self._format = checkpoint_format
         self._files = {name: folder / BLOCK_FILE.format(index=index) for index, name in enumerate(blocks)}
+        self._description: dict[str, Any] = {}
         self._run = ""  # the digest of its description
+        self._digests: dict[Path, str] = {}  # of the files of finished blocks
         self._sources: dict[str, dict[str, str]] = {}  # of the block at hand: digests of its original tensors
         self.written: set[str] = set()
         """The tensors, by their names in the model, that the files hold."""
@@ -77,7 +97,7 @@ class Journal:
         Raises:
             OutputError: it holds a part of another one; the differences are listed.
         """
-        description = json.loads(json.dumps(description, default=str))
+        self._description = description = json.loads(json.dumps(description, default=str))
         self._run = digest_of_json(description)
         path = self._folder / DESCRIPTION
         found, blocks = read_description(self._folder), finished_blocks(self._folder)
@@ -87,14 +107,13 @@ class Journal:
                 f"{'; '.join(differences[:6])}{' …' if len(differences) > 6 else ''}. Go on with the same model, "
                 "settings and data, or name another folder, or delete this one."
             )
-        if found is not None:
-            return
-        if blocks and self._run not in _runs_in(self._folder):
+        if others := [record for record, run in _runs_in(self._folder).items() if run != self._run]:
             raise OutputError(
-                f"{self._folder.parent} holds {counted(len(blocks), 'block')} of another run, and {path} does not "
-                "tell of which. Name another folder, or delete this one; nothing was changed."
+                f"{self._folder.parent} holds {counted(len(others), 'block')} of another run, and {path} does not "
+                f"tell of which ({others[0].name}). Name another folder, or delete this one; nothing was changed."
             )
-        write_whole(path, json.dumps(description, indent=2))
+        if found is None:
+            write_checked(path, description)
 
     def recorded(self, name: str) -> dict[str, PackedWeight] | None:
         """The packed linears of a block that a former run has finished, by name; None without its file, undamaged.
@@ -107,10 +126,11 @@ class Journal:
         sources = {key: digest_of(tensor) for key, tensor in self._model.get_submodule(name).state_dict().items()}
         self._sources = {name: sources}
         file = self._files[name]
+        refuse_irregular(file)
         if not file.exists():
             return None
-        record = _record_of(file)
-        if record is None or not _is_whole(file, record):
+        record = read_checked(record_file(file))
+        if record is None or not is_whole(file, record["file"]):
             logger.warning("%s is damaged: it is not what was written. The block is quantized again.", file)
             return None
         if changed := _differences(record["source"], sources):
@@ -123,6 +143,7 @@ class Journal:
             tensors = compat.renamed({key: opened.get_tensor(key) for key in opened.keys()}, self._model)  # noqa: SIM118
         headers = compat.renamed(read_headers([str(file)]), self._model)
         self.written |= tensors.keys()
+        self._digests[file] = record["file"]
         return {
             linear: PackedWeight(
                 **{part: tensors[f"{linear}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")},
@@ -145,17 +166,25 @@ class Journal:
         file = self._files[name]
         with scratch(self._folder) as work, written_whole(file, work / file.name) as target:
             save_file(named, target, metadata={"format": "pt"})
-            record = {"run": self._run, "file": digest_of_file(target), "source": self._sources[name]}
-            write_whole(record_file(file), json.dumps(record))
+            self._digests[file] = digest_of_file(target)
+            record = {"run": self._run, "file": self._digests[file], "source": self._sources[name]}
+            write_checked(record_file(file), record)
 
-    def write_index(self, rest: Path) -> None:
-        """Write the index of all files, with their final names, to the folder `rest`, which holds `REST_FILE`."""
+    def write_result(self, rest: Path) -> Result:
+        """Write the index of all files, with their final names, and what they are, when the blocks are done.
+
+        Args:
+            rest: a scratch folder that holds `REST_FILE`, and whatever else belongs to the checkpoint.
+        """
         shards = [*self._files.values(), rest / REST_FILE]
+        names = dict(zip(shards, _shard_names(len(shards)), strict=True))
         tensors = {}
-        for shard, name in zip(shards, _shard_names(len(shards)), strict=True):
+        for shard, name in names.items():
             with safe_open(shard, framework="pt") as opened:
                 tensors[name] = list(opened.keys())
         write_index(rest, tensors, sum(shard.stat().st_size for shard in shards))
+        blocks = {file.name: (names[file], digest) for file, digest in self._digests.items()}
+        return write_result(rest, CALL, self._description, {REST_FILE: names[rest / REST_FILE]}, blocks)
 
 
 def finished_blocks(folder: Path) -> list[Path]:
@@ -172,73 +201,47 @@ def is_worth_keeping(folder: Path) -> bool:
     return bool(finished_blocks(folder)) or (folder / WRITTEN).exists()
 
 
-def own_files(folder: Path) -> list[Path]:
-    """What a run has written there besides blocks, in the order in which it may be removed at the end."""
-    names = [*sorted(path.name for path in folder.glob(RECORDS)), WRITTEN, DESCRIPTION]
+def own_files(folder: Path, result: Result | None = None) -> list[Path]:
+    """What a run has written there besides blocks, in the order in which it may be removed at the end.
+
+    Args:
+        result: of a run that has ended; without one, no block is finished.
+    """
+    if result is None:
+        records = sorted(folder.glob(RECORDS))
+    else:
+        blocks = [Path(place) for place in result.places.values() if Path(place).match(BLOCKS)]
+        records = [record_file(folder / block) for block in blocks]
+    names = [*(record.name for record in records), WRITTEN, DESCRIPTION]
     return [folder / each for name in names for each in (temporary(name), name)]
-
-
-def final_names(folder: Path) -> dict[Path, str]:
-    """The final names of the blocks and of the rest of a complete run, whether or not they have been moved already."""
-    numbers = [int(path.stem[-5:]) for path in (*folder.glob(BLOCKS), *folder.glob(RECORDS))]
-    if not numbers:  # of a model in memory, or all is done
-        return {}
-    blocks = [folder / BLOCK_FILE.format(index=index) for index in range(max(numbers) + 1)]
-    return dict(zip([*blocks, folder / COMPLETE / REST_FILE], _shard_names(len(blocks) + 1), strict=True))
-
-
-def damaged_blocks(folder: Path, output: Path) -> list[Path]:
-    """The files of finished blocks that are not what was written, in `folder` or where they have been moved to."""
-    blocks = {file: output / name for file, name in final_names(folder).items() if file.parent == folder}
-    places = {file: file if file.exists() else moved for file, moved in blocks.items()}
-    return [place for file, place in places.items() if not _is_whole(place, _record_of(file))]
-
-
-def _is_whole(block: Path, record: dict[str, Any] | None) -> bool:
-    """Whether a block's file is what was written, by its record."""
-    try:
-        return record is not None and record.get("file") == digest_of_file(block)
-    except OSError:  # of the disk: what cannot be read is done again
-        return False
 
 
 def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _record_of(block: Path) -> dict[str, Any] | None:
-    return _read_json(record_file(block))
-
-
 def read_description(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder is; None if that was never written, or is not what the records of its blocks say."""
-    found, runs = _read_json(folder / DESCRIPTION), _runs_in(folder)
-    if found is None or not runs or digest_of_json(found) in runs:
-        return found
-    logger.warning("%s is damaged, and goes unused.", folder / DESCRIPTION)
-    return None
+    """What the run in a folder is; None if that was never written, or is damaged.
+
+    Raises:
+        OutputError: an earlier version has written it.
+    """
+    found = read_checked(folder / DESCRIPTION)
+    with suppress(FileNotFoundError, ValueError, RecursionError, AttributeError):  # damaged, which has been said
+        stated = json.loads(text_of(folder / DESCRIPTION)) if found is None else found
+        if stated.get("journal") in range(1, FORMAT):
+            raise OutputError(
+                f"{folder.parent} holds a part of a run of an earlier version of optq: journal was "
+                f"{stated['journal']} and is {FORMAT}. Go on with that version, or name another folder, or delete "
+                "this one."
+            )
+    return found
 
 
-def _runs_in(folder: Path) -> set[str]:
-    """Digests of the descriptions of the runs that have recorded blocks in a folder."""
-    records = [_read_json(path) for path in folder.glob(RECORDS)]
-    return {str(record["run"]) for record in records if record is not None and "run" in record}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """An object of JSON; None if there is none, or if it is damaged, which is said."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error}. Once it can, the same call goes on from there.") from error
-    except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        return found
-    logger.warning("%s is damaged, and goes unused.", path)
-    return None
+def _runs_in(folder: Path) -> dict[Path, str]:
+    """Digests of the descriptions of the runs that have recorded blocks in a folder, by record."""
+    records = {path: read_checked(path) for path in sorted(folder.glob(RECORDS))}
+    return {path: record["run"] for path, record in records.items() if record is not None}
 
 
 _INTERRUPTED: dict[str, list[list[int]]] = {}
@@ -272,8 +275,8 @@ def kept_samples(
         return samples
     path = Path(folder, WRITTEN)
     before = []
-    found = _read_json(path)
-    if found is not None and found.pop("checksum", None) == digest_of_json(found):
+    found = read_checked(path)
+    if found is not None:
         differences = _differences(found["description"], description)
         if not differences:
             before = found["samples"]
@@ -288,8 +291,7 @@ def kept_samples(
         return before
 
     def keep(written: list[list[int]]) -> None:
-        content = {"description": description, "samples": written}
-        write_whole(path, json.dumps({**content, "checksum": digest_of_json(content)}))
+        write_checked(path, {"description": description, "samples": written})
 
     samples = write(before, keep)
     keep(samples)
@@ -302,25 +304,26 @@ def _say_kept(before: list[list[int]], samples: int) -> None:
         logger.info("Going on with the %s%s that the model has written before.", counted(len(before), "sample"), of)
 
 
-def differences_to(folder: Path, config: GPTQConfig) -> list[str]:
-    """Differences between the settings of the run in `folder` and `config`, in words; none if that does not tell."""
-    found = (read_description(folder) or {}).get("settings")
-    asked = json.loads(json.dumps(config.settings(), default=str))
-    return _differences(found, asked) if isinstance(found, dict) else []
+def finished_in(log: Path) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
+    """The last run that a log tells of, and the checksums of its files, by name; None for what it does not tell."""
+    run, files = None, None
+    for event in read_events(log):
+        if isinstance(event, Started):
+            run, files = event.run, None
+        elif isinstance(event, FilesWritten):
+            files = event.files
+    return run, files
 
 
-def differences_to_finished(log: Path, asked: dict[str, Any]) -> list[str] | None:
-    """Differences between the run that wrote a log and what is asked for; None if the log does not tell.
+def differences_between(run: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Differences between a run and what is asked for, in words.
 
     Args:
-        asked: a part of what `described` returns.
+        run: what `described` has returned.
+        asked: a part of that.
     """
-    runs = [event.run for event in read_events(log) if isinstance(event, Started) and event.run is not None]
-    if not runs:
-        return None
-    found = runs[-1]
     asked = json.loads(json.dumps(asked, default=str))
-    return _differences({key: value for key, value in found.items() if key in asked}, asked)
+    return _differences({key: value for key, value in run.items() if key in asked}, asked)
 
 
 def check_same(descriptions: Sequence[dict[str, Any]]) -> None:
@@ -389,7 +392,7 @@ def _identity(file: Path) -> str:
     """Size and a digest of 64 pieces, the header among them: reading all bytes of a large model would take minutes."""
     size = file.stat().st_size
     digest = hashlib.blake2b(digest_size=8)
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         for start in range(0, max(size, 1), max(size // 64, PIECE)):
             stream.seek(start)
             digest.update(stream.read(PIECE))
@@ -398,26 +401,9 @@ def _identity(file: Path) -> str:
 
 def digest_of(tensor: Tensor) -> str:
     """A digest of a tensor of any shape (...) and dtype: of its shape and values."""
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # no copy: it may be large
-    return _digest_of(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), values)
-
-
-def digest_of_file(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def digest_of_json(content: dict[str, Any]) -> str:
-    return _digest_of(json.dumps(content, sort_keys=True).encode())
-
-
-def _digest_of(*parts: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # no copy: it may be large
+    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    digest.update(values)
     return digest.hexdigest()
 
 

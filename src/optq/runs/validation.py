@@ -156,8 +156,16 @@ def _check_log_file(log_file: str | os.PathLike[str] | None, output: Path | None
     if log_file is None:
         return
     path = Path(log_file)
+    try:
+        path.absolute().lstat()
+    except (FileNotFoundError, NotADirectoryError):  # nothing yet; or no folder to put it into, as is said below
+        pass
+    except (OSError, ValueError) as error:  # no file can have that name
+        raise ConfigError(f"log_file={short(str(path))} cannot be written: {error}.") from error
     if path.is_dir():
         raise ConfigError(f"log_file={str(path)!r} is a folder; name a file in it.")
+    if path.is_fifo():
+        raise ConfigError(f"log_file={str(path)!r} is a pipe, in which nothing can be looked up; name a file.")
     if output is not None and path.parent.absolute() == output.absolute() and not output.exists():
         return
     if not path.parent.is_dir():
