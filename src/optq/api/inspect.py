@@ -95,7 +95,7 @@ def inspect(
         )
     wrong = [] if config is None else unusable(quantized.values(), vectors_in(headers, quantized), config)
     if config is not None and verify:
-        wrong = _verified(wrong, described, [os.fspath(file) for file in files], config)
+        wrong = _verified(wrong, described, headers, config)
     elif (first := next(iter(wrong), None)) is not None:
         raise CheckpointError(first)
     linears = {} if config is None else linears_of(quantized, config, described)
@@ -133,11 +133,13 @@ def _bits_per_weight(quantized: Collection[QuantizedTensors], dense: Iterable[Te
     return 8 * stored / weights if weights else math.nan
 
 
-def _verified(wrong: Iterable[str], described: Any, files: list[str], config: GPTQConfig) -> list[str]:
-    """All that is wrong with values, and what else keeps a checkpoint from being loaded."""
+def _verified(
+    wrong: Iterable[str], described: Any, headers: Mapping[str, TensorHeader], config: GPTQConfig
+) -> list[str]:
+    """All that is wrong with values, and what else keeps a checkpoint from being loaded, or makes readers differ."""
     errors = list(wrong)
     try:
-        check_loadable(described, files, config)
+        errors += check_loadable(described, headers, config)
     except OptqError as error:
         errors += [] if str(error) in errors else [str(error)]
     return errors
