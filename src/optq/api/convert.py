@@ -26,6 +26,7 @@ from optq.files.source import (
     model_config_of,
     place_of,
     quantization_entry,
+    two_sets_of_weights,
     weight_files,
 )
 from optq.formats.gguf import opened_gguf
@@ -157,7 +158,10 @@ def _opened_checkpoint(name: str, kwargs: dict[str, Any]) -> Iterator[Opened]:
     headers = read_headers([os.fspath(file) for file in files])
     with found_in(name):
         source = describe(stated, headers)
-    for contradiction in check_loadable(described, source.headers, source.config):
+    for contradiction in (
+        *two_sets_of_weights(name, kwargs),
+        *check_loadable(described, source.headers, source.config),
+    ):
         logger.warning("%s", contradiction)
 
     def save_companions(folder: Path) -> None:

@@ -24,6 +24,7 @@ from optq.files.source import (
     parallel_plan_of,
     place_of,
     stated_quantization,
+    two_sets_of_weights,
     weight_files,
 )
 from optq.hf.loading import check_loadable
@@ -113,6 +114,7 @@ def inspect(
         size_gib=sum(file.stat().st_size for file in files) / GIB,
         contradictions=(
             *wrong,
+            *two_sets_of_weights(source, kwargs),
             *(scope_contradicts(config, quantized, _modules_of(dense)) if config is not None else ()),
             *(mislabelled(quantized.values(), config) if config is not None else ()),
         ),

@@ -28,7 +28,7 @@ from optq.config.metadata import (
 from optq.device.memory import release_free_memory
 from optq.errors import CheckpointError, ModelError, counted
 from optq.files.legacy import UNPICKLE
-from optq.files.source import check_files, model_class_of
+from optq.files.source import check_files, model_class_of, two_sets_of_weights
 from optq.integrations import tensor_parallel as parallel
 from optq.integrations.tensor_parallel import ParallelLinear
 from optq.kernels import tune
@@ -67,7 +67,10 @@ class PackedLoad:
     def validate(self, device_map: Any, weights_only: bool) -> None:
         """Check the files, and remember whether those that may hold code are refused."""
         self._weights_only = weights_only
-        check_files(name_told(), {**where_told(), **told(("use_safetensors",))})
+        where = {**where_told(), **told(("use_safetensors",))}
+        check_files(name_told(), where)
+        for contradiction in two_sets_of_weights(name_told(), where):
+            logger.warning("%s", contradiction)
 
     def device_map(self, asked: Any) -> Any:
         return asked
