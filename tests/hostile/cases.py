@@ -512,6 +512,25 @@ def _dynamic() -> Damages:
         ("dynamic",),
     )
     yield (
+        "a million rules that list names",
+        stated(*entry, value={f"-:^x{n}$": {} for n in range(10**6)}),
+        ("dynamic",),
+    )
+    yield (
+        "as many slow rules as there may be",
+        stated(*entry, value={f"-:(a|b|ab|[a-z.0-9])*?{number}x": {} for number in range(9999)}),
+        ("dynamic",),
+    )
+    yield (
+        "as many long rules",
+        stated(*entry, value={f"-:{'(?:a|b)?' * 480}{number}": {} for number in range(9999)}),
+        ("dynamic",),
+    )
+    for pattern in ("(?:.{5000}){5000}", "(?:.{65535}){65535}", "(?:(?:.{99}){99}){99}"):
+        yield f"repeats of {pattern}", stated(*entry, value={f"-:{pattern}": {}}), ("dynamic",)
+    modules = ("quantization_config", "modules_in_block_to_quantize")
+    yield "a million modules", stated(*modules, value=[[f"a{n}" for n in range(10**6)]]), (CONFIG,)
+    yield (
         "a rule that excludes what is packed",
         stated(*entry, value={"-:.*down_proj": {}}),
         ("dynamic", LINEAR, "_proj"),
@@ -649,6 +668,11 @@ def _others(parts: tuple[str, ...]) -> Damages:
     yield "fewer blocks in config.json", stated("num_hidden_layers", value=1), ("model.layers.1",)
     yield "another width in config.json", stated("hidden_size", value=128), ("model.",)
     yield "not tied, and without a head", stated("tie_word_embeddings", value=False), ("lm_head",)
+    if parts is COMPRESSED:
+        group = ("quantization_config", "config_groups", "group_0", "targets")
+        for targets in (["re:(a+)+$"], ["re:("], ["re:" + "a" * 5000], ["re:(?:.{5000}){5000}"]):
+            yield f"targets are {targets[0][:20]}", stated(*group, value=targets), (CONFIG,)
+        yield "100,000 targets", stated(*group, value=[f"re:x{number}" for number in range(10**5)]), (CONFIG,)
     for value in (None, "x", 4.5, [4], {"a": 4}, 2**70, math.nan):
         if parts is AWQ:
             if value is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from optq.config.dynamic import refuse_too_many
+from optq.config.dynamic import patterns_in
 from optq.errors import CheckpointError, found_in
 
 COUNTS, SIZES = ("_layers", "n_layer", "_experts"), ("_size", "_dim", "_heads", "n_embd", "n_head", "d_model", "d_ff")
@@ -16,7 +16,7 @@ COUNTS, SIZES = ("_layers", "n_layer", "_experts"), ("_size", "_dim", "_heads", 
 MOST_LAYERS, LARGEST_SIZE = 10_000, 2**31 - 1
 
 DEEPEST, MOST_ENTRIES = 50, 100_000
-"""Levels of a config, which is copied recursively; and entries of a quantization_config besides `dynamic`."""
+"""Levels of a config, which is copied recursively; and entries of a quantization_config besides rules of `dynamic`."""
 
 LIMITS = ("_limit", "_limits", "_max", "_min")
 """How names end of what may be infinite: Mamba's time_step_limit is."""
@@ -41,12 +41,13 @@ def check_described(config: Mapping[str, Any], source: str) -> None:
     if not stated:
         return
     if isinstance(stated, dict):
-        if isinstance(stated.get("dynamic"), dict):
-            with found_in(f"{source}/config.json: quantization_config"):
-                refuse_too_many(stated["dynamic"])  # transformers formats them for its log several times
         place = f"{source}/config.json: quantization_config"
-        counts = {key: sum(1 for _ in _entries({key: value}, place)) for key, value in stated.items()}
-        if (count := sum(number for key, number in counts.items() if key != "dynamic")) > MOST_ENTRIES:
+        if isinstance(stated.get("dynamic"), dict):
+            with found_in(place):
+                patterns_in(stated["dynamic"])  # transformers formats them for its log several times
+            rules = [rule for rule in stated["dynamic"].values() if not _is_flat(rule)]
+            stated = {**stated, "dynamic": rules}  # of many rules, these only take time to look at
+        if (count := sum(1 for _ in _entries(stated, place))) > MOST_ENTRIES:
             raise CheckpointError(
                 f"{place} has {count} entries besides dynamic; {MOST_ENTRIES} are read. It is of a stranger; download "
                 "it again from where you trust it."
@@ -62,6 +63,11 @@ def check_described(config: Mapping[str, Any], source: str) -> None:
                 f"{source}/config.json has a {part}, which a model of type {config['model_type']} does not have. "
                 "Remove it, or download the file again."
             )
+
+
+def _is_flat(rule: Any) -> bool:
+    """Whether it has nothing but settings, as every writer's rules of `dynamic`."""
+    return isinstance(rule, dict) and not any(isinstance(value, (dict, list)) for value in rule.values())
 
 
 def check_numbers(config: Mapping[str, Any], place: str) -> None:

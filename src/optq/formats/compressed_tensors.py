@@ -15,7 +15,7 @@ from torch import Tensor
 from optq.checkpoint.headers import TensorHeader, reader_of
 from optq.checkpoint.layout import PackedWeight, as_float16, relabel
 from optq.checkpoint.packing import pack_codes
-from optq.config.dynamic import matches
+from optq.config.dynamic import Patterns
 from optq.errors import CheckpointError, found_in
 from optq.scheme import BITS, PACKED_WORD_BITS, ActOrder, LayerScheme, trivial_groups
 
@@ -88,10 +88,12 @@ def describe_compressed(stated: dict[str, Any], headers: Headers) -> Source:
         targets.update({str(target): (key, group) for target in entry_of(group, "targets", list, [])})
     schemes = {}
     act_order: ActOrder = "desc_act" if names_of(headers, "weight_g_idx") else "static"
+    expressions = [target for target in targets if target.startswith("re:")]
+    patterns = Patterns(tuple(target.removeprefix("re:") for target in expressions), "config.json: config_groups")
     packed = parts_in(headers, COMPRESSED_NAMES, ("weight_packed",))
     for name in packed:
-        patterns = (found for target, found in targets.items() if _is_pattern_of(target, name))
-        declared = targets.get(name) or next(patterns, None) or targets.get("Linear")
+        place = None if name in targets else patterns.first(name)
+        declared = targets.get(name if place is None else expressions[place]) or targets.get("Linear")
         if declared is None:
             raise CheckpointError(f"{name} is packed, but is the target of none of config.json's config_groups.")
         schemes[name] = _compressed_scheme(*declared, stated.get("format"), act_order)
@@ -172,10 +174,6 @@ def _as_gptq(own: Mapping[str, TensorHeader], scheme: LayerScheme) -> dict[str, 
         "scales": scales,
     }
     return found | ({"g_idx": own["weight_g_idx"]} if "weight_g_idx" in own else {})
-
-
-def _is_pattern_of(target: str, name: str) -> bool:
-    return target.startswith("re:") and matches(target.removeprefix("re:"), name, "config_groups")
 
 
 def _compressed_scheme(key: str, group: dict[str, Any], form: str | None, act_order: ActOrder) -> LayerScheme:
