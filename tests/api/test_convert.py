@@ -421,7 +421,7 @@ def group(**changes):
         ({}, {"kv_cache_scheme": {"num_bits": 8}}, "has a kv_cache_scheme"),
         ({}, group(targets=["re:.*q_proj"]), "up_proj is packed, but is the target of none"),
         ({"weight_shape": None}, {}, "up_proj: the checkpoint has weight_packed but not weight_shape"),
-        ({"weight_packed": None}, {}, "No linear is quantized in the way of compressed-tensors"),
+        ({"weight_packed": None}, {}, r"up_proj: the checkpoint has weight_scale \(.*\) but not weight_packed"),
         ({"weight_zero_point": None}, {}, r"up_proj: the shapes are .*'weight_zero_point': None"),
         ({"weight_scale": torch.ones(96, 1).half()}, {}, r"up_proj: the shapes are .*'weight_scale': \(96, 1\)"),
         ({"weight_shape": torch.tensor([96, 60])}, {}, "in_features 60 is not a multiple of 8"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 LINEAR = "model.layers.1.mlp.down_proj"
@@ -25,10 +25,11 @@ class Case:
     """One kind of damage.
 
     Args:
-        damage: does it to a folder with the checkpoint, which is in two files with an index.
+        damage: does it to a folder with the checkpoint, which is in two files with an index; of AWQ it is in one.
         named: what an error has to name, one of these.
         verbs: what is tried. Loading a checkpoint that says it is of another method, or whose config transformers
             refuses before it asks anyone, is not ours.
+        form: the format of the good checkpoint.
     """
 
     group: str
@@ -36,6 +37,7 @@ class Case:
     damage: Callable[[Path], None]
     named: tuple[str, ...]
     verbs: tuple[str, ...] = ("load", "inspect", "convert")
+    form: str = "gptq"
 
 
 def cases() -> list[Case]:
@@ -51,14 +53,21 @@ def cases() -> list[Case]:
         *_of("quantization_config", _quantization()),
         *_of("dynamic", _dynamic()),
         *_of("config.json", _config()),
+        *_of("what else config.json says", _said()),
+        *_of("AWQ", _others(AWQ), "awq"),
+        *_of("compressed-tensors", _others(COMPRESSED), "compressed-tensors"),
+        *_of("GGUF", _gguf(), "gguf"),
     ]
 
 
 Damages = Iterator[tuple[str, Callable[[Path], None], tuple[str, ...]]]
 
 
-def _of(group: str, damages: Damages) -> Iterator[Case]:
+def _of(group: str, damages: Damages, form: str = "gptq") -> Iterator[Case]:
     for name, damage, named in damages:
+        if form != "gptq":
+            yield Case(group, name, damage, named, ("convert",), form)
+            continue
         is_others = name.startswith("quant_method is ") and "missing" not in name
         verbs = ("inspect", "convert") if is_others or (group == "config.json" and "0000" not in name) else Case.verbs
         yield Case(group, name, damage, named, verbs)
@@ -95,6 +104,18 @@ def put(part: str, change: Callable[[torch.Tensor], torch.Tensor], linear: str =
         tensors[name] = change(tensors[name].clone())
 
     return lambda folder: edit(folder, done, name)
+
+
+def edit_all(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """Change the tensors of every file; the index is left as it is."""
+
+    def done(folder: Path) -> None:
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+            change(tensors)
+            save_file({name: x.contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
+
+    return done
 
 
 def without(*names: str) -> Callable[[Path], None]:
@@ -285,6 +306,17 @@ def _index() -> Damages:
 
     yield "a tensor in two files", twice, (key,)
 
+    def single(folder: Path) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for file in folder.glob("*.safetensors"):
+            tensors |= load_file(file)
+        tensors[key] = tensors[key] * 3
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    yield "another checkpoint in one file beside it", single, ("model.safetensors",)
+    yield "a folder beside it", lambda folder: os.mkdir(folder / "model.safetensors"), ("model.safetensors",)
+    yield "a pipe beside it", lambda folder: os.mkfifo(folder / "model.safetensors"), ("model.safetensors",)
+
 
 def _dtypes() -> Damages:
     wrong = {
@@ -357,6 +389,9 @@ def _tensors() -> Damages:
     def added(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
         return lambda folder: edit(folder, lambda tensors: tensors.update({name: tensor}))
 
+    untied = stated("tie_word_embeddings", value=False)
+    yield "no head, and it is not tied", untied, ("lm_head",)
+    yield "a head of its own, though tied", added("lm_head.weight", torch.randn(128, 64)), ("lm_head",)
     yield "a bias of zeros that the model lacks", added(f"{LINEAR}.bias", torch.zeros(64)), (LINEAR,)
     yield "a dense weight beside the packed words", added(f"{LINEAR}.weight", torch.zeros(64, 96)), (LINEAR,)
     yield "a stranger's name", added("../../etc/passwd", torch.zeros(1)), ("etc/passwd",)
@@ -477,6 +512,25 @@ def _dynamic() -> Damages:
         ("dynamic",),
     )
     yield (
+        "a million rules that list names",
+        stated(*entry, value={f"-:^x{n}$": {} for n in range(10**6)}),
+        ("dynamic",),
+    )
+    yield (
+        "as many slow rules as there may be",
+        stated(*entry, value={f"-:(a|b|ab|[a-z.0-9])*?{number}x": {} for number in range(9999)}),
+        ("dynamic",),
+    )
+    yield (
+        "as many long rules",
+        stated(*entry, value={f"-:{'(?:a|b)?' * 480}{number}": {} for number in range(9999)}),
+        ("dynamic",),
+    )
+    for pattern in ("(?:.{5000}){5000}", "(?:.{65535}){65535}", "(?:(?:.{99}){99}){99}"):
+        yield f"repeats of {pattern}", stated(*entry, value={f"-:{pattern}": {}}), ("dynamic",)
+    modules = ("quantization_config", "modules_in_block_to_quantize")
+    yield "a million modules", stated(*modules, value=[[f"a{n}" for n in range(10**6)]]), (CONFIG,)
+    yield (
         "a rule that excludes what is packed",
         stated(*entry, value={"-:.*down_proj": {}}),
         ("dynamic", LINEAR, "_proj"),
@@ -533,3 +587,145 @@ def _config() -> Damages:
             "passwd",
         ),
     )
+
+
+def _said() -> Damages:
+    """What transformers reads without complaint."""
+    for value in (math.nan, math.inf, 10.0, -1.0):
+        yield f"rms_norm_eps is {value}", stated("rms_norm_eps", value=value), ("rms_norm_eps",)
+    yield "rms_norm_eps is 1e400", _as_text("1e-06", "1e400"), ("rms_norm_eps",)
+    for value in (math.nan, 0.0, -10_000.0):
+        yield f"rope_theta is {value}", stated("rope_parameters", "rope_theta", value=value), ("rope_theta",)
+    yield "an attention_dropout that is NaN", stated("attention_dropout", value=math.nan), ("attention_dropout",)
+    for part in ("text_config", "decoder", "generator"):
+        for value in ({"quantization_config": {"bits": 3}}, {}, "x"):
+            yield f"a {part} that is {json.dumps(value)}", stated(part, value=value), (part,)
+    yield "meta that is nested deeply", stated("quantization_config", "meta", value=_nested(900)), (CONFIG,)
+    yield "nested deeply, but not too deeply to be read", stated("extra", value=_nested(300)), (CONFIG,)
+    yield (
+        "a rule that is nested deeply",
+        stated("quantization_config", "dynamic", value={"a": _nested(300)}),
+        (CONFIG,),
+    )
+
+
+def _nested(levels: int) -> Any:
+    found: Any = 1
+    for _ in range(levels):
+        found = {"a": found}
+    return found
+
+
+def _as_text(old: str, new: str) -> Callable[[Path], None]:
+    def done(folder: Path) -> None:
+        text = (folder / CONFIG).read_text()
+        assert old in text
+        (folder / CONFIG).write_text(text.replace(old, new))
+
+    return done
+
+
+# Other formats, of which converting is tried
+
+AWQ = ("qweight", "qzeros", "scales")
+COMPRESSED = ("weight_packed", "weight_shape", "weight_scale")
+
+
+def _others(parts: tuple[str, ...]) -> Damages:
+    def part_of(part: str, way: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+        name = f"{LINEAR}.{part}"
+        return edit_all(lambda tensors: tensors.update({name: way(tensors[name])}) if name in tensors else None)
+
+    def gone(*names: str) -> Callable[[Path], None]:
+        return edit_all(lambda tensors: [tensors.pop(name, None) for name in names])
+
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        **{str(dtype): lambda x, to=dtype: x.float().to(to) for dtype in OTHER_DTYPES},
+        "without its last row": lambda x: x[:-1],
+        "flat": lambda x: x.flatten() if x.ndim > 1 else x[None],
+        "a scalar": lambda x: x.flatten()[0],
+        "of no elements": lambda x: x[:0],
+        "transposed": lambda x: x.T if x.ndim > 1 else x[:, None],
+    }
+    for part in parts:
+        for name, way in ways.items():
+            yield f"{part} is {name}", part_of(part, way), (f"{LINEAR}.{part}", LINEAR)
+        yield f"{part} is missing", gone(f"{LINEAR}.{part}"), (LINEAR,)
+    for value in (math.nan, math.inf, 0.0):
+        yield f"a scale is {value}", part_of(parts[-1] if "scale" in parts[-1] else "", _with(value)), (LINEAR,)
+    yield "a whole linear is missing", gone(*(f"{LINEAR}.{part}" for part in parts)), (LINEAR,)
+    for name in (E, NORM, "model.norm.weight"):
+        yield f"{name} is missing", gone(name), (name,)
+    yield f"{NORM} has a NaN", edit_all(_changed(NORM, _with(math.nan))), (NORM,)
+    yield f"{NORM} is int8", edit_all(_changed(NORM, lambda x: x.to(torch.int8))), (NORM,)
+    dense = {f"{LINEAR}.weight": torch.zeros(64, 96)}
+    yield (
+        "a dense weight beside the packed words",
+        edit_all(lambda x: x.update(dense) if f"{LINEAR}.{parts[0]}" in x else None),
+        (LINEAR,),
+    )
+    yield "more blocks in config.json", stated("num_hidden_layers", value=3), ("model.layers.2",)
+    yield "fewer blocks in config.json", stated("num_hidden_layers", value=1), ("model.layers.1",)
+    yield "another width in config.json", stated("hidden_size", value=128), ("model.",)
+    yield "not tied, and without a head", stated("tie_word_embeddings", value=False), ("lm_head",)
+    if parts is COMPRESSED:
+        group = ("quantization_config", "config_groups", "group_0", "targets")
+        for targets in (["re:(a+)+$"], ["re:("], ["re:" + "a" * 5000], ["re:(?:.{5000}){5000}"]):
+            yield f"targets are {targets[0][:20]}", stated(*group, value=targets), (CONFIG,)
+        yield "100,000 targets", stated(*group, value=[f"re:x{number}" for number in range(10**5)]), (CONFIG,)
+    for value in (None, "x", 4.5, [4], {"a": 4}, 2**70, math.nan):
+        if parts is AWQ:
+            if value is not None:
+                yield f"bits are {value}", stated("quantization_config", "bits", value=value), (CONFIG,)
+            yield f"group_size is {value}", stated("quantization_config", "group_size", value=value), ("group_size",)
+        else:
+            inside = ("quantization_config", "config_groups", "group_0", "weights")
+            for field in ("num_bits", "group_size", "strategy", "type", "symmetric"):
+                if (field, value) != ("symmetric", None):
+                    yield f"{field} is {value}", stated(*inside, field, value=value), (CONFIG,)
+
+
+OTHER_DTYPES = (torch.int8, torch.bool, torch.float64, torch.float8_e4m3fn)
+
+
+def _with(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[5] = value
+        return tensor
+
+    return change
+
+
+def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda tensors: tensors.update({name: change(tensors[name])}) if name in tensors else None
+
+
+GGUF = "model.gguf"
+
+
+def _gguf() -> Damages:
+    def patched(key: str, value: float) -> Callable[[Path], None]:
+        def done(folder: Path) -> None:
+            content = bytearray((folder / GGUF).read_bytes())
+            place = content.index(key.encode()) + len(key) + 4
+            content[place : place + 4] = struct.pack("<f", value)
+            (folder / GGUF).write_bytes(bytes(content))
+
+        return done
+
+    def norm(value: float) -> Callable[[Path], None]:
+        def done(folder: Path) -> None:
+            from gguf import GGUFReader
+
+            reader = GGUFReader(folder / GGUF, "r+")
+            next(tensor for tensor in reader.tensors if "attn_norm" in tensor.name).data[3] = value
+            reader.data.flush()
+
+        return done
+
+    for value in (math.nan, math.inf, -math.inf):
+        yield f"a norm has {value}", norm(value), (GGUF,)
+    for key in ("llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon"):
+        for value in (math.nan, math.inf, -1.0):
+            yield f"{key} is {value}", patched(key, value), (GGUF,)
+    yield "llama.rope.freq_base is 0", patched("llama.rope.freq_base", 0.0), (GGUF,)

@@ -33,28 +33,29 @@ GROUPS = sorted({case.group for case in cases.cases()})
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory, token_rows):
-    """A checkpoint in two files, and the logits that it has."""
+    """By format, a checkpoint and the logits that it has; GPTQ's is in two files."""
     folder = tmp_path_factory.mktemp("good")
-    trial.make_good(
-        save_tiny_llama(folder / "dense"), folder / "packed", GPTQConfig(bits=4, group_size=32), token_rows
-    )
-    return folder / "packed", trial.logits_of(folder / "packed")
+    dense = save_tiny_llama(folder / "dense")
+    trial.make_good(dense, folder / "packed", GPTQConfig(bits=4, group_size=32), token_rows)
+    return trial.make_others(dense, folder / "packed")
 
 
-def test_the_good_checkpoint_is_right(good, tmp_path):
-    nothing = cases.Case("none", "nothing", lambda folder: None, ())
-    found = trial.trial(nothing, good[0], tmp_path, good[1])
-    assert {verb: made["outcome"] for verb, made in found.items()} == dict.fromkeys(trial.VERBS, "right")
+@pytest.mark.parametrize("form", ["gptq", "awq", "compressed-tensors", "gguf"])
+def test_the_good_checkpoint_is_right(form, good, tmp_path):
+    verbs = trial.VERBS if form == "gptq" else ("convert",)
+    nothing = cases.Case("none", "nothing", lambda folder: None, (), verbs)
+    found = trial.trial(nothing, good[form][0], tmp_path, good[form][1])
+    assert {verb: made["outcome"] for verb, made in found.items()} == dict.fromkeys(verbs, "right")
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_damage_is_named_and_nothing_else_comes_of_it(group, good, tmp_path):
-    folder, wanted = good
     bad = []
     found = [case for case in cases.cases() if case.group == group]
     for number, case in enumerate(found[:: 1 + 2 * (len(found) > MANY)]):
         if number % ALL_VERBS:  # one verb has to do: they share what is checked, and benchmarks/hostile.py tries all
             case = replace(case, verbs=case.verbs[number % len(case.verbs) :][:1])
+        folder, wanted = good[case.form]
         for verb, made in trial.trial(case, folder, tmp_path / "scratch", wanted).items():
             if made["outcome"] not in trial.GOOD:
                 bad.append(f"{case.name}: {verb}: {made['outcome']}: {made['said'][:300]}")

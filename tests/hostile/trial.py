@@ -51,6 +51,30 @@ def make_good(dense: Path, packed: Path, config: Any, rows: list[Any]) -> None:
     AutoTokenizer.from_pretrained(dense).save_pretrained(packed)
 
 
+def make_others(dense: Path, packed: Path) -> dict[str, tuple[Path, torch.Tensor]]:
+    """The same in other formats, beside the packed one: by format, the folder and its logits."""
+    from transformers import AutoModelForCausalLM
+
+    import gguf_files
+    import optq
+    import other_formats
+
+    folders = {name: packed.parent / name for name in ("awq", "compressed-tensors", "gguf")}
+    other_formats.awq_folder(dense, folders["awq"], other_formats.grids_of(dense))
+    optq.convert(packed, output_dir=folders["compressed-tensors"], to="compressed-tensors")
+    folders["gguf"].mkdir()
+    gguf_files.write_gguf(AutoModelForCausalLM.from_pretrained(dense), folders["gguf"] / "model.gguf", "Q4_0")
+    found = {"gptq": (packed, logits_of(packed))}
+    for name, folder in folders.items():
+        there = optq.convert(_source_in(folder), output_dir=packed.parent / f"{name}-dense", to="dense")
+        found[name] = folder, logits_of(there)
+    return found
+
+
+def _source_in(folder: Path) -> Path:
+    return next(folder.glob("*.gguf"), folder)
+
+
 def tried(verb: str, folder: Path, named: tuple[str, ...], wanted: torch.Tensor) -> dict[str, Any]:
     """What the verb makes of a folder, in a child of this process."""
     end, start = os.pipe()
@@ -149,7 +173,7 @@ def _inspect(folder: Path, wanted: torch.Tensor) -> None:
 def _convert(folder: Path, wanted: torch.Tensor) -> None:
     import optq
 
-    _compare(logits_of(optq.convert(folder, output_dir=folder.parent / "dense", to="dense")), wanted)
+    _compare(logits_of(optq.convert(_source_in(folder), output_dir=folder.parent / "dense", to="dense")), wanted)
 
 
 DOING: dict[str, Callable[[Path, torch.Tensor], None]] = {"load": _load, "inspect": _inspect, "convert": _convert}

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from optq.files.source import (
     model_config_of,
     place_of,
     quantization_entry,
+    two_sets_of_weights,
     weight_files,
 )
 from optq.formats.gguf import opened_gguf
@@ -85,8 +85,11 @@ def convert(
     ):
         described = opened.described
         source = opened.source.without_desc_act() if without_desc_act else opened.source
-        if not isinstance(described.dtype, (torch.dtype, NoneType)):
-            raise CheckpointError(f"{origin}/config.json says dtype={described.dtype!r}, which is none of torch's.")
+        if described.dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise CheckpointError(
+                f"{origin}/config.json says dtype={described.dtype!r}; models are converted in float16, bfloat16, "
+                "float32 and float64. Correct it, or remove it for float16."
+            )
         opened.save_companions(partial)
         with found_in(origin):
             _write_weights(opened.tensors, source, target.write, described.dtype, partial)
@@ -155,8 +158,11 @@ def _opened_checkpoint(name: str, kwargs: dict[str, Any]) -> Iterator[Opened]:
     headers = read_headers([os.fspath(file) for file in files])
     with found_in(name):
         source = describe(stated, headers)
-    if stated.get("quant_method") == "gptq":
-        check_loadable(described, [os.fspath(file) for file in files], source.config)
+    for contradiction in (
+        *two_sets_of_weights(name, kwargs),
+        *check_loadable(described, source.headers, source.config),
+    ):
+        logger.warning("%s", contradiction)
 
     def save_companions(folder: Path) -> None:
         copy_companions(companions_folder(name, kwargs), folder)

@@ -24,6 +24,7 @@ from optq.files.source import (
     parallel_plan_of,
     place_of,
     stated_quantization,
+    two_sets_of_weights,
     weight_files,
 )
 from optq.hf.loading import check_loadable
@@ -95,7 +96,7 @@ def inspect(
         )
     wrong = [] if config is None else unusable(quantized.values(), vectors_in(headers, quantized), config)
     if config is not None and verify:
-        wrong = _verified(wrong, described, [os.fspath(file) for file in files], config)
+        wrong = _verified(wrong, described, headers, config)
     elif (first := next(iter(wrong), None)) is not None:
         raise CheckpointError(first)
     linears = {} if config is None else linears_of(quantized, config, described)
@@ -113,6 +114,7 @@ def inspect(
         size_gib=sum(file.stat().st_size for file in files) / GIB,
         contradictions=(
             *wrong,
+            *two_sets_of_weights(source, kwargs),
             *(scope_contradicts(config, quantized, _modules_of(dense)) if config is not None else ()),
             *(mislabelled(quantized.values(), config) if config is not None else ()),
         ),
@@ -133,11 +135,13 @@ def _bits_per_weight(quantized: Collection[QuantizedTensors], dense: Iterable[Te
     return 8 * stored / weights if weights else math.nan
 
 
-def _verified(wrong: Iterable[str], described: Any, files: list[str], config: GPTQConfig) -> list[str]:
-    """All that is wrong with values, and what else keeps a checkpoint from being loaded."""
+def _verified(
+    wrong: Iterable[str], described: Any, headers: Mapping[str, TensorHeader], config: GPTQConfig
+) -> list[str]:
+    """All that is wrong with values, and what else keeps a checkpoint from being loaded, or makes readers differ."""
     errors = list(wrong)
     try:
-        check_loadable(described, files, config)
+        errors += check_loadable(described, headers, config)
     except OptqError as error:
         errors += [] if str(error) in errors else [str(error)]
     return errors

@@ -26,12 +26,14 @@ class TensorHeader:
     Args:
         name: as it is in the file.
         file: which holds it; "" for a tensor that is in none.
+        transposed: the file holds a matrix of which this is the transpose.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     name: str = ""
     file: str = ""
+    transposed: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} in {self.file}" if self.file else self.name
@@ -151,7 +153,12 @@ def reader_of(headers: Iterable[TensorHeader]) -> Iterator[Callable[[TensorHeade
     """Open the files of some tensors of safetensors files; what is given reads one, shape (...), by its header."""
     with ExitStack() as stack:
         opened = {file: stack.enter_context(open_whole(file)) for file in sorted({x.file for x in headers})}
-        yield lambda header: opened[header.file].get_tensor(header.name)
+
+        def read(header: TensorHeader) -> Tensor:
+            stored: Tensor = opened[header.file].get_tensor(header.name)
+            return stored.T if header.transposed else stored
+
+        yield read
 
 
 def _headers_of_pickle(file: str) -> Iterable[TensorHeader]:

@@ -2,9 +2,11 @@
 """The rules of `dynamic`: patterns of layers' names, and how the layers that match differ from the others."""
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from time import perf_counter
 from typing import Any
 
 import regex  # a match of it may take no more than some time, which one of `re` may not
@@ -25,16 +27,23 @@ OVERRIDES = ("bits", "group_size", "sym", "desc_act", "damp_percent")
 """What a rule may change."""
 
 
-MOST_PATTERNS, LONGEST_PATTERN = 10_000, 4_000
-"""Rules that are more than the name of linears, and the characters of one: a file may hold millions."""
+MOST_RULES, MOST_CHARACTERS, MOST_ALTERNATIVES = 60_000, 10_000_000, 300_000
+"""Of `dynamic`, and of all its patterns together: more than a mixture of 100 layers with 256 experts needs."""
 
-SECONDS = 0.1
-"""For one match: as a pattern is written by a stranger, it may take longer than anyone lives."""
+MOST_PATTERNS, LONGEST_PATTERN, LARGEST_PATTERNS = 10_000, 4_000, 50_000
+"""Patterns that are more than the names of linears, the characters of one, and those of all, each counted as often as
+the numbers in braces repeat it: so often it is compiled. A file of a stranger may hold any number of them."""
 
-EXACT = regex.compile(
-    r"\^(?:(?P<parent>(?:[\w-]|\\[.-])+)\\\.)?(?:\(\?:(?P<several>(?:[\w-]|\\-|\|)+)\)|(?P<one>[\w-]+))\$"
+SECONDS, SECONDS_IN_ALL, SECONDS_PER_NAME = 0.1, 2.0, 0.01
+"""For one match; for compiling all patterns of a config; for comparing them with names, as much and some more for each
+name. As a pattern is written by a stranger, it may take longer than anyone lives."""
+
+EXACT = re.compile(
+    r"\^(?:(?P<parent>(?:[\w-]|\\[.-])[\w-]*(?:\\[.-][\w-]*)*)\\\.)?(?:\(\?:(?P<several>(?:[\w|-]|\\-)+)\)|(?P<one>[\w-]+))\$"
 )
 """A pattern that matches nothing but the names that it lists, as `pattern_of` writes them."""
+
+REPEAT = re.compile(r"\{\s*([0-9]+)")
 
 
 def checked_rules(rules: Rules | None, *, of_file: bool) -> Rules | None:
@@ -46,30 +55,28 @@ def checked_rules(rules: Rules | None, *, of_file: bool) -> Rules | None:
         ConfigError: one does not fit; rule and setting are named.
     """
     checked: Rules = {}
-    refuse_too_many(rules or {})
+    patterns_in(rules or {})
     for pattern, settings in (rules or {}).items():
         if not isinstance(pattern, str) or not isinstance(settings, dict):
             raise ConfigError(
                 f"dynamic: {short(pattern)}: {short(settings)} was asked for; the first is a pattern, and the second "
                 f"a dict of settings: {', '.join(OVERRIDES)}; or {{}}."
             )
-        if not names_in(pattern_in(pattern)):
-            _compiled(pattern_in(pattern))
-        checked[pattern] = dict(settings)
+        checked[pattern] = own = dict(settings)
         for key, value in settings.items():
-            label = f"dynamic: {pattern!r}: {key}"
             if key in OVERRIDES:
-                checked[pattern][key] = FIELDS[key].checked(value, label)
+                own[key] = FIELDS[key].checked(value, f"dynamic: {pattern!r}: {key}")
             elif not of_file:
                 raise ConfigError(
-                    f"{label}={short(value)} was asked for; {why_unknown(str(key), OVERRIDES, 'setting')}"
+                    f"dynamic: {pattern!r}: {key}={short(value)} was asked for; "
+                    f"{why_unknown(str(key), OVERRIDES, 'setting')}"
                 )
     return None if rules is None else checked
 
 
-def rules_of_file(rules: Mapping[str, Any]) -> dict[str, Any]:
+def rules_of_file(rules: dict[str, Any]) -> dict[str, Any]:
     """Rules of `dynamic` from JSON: null instead of a rule is an empty one, and null settings are left out."""
-    refuse_too_many(rules)
+    patterns_in(rules)
     read = {}
     for pattern, settings in rules.items():
         if isinstance(settings, dict):
@@ -91,82 +98,155 @@ def matching(rules: Rules | None, name: str) -> str | None:
     Raises:
         ConfigError: it takes too long to find out.
     """
-    return _found(tuple(rules), name) if rules else None
+    if not rules:
+        return None
+    _, keys, patterns = _looked_through(rules)
+    place = patterns.first(name)
+    return None if place is None else keys[place]
 
 
-def matches(pattern: str, name: str, where: str = "dynamic") -> bool:
-    """Whether a regular expression matches the start of a name.
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of `dynamic` matches the start of a name.
 
     Raises:
-        ConfigError: it is none, or it takes too long to find out.
+        ConfigError: as `Patterns`, or it takes too long to find out.
     """
-    try:
-        return _compiled(pattern, where).match(name, timeout=SECONDS) is not None
-    except TimeoutError as error:
-        raise ConfigError(
-            f"{where}: {short(pattern)} takes longer than {SECONDS} s to be compared with {name!r}: it has repeats "
-            "inside of repeats, or as many. Write a simpler pattern, such as one that ends with a layer's own name."
-        ) from error
+    return patterns_of((pattern,), "dynamic").first(name) is not None
 
 
-def _found(patterns: tuple[str, ...], name: str) -> str | None:
-    exact, others = _indexed(patterns)
-    limit = exact.get(name, len(patterns))
-    place = next((place for place in others if place < limit and matches(pattern_in(patterns[place]), name)), limit)
-    return patterns[place] if place < len(patterns) else None
+class Patterns:
+    """Regular expressions of a stranger, with which names are compared in a bounded time.
+
+    Args:
+        patterns: in the order in which they count.
+        where: what they are called in errors.
+    Raises:
+        ConfigError: there are too many, or one is too long, repeats too often or is no regular expression.
+    """
+
+    def __init__(self, patterns: tuple[str, ...], where: str) -> None:
+        self._patterns, self._where = patterns, where
+        self._listed: dict[str, int] = {}  # the first pattern that lists a name
+        self._found: dict[str, int | None] = {}
+        self._seconds = 0.0
+        for what, count, most in (
+            ("patterns", len(patterns), MOST_RULES),
+            ("characters in its patterns", sum(map(len, patterns)), MOST_CHARACTERS),
+            ("alternatives in its patterns", sum(pattern.count("|") for pattern in patterns), MOST_ALTERNATIVES),
+        ):
+            if count > most:
+                raise ConfigError(f"{where} has {count} {what}; {most} are allowed. Write fewer that match more.")
+        others = []
+        for place, pattern in enumerate(patterns):
+            names = names_in(pattern)
+            for name in names:
+                self._listed.setdefault(name, place)
+            if not names:
+                others.append(place)
+        if len(others) > MOST_PATTERNS:
+            raise ConfigError(
+                f"{where} has {len(others)} patterns; {MOST_PATTERNS} are allowed, and {MOST_RULES} that only list "
+                "names, such as ^model\\.layers\\.0\\.mlp\\.(?:up_proj|gate_proj)$. Write fewer that match more."
+            )
+        self._compiled = self._compile(others)
+
+    def _compile(self, places: Iterable[int]) -> dict[int, Any]:
+        compiled, size, began = {}, 0, perf_counter()
+        for place in places:
+            pattern = self._patterns[place]
+            size += _size(pattern)
+            if len(pattern) > LONGEST_PATTERN:
+                raise ConfigError(
+                    f"{self._where}: {short(pattern)} has {len(pattern)} characters; {LONGEST_PATTERN} are allowed. "
+                    "Write several."
+                )
+            if size > LARGEST_PATTERNS or perf_counter() - began > SECONDS_IN_ALL:
+                raise ConfigError(
+                    f"{self._where}: up to {short(pattern)}, the patterns have {size} characters, counted as often as "
+                    f"the numbers in braces repeat them; {LARGEST_PATTERNS} are allowed, and {SECONDS_IN_ALL:.0f} s "
+                    "for compiling them. Write fewer and simpler ones."
+                )
+            try:
+                compiled[place] = regex.compile(pattern)
+            except (regex.error, RecursionError, OverflowError, ValueError) as error:
+                raise ConfigError(f"{self._where}: {short(pattern)} is not a regular expression: {error}.") from error
+        return compiled
+
+    def first(self, name: str) -> int | None:
+        """The place of the first pattern that matches the start of a name; None if there is none.
+
+        Raises:
+            ConfigError: it takes too long to find out.
+        """
+        if name not in self._found:
+            limit = self._listed.get(name, len(self._patterns))
+            place = next((place for place in self._compiled if place < limit and self._matches(place, name)), limit)
+            self._found[name] = place if place < len(self._patterns) else None
+        return self._found[name]
+
+    def _matches(self, place: int, name: str) -> bool:
+        pattern, began = self._patterns[place], perf_counter()
+        try:
+            found = self._compiled[place].match(name, timeout=SECONDS) is not None
+        except TimeoutError as error:
+            raise ConfigError(
+                f"{self._where}: {short(pattern)} takes longer than {SECONDS} s to be compared with {name!r}: it has "
+                "repeats inside of repeats, or as many. Write a simpler pattern, such as one that ends with a layer's "
+                "own name."
+            ) from error
+        self._seconds += perf_counter() - began
+        if self._seconds > (allowed := SECONDS_IN_ALL + SECONDS_PER_NAME * len(self._found)):
+            raise ConfigError(
+                f"{self._where}: comparing {len(self._compiled)} patterns with {len(self._found) + 1} names takes "
+                f"more than {allowed:.2f} s; at {short(pattern)} it was given up. Write fewer and simpler ones."
+            )
+        return found
 
 
 @lru_cache(maxsize=8)
-def _indexed(patterns: tuple[str, ...]) -> tuple[dict[str, int], list[int]]:
-    """The first pattern that lists each name, by its place; and the places of those that are no lists."""
-    exact: dict[str, int] = {}
-    others = []
-    for place, pattern in enumerate(patterns):
-        names = names_in(pattern_in(pattern))
-        for name in names:
-            exact.setdefault(name, place)
-        if not names:
-            others.append(place)
-    return exact, others
+def patterns_of(patterns: tuple[str, ...], where: str) -> Patterns:
+    """The same `Patterns` for equal ones, so that copies of a config share what has been found."""
+    return Patterns(patterns, where)
+
+
+def patterns_in(rules: dict[str, Any]) -> Patterns:
+    """The patterns of `dynamic`.
+
+    Raises:
+        ConfigError: as `Patterns`.
+    """
+    return _looked_through(rules)[2]
+
+
+_LAST: list[tuple[dict[str, Any], tuple[str, ...], Patterns]] = []
+
+
+def _looked_through(rules: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], Patterns]:
+    """Rules, their keys and patterns. The last ones are kept: to compare all keys takes longer than to find a name."""
+    newest = next(reversed(rules), None)
+    for last in _LAST:
+        if last[0] is rules and len(last[1]) == len(rules) and (not rules or last[1][-1] == newest):
+            return last
+    keys = tuple(rules)
+    patterns = patterns_of(tuple(pattern_in(key) if isinstance(key, str) else "" for key in keys), "dynamic")
+    _LAST[:] = [(rules, keys, patterns)]
+    return rules, keys, patterns
 
 
 def names_in(pattern: str) -> list[str]:
     """The names that a pattern lists; empty if it is more than a list."""
-    if (found := EXACT.fullmatch(pattern)) is None:
+    if pattern[:1] != "^" or (found := EXACT.fullmatch(pattern)) is None:
         return []
     parent = f"{found['parent']}." if found["parent"] else ""
     return [f"{parent}{name}".replace("\\", "") for name in (found["one"] or found["several"]).split("|")]
 
 
-@lru_cache(maxsize=2 * MOST_PATTERNS)
-def _compiled(pattern: str, where: str = "dynamic") -> Any:
-    if len(pattern) > LONGEST_PATTERN:
-        raise ConfigError(
-            f"{where}: {short(pattern)} has {len(pattern)} characters; {LONGEST_PATTERN} are allowed. Write several."
-        )
-    try:
-        return regex.compile(pattern)
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{where}: {short(pattern)} is not a regular expression: {error}.") from error
-
-
-def refuse_too_many(rules: Mapping[Any, Any]) -> None:
-    """Refuse more rules than can be looked through for every linear.
-
-    Raises:
-        ConfigError: there are more than `MOST_PATTERNS` that do not just list names.
-    """
-    if len(rules) <= MOST_PATTERNS:
-        return
-    # What does not begin with ^ is no list of names; to look closer takes seconds for a million.
-    count = sum(not (isinstance(pattern, str) and pattern_in(pattern).startswith("^")) for pattern in rules)
-    if count <= MOST_PATTERNS:
-        count = sum(not (isinstance(pattern, str) and names_in(pattern_in(pattern))) for pattern in rules)
-    if count > MOST_PATTERNS:
-        raise ConfigError(
-            f"dynamic has {count} patterns; {MOST_PATTERNS} are allowed, and as many as there are of those that only "
-            "list names, such as ^model\\.layers\\.0\\.mlp\\.(?:up_proj|gate_proj)$. Write fewer that match more."
-        )
+def _size(pattern: str) -> int:
+    """The characters of a pattern, as often as the numbers in braces say, were each inside of the others."""
+    times = 1
+    for least in REPEAT.findall(pattern):
+        times = min(times * max(int(least), 1), LARGEST_PATTERNS + 1)
+    return times * len(pattern)
 
 
 def choices_of(base: LayerScheme, serving: str | None, out_features: int, in_features: int) -> Iterator[LayerScheme]:

@@ -20,14 +20,14 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from optq.calibration import SELF, mixture
 from optq.checkpoint import CHECKPOINT_FORMATS
-from optq.errors import ConfigError
+from optq.errors import ConfigError, found_in
 from optq.kernels import known_backend
 from optq.readers import NAMES, settings_refused
 from optq.scheme import BITS, LayerScheme
 from optq.version import __version__
 
 from .activation_memory import limits
-from .dynamic import checked_rules, dynamic_rules, rules_of_file
+from .dynamic import OVERRIDES, checked_rules, dynamic_rules, rules_of_file
 from .field import kind_of_value, short
 from .fields import FIELDS, read_file, refuse_unknown
 from .origin import writers_of, zero_format_of
@@ -147,12 +147,14 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
             raise ConfigError("Pass target_bits_per_weight or target_size_gib, not both: they may contradict.")
         self._check_serving(scheme)
         self.dynamic = checked_rules(self.dynamic, of_file=self.of_file)
+        checked = set()
         for pattern, settings in (self.dynamic or {}).items():
-            try:
-                if not pattern.startswith("-:"):
-                    self._check_serving(self._scheme_with(settings))
-            except ConfigError as error:
-                raise ConfigError(f"dynamic: {pattern!r}: {error}") from error
+            override = tuple(settings.get(name) for name in OVERRIDES)
+            if pattern.startswith("-:") or override in checked:
+                continue
+            checked.add(override)
+            with found_in(f"dynamic: {pattern!r}"):
+                self._check_serving(self._scheme_with(settings))
 
     def _check_serving(self, scheme: LayerScheme) -> None:
         if self.serving is not None and (reasons := settings_refused(self.serving, scheme)):
@@ -238,7 +240,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of config.json: names and values that GPTQ readers expect, and keys found but not known."""
-        return copy.deepcopy(self.written())
+        return copy.deepcopy(self.written(), self._copied_rules())
 
     def written(self) -> dict[str, Any]:
         """As `to_dict`, but with this config's own values, also those that cannot be copied."""
@@ -280,10 +282,14 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
     def __deepcopy__(self, memo: dict[int, Any]) -> "GPTQConfig":
         """transformers copies configs several times while it loads; the calibration data is shared, not copied."""
         copied = copy.copy(self)
-        memo[id(self)] = copied
+        memo |= {id(self): copied, **self._copied_rules()}
         for key, value in vars(self).items():
             setattr(copied, key, value if key in DATA else copy.deepcopy(value, memo))
         return copied
+
+    def _copied_rules(self) -> dict[int, Any]:
+        """What `copy.deepcopy` is to take for `dynamic`: of tens of thousands of rules it would take seconds."""
+        return {id(self.dynamic): {key: dict(rule) for key, rule in self.dynamic.items()}} if self.dynamic else {}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GPTQConfig) and self.to_dict() == other.to_dict() and self.backend == other.backend

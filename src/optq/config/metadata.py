@@ -23,7 +23,7 @@ from optq.errors import CheckpointError, counted
 from optq.readers import kind_of
 from optq.scheme import PACKED_WORD_BITS, LayerScheme, trivial_groups
 
-from .dynamic import matches, pattern_in
+from .dynamic import matches, names_in, pattern_in
 from .gptq import GPTQConfig
 
 HEAD_NAMES = ("lm_head", "embed_out", "output")
@@ -230,8 +230,12 @@ def without_effect(config: GPTQConfig, linears: list[str]) -> list[str]:
         for entry in config.listed_modules
         if not any(name.endswith(f".{entry}") and kind_of(name) != name for name in linears)
     ]
+    known = set(linears)
     for pattern in config.dynamic or {}:
-        matched = [name for name in linears if matches(pattern_in(pattern), name)]
+        listed = names_in(pattern_in(pattern))
+        matched = [
+            name for name in (listed or linears) if name in known and (listed or matches(pattern_in(pattern), name))
+        ]
         if matched and not config.lm_head and not pattern.startswith("-:") and all(kind_of(n) == n for n in matched):
             found.append(
                 f"dynamic: {pattern!r} matches only the output head, which stays as it is, so it has no effect. The "

@@ -46,7 +46,7 @@ class Schemes(Fields):
     def scheme_for(self, name: str) -> LayerScheme | None:
         """The scheme of the linear `name` of the model, or None if it is not quantized."""
         is_restricted = self.modules_in_block_to_quantize is not None and kind_of(name) != name  # not the head
-        if is_restricted and not any(name.endswith(f".{entry}") for entry in self.listed_modules):
+        if is_restricted and not name.endswith(tuple(f".{entry}" for entry in self.listed_modules)):
             return None
         pattern = matching(self.dynamic, name)
         if pattern is None or self.dynamic is None:

@@ -17,8 +17,9 @@ from huggingface_hub import HfApi, is_offline_mode
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from optq.checkpoint import read_headers
-from optq.config.dynamic import refuse_too_many
-from optq.errors import CheckpointError, found_in
+from optq.errors import CheckpointError
+
+from .described import check_described
 
 logger = logging.getLogger(__name__)
 
@@ -43,40 +44,11 @@ def complete_config(config: dict[str, Any], source: str, kwargs: Mapping[str, An
     """
     if not config or kwargs.get("gguf_file") is not None:
         return
-    check_sizes(config, source)
     config.pop(UNPICKLE, None)  # only the caller may ask for that, not a file
     complete(config, source, {key: kwargs[key] for key in WHERE if key in kwargs})
+    check_described(config, source)
     if kwargs.get("use_safetensors") is False and "quantization_config" in config:
         config[UNPICKLE] = True
-
-
-def check_sizes(config: Mapping[str, Any], source: str) -> None:
-    """Refuse a quantized checkpoint's config whose sizes are absurd, before anyone makes that many layers.
-
-    Raises:
-        CheckpointError: a size is negative or beyond all models.
-        ConfigError: `dynamic` has too many rules.
-    """
-    stated = config.get("quantization_config")
-    if not stated:
-        return
-    if isinstance(stated, dict) and isinstance(stated.get("dynamic"), dict):
-        with found_in(f"{source}/config.json: quantization_config"):
-            refuse_too_many(stated["dynamic"])  # transformers formats them for its log several times
-    parts = (part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))
-    for key, value in (item for place in (config, *parts) for item in place.items()):
-        most = MOST_LAYERS if key.endswith(COUNTS) else LARGEST_SIZE
-        if key.endswith((*COUNTS, *SIZES)) and type(value) is int and not -1 <= value <= most:
-            raise CheckpointError(
-                f"{source}/config.json says {key}={value}; at most {most} are read. The file is damaged or of a "
-                "stranger; download it again from where you trust it."
-            )
-
-
-COUNTS, SIZES = ("_layers", "n_layer", "_experts"), ("_size", "_dim", "_heads", "n_embd", "n_head", "d_model", "d_ff")
-"""How names of sizes in a config end: of numbers of modules, and of widths."""
-
-MOST_LAYERS, LARGEST_SIZE = 10_000, 2**31 - 1
 
 
 def complete(config: dict[str, Any], source: str, where: Mapping[str, Any]) -> None:
@@ -119,7 +91,7 @@ def _settings_in(file: Path) -> dict[str, Any]:
     """What quantize_config.json says; nothing, with a warning, if that is no object of JSON."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         settings = error
     if isinstance(settings, dict):
         return settings

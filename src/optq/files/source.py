@@ -221,8 +221,12 @@ def copy_companions(source: Path, target: Path) -> None:
     A link that leads out of the model's folder is not followed: with the checkpoint, any file could be published. Nor
     does its content stay that transformers has read, and save_pretrained written, as of generation_config.json.
     """
-    for path in companions_in(source):
+    own = companions_in(source)
+    for path in own:
         shutil.copyfile(path, target / path.name)
+    for path in files_of(source, COMPANIONS):
+        if path not in own and leads_out(path):
+            (target / path.name).unlink(missing_ok=True)
 
 
 def companions_in(folder: Path) -> list[Path]:
@@ -233,7 +237,6 @@ def companions_in(folder: Path) -> list[Path]:
             continue
         if leads_out(path):
             logger.warning("%s is not copied: it is a link to a file outside of the model's folder.", path)
-            (target / path.name).unlink(missing_ok=True)
         else:
             found.append(path)
     return found
@@ -257,7 +260,7 @@ def files_of(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list[Path]:
-    """The safetensors files of a model, those of the Hub in its cache.
+    """The safetensors files of a model, those of the Hub in its cache: the ones that transformers reads.
 
     Raises:
         CheckpointError: it has none.
@@ -269,7 +272,10 @@ def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list
 
     name = getattr(model_config, "transformers_weights", None)
     names = [name or SAFE_WEIGHTS_NAME]
-    if (index := file(name or SAFE_WEIGHTS_INDEX_NAME)) is not None and index.suffix == ".json":
+    if name is None and os.path.lexists(whole := Path(source, kwargs.get("subfolder") or "", SAFE_WEIGHTS_NAME)):
+        return [whole]  # whatever it is: who opens it says so
+    of_index = name or (SAFE_WEIGHTS_INDEX_NAME if file(SAFE_WEIGHTS_NAME) is None else None)
+    if of_index is not None and (index := file(of_index)) is not None and index.suffix == ".json":
         names = shards_of(index)
     files = {name: file(name) for name in names}
     if missing := [name for name, path in files.items() if path is None]:
@@ -296,6 +302,27 @@ def weight_files_of(source: str, model_config: Any, kwargs: dict[str, Any], name
         for name in names
     ]
     return [Path(file) for file in found if file is not None]
+
+
+def two_sets_of_weights(source: str, kwargs: dict[str, Any]) -> Iterator[str]:
+    """Yield one sentence if a folder has weights in one file, and an index that names others.
+
+    Args:
+        kwargs: of `from_pretrained`; nothing is said if they ask for other files.
+    """
+    folder = Path(source, kwargs.get("subfolder") or "")
+    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if kwargs.get("use_safetensors") is False or kwargs.get("variant") or not (whole.is_file() and index.is_file()):
+        return
+    try:
+        if shards_of(index) == [SAFE_WEIGHTS_NAME]:
+            return
+    except CheckpointError:  # then it names others, or none
+        pass
+    yield (
+        f"{whole} is read, as transformers does, and not the files that {index.name} beside it names; other readers "
+        "may read those. Remove what does not belong to this model."
+    )
 
 
 def check_files(source: str, kwargs: dict[str, Any]) -> None:

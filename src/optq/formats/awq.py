@@ -6,16 +6,17 @@ Both matrices of integers are packed along out_features, eight to a word and not
     word w = o7 o5 o3 o1 o6 o4 o2 o0        o_i = output 8w + i, the lowest four bits on the right
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from optq.checkpoint.layout import PackedWeight, as_float16
 from optq.checkpoint.packing import pack_codes, unpack_codes
-from optq.errors import CheckpointError
+from optq.errors import CheckpointError, found_in
 from optq.scheme import PACKED_WORD_BITS, LayerScheme, trivial_groups
 
-from .source import Headers, Parts, Source, dense_matrices, entry_of, gptq_config, names_of
+from .source import Headers, Parts, Source, dense_matrices, entry_of, gptq_config, parts_in
 
 AWQ_BITS = 4
 AWQ_NAMES = ("qweight", "qzeros", "scales")
@@ -54,25 +55,28 @@ def describe_awq(stated: dict[str, Any], headers: Headers) -> Source:
     bits = stated.get("bits", AWQ_BITS)
     if version != "gemm" or bits != AWQ_BITS:
         raise CheckpointError(
-            f"AWQ's version {version!r} with {bits} bits is not read; only 'gemm' with {AWQ_BITS} is."
+            f"config.json: quantization_config: AWQ's version {version!r} with {bits} bits is not read; only 'gemm' "
+            f"with {AWQ_BITS} is."
         )
     # Zeros are stored for every group, so the grid is asymmetric whatever `zero_point` says.
-    scheme = LayerScheme(bits=AWQ_BITS, group_size=stated.get("group_size", 128), symmetric=False)
-    schemes = {}
-    for name in names_of(headers, "qweight"):
-        shapes = {part: headers[f"{name}.{part}"].shape for part in AWQ_NAMES if f"{name}.{part}" in headers}
-        in_features, words = shapes["qweight"]
-        groups = scheme.group_count(in_features)
-        expected = {
-            "qweight": (in_features, words),
-            "qzeros": (groups, words),
-            "scales": (groups, words * PACKED_WORD_BITS // AWQ_BITS),
-        }
-        if shapes != expected or in_features % groups:
+    with found_in("config.json: quantization_config"):
+        scheme = LayerScheme(bits=AWQ_BITS, group_size=stated.get("group_size", 128), symmetric=False)
+    schemes, as_gptq = {}, dict(headers)
+    for name, own in parts_in(headers, AWQ_NAMES, AWQ_NAMES).items():
+        shapes = {part: own[part].shape for part in AWQ_NAMES}
+        in_features, words = (*shapes["qweight"], 0, 0)[:2]
+        outputs = words * PACKED_WORD_BITS // AWQ_BITS
+        groups = scheme.group_count(in_features) if in_features else 0
+        expected = {"qweight": (in_features, words), "qzeros": (groups, words), "scales": (groups, outputs)}
+        if shapes != expected or not words or not groups or in_features % groups:
             raise CheckpointError(
-                f"{name}: tensor shapes {shapes} are not those of AWQ's gemm layout with group_size "
-                f"{scheme.group_size}, which are {expected}."
+                f"{name} ({own['qweight'].file}): tensor shapes {shapes} are not those of AWQ's gemm layout with "
+                f"group_size {scheme.group_size}: qweight (in, out/8), qzeros (groups, out/8), scales (groups, out)."
             )
+        if reason := scheme.why_not_packed(in_features, outputs):
+            raise CheckpointError(f"{name} ({own['qweight'].file}): {reason}.")
+        shape = (in_features * AWQ_BITS // PACKED_WORD_BITS, outputs)
+        as_gptq[f"{name}.qweight"] = replace(own["qweight"], shape=shape)
         schemes[name] = scheme
 
     def read(parts: Parts, scheme: LayerScheme) -> PackedWeight:
@@ -80,4 +84,4 @@ def describe_awq(stated: dict[str, Any], headers: Headers) -> Source:
 
     dense = dense_matrices(headers)
     config = gptq_config(schemes, dense, "awq")
-    return Source(config=config, schemes=schemes, dense=dense, parts=AWQ_NAMES, read=read)
+    return Source(config=config, schemes=schemes, dense=dense, parts=AWQ_NAMES, read=read, headers=as_gptq)

@@ -26,6 +26,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from optq.checkpoint import PackedWeight, pack
 from optq.errors import CheckpointError, OptqError, counted
+from optq.files.described import check_numbers
 from optq.model import LINEAR_TYPES
 from optq.readers import kind_of
 from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups
@@ -66,12 +67,14 @@ def opened_gguf(file: Path) -> Iterator[Opened]:
         where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         described = AutoConfig.from_pretrained(**where)
         described.dtype = torch.float32  # what is not quantized is not rounded either
+        check_numbers(described.to_dict(), "its metadata")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(described)
         described.architectures = [type(model).__name__]
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=described.to_dict())
         stored = _stored(reader.tensors, model, get_gguf_hf_weights_map(model, processor))
         schemes, dense = _sort_out(model, stored)
+        _check_vectors(stored.values())
         config = gptq_config(schemes, dense, "gguf")
 
     def save_companions(folder: Path) -> None:
@@ -139,6 +142,15 @@ def _stored(tensors: Iterable[Any], model: Any, names: Mapping[str, str]) -> dic
     if missing := [name for name in shapes if name not in named and name not in tied]:
         raise CheckpointError(f"The file has no tensor for {', '.join(missing[:3])} of {type(model).__name__}.")
     return named
+
+
+def _check_vectors(stored: Iterable[Any]) -> None:
+    """Refuse norms and biases that are not finite, as of other formats."""
+    from gguf import dequantize
+
+    for tensor in stored:
+        if len(tensor.shape) == 1 and not np.isfinite(dequantize(tensor.data, tensor.tensor_type)).all():
+            raise CheckpointError(f"{tensor.name}: it is not finite. The file is damaged; download it again.")
 
 
 def _sort_out(model: Any, stored: Mapping[str, Any]) -> tuple[dict[str, LayerScheme], list[str]]:

@@ -36,6 +36,7 @@ def describe_gptq(stated: dict[str, Any], headers: Headers) -> Source:
         dense=dense_matrices(headers),
         parts=TENSOR_NAMES,
         read=read,
+        headers=headers,
     )
 
 

@@ -2,8 +2,8 @@
 """A quantized checkpoint in any format, in GPTQ's words: what every reader makes, and every writer takes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from optq.checkpoint import PackedWeight, with_trivial_groups
 from optq.checkpoint.headers import TensorHeader
 from optq.config.dynamic import dynamic_rules
 from optq.config.gptq import GPTQConfig
-from optq.errors import CheckpointError, shortened
+from optq.errors import CheckpointError, found_in, shortened
 from optq.readers import kind_of, pattern_of
 from optq.scheme import LayerScheme
 from optq.version import __version__
@@ -33,6 +33,8 @@ class Source:
         dense: the modules whose weight is a matrix that is not quantized: linears and embeddings.
         parts: which tensors a linear has; the first one stands for it.
         read: makes of one linear's tensors what GPTQ stores, bit for bit the same weight.
+        headers: those that a GPTQ checkpoint of these weights has, each with the file and name of the tensor that it
+            is of: so what is checked of one is checked of all. None of a GGUF file, which is checked otherwise.
     """
 
     config: GPTQConfig
@@ -40,6 +42,7 @@ class Source:
     dense: list[str]
     parts: tuple[str, ...]
     read: Callable[[Parts, LayerScheme], PackedWeight]
+    headers: Headers = field(default_factory=dict)
 
     def without_desc_act(self) -> "Source":
         """The same source with every linear's groups renumbered by the order of their columns.
@@ -100,22 +103,47 @@ def names_of(headers: Headers, part: str) -> list[str]:
     return [name.removesuffix(f".{part}") for name in headers if name.endswith(f".{part}")]
 
 
+def parts_in(headers: Headers, parts: Sequence[str], needed: Sequence[str]) -> dict[str, dict[str, TensorHeader]]:
+    """The packed linears' tensors, by the linear's name and by the last part of theirs.
+
+    Args:
+        parts: which tensors a linear may have; the first one stands for it.
+        needed: which it has to have.
+    Raises:
+        CheckpointError: one is missing.
+    """
+    linears: dict[str, dict[str, TensorHeader]] = {}
+    for key, header in headers.items():
+        name, _, part = key.rpartition(".")
+        if part in parts:
+            linears.setdefault(name, {})[part] = header
+    for name, own in linears.items():
+        if missing := [part for part in needed if part not in own]:
+            part, found = next(iter(own.items()))
+            raise CheckpointError(
+                f"{name}: the checkpoint has {part} ({found}) but not {' and '.join(missing)}. A file of it may be "
+                "missing, or of another checkpoint; download it again."
+            )
+    return linears
+
+
 def gptq_config(schemes: Mapping[str, LayerScheme], dense: Iterable[str], origin: str) -> GPTQConfig:
     """The GPTQ config of linears that another tool quantized, and of those that it left dense."""
     if not schemes:
         raise CheckpointError(f"No linear is quantized in the way of {origin}, so there is nothing to convert.")
     base = Counter(schemes.values()).most_common(1)[0][0]
     excluded: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in patterns_of(dense, schemes)}
-    return GPTQConfig(
-        bits=base.bits,
-        group_size=base.group_size,
-        sym=base.symmetric,
-        desc_act=base.act_order == "desc_act",
-        dynamic={**excluded, **dynamic_rules(dict(schemes), base)} or None,
-        lm_head="lm_head" in schemes,
-        damp_percent=None,
-        meta={"quantizer": [f"optq:{__version__}"], "converted_from": origin},
-    )
+    with found_in("config.json: quantization_config"):
+        return GPTQConfig(
+            bits=base.bits,
+            group_size=base.group_size,
+            sym=base.symmetric,
+            desc_act=base.act_order == "desc_act",
+            dynamic={**excluded, **dynamic_rules(dict(schemes), base)} or None,
+            lm_head="lm_head" in schemes,
+            damp_percent=None,
+            meta={"quantizer": [f"optq:{__version__}"], "converted_from": origin},
+        )
 
 
 def dense_matrices(headers: Headers) -> list[str]:

@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from optq.config.metadata import (
 from optq.device.memory import release_free_memory
 from optq.errors import CheckpointError, ModelError, counted
 from optq.files.legacy import UNPICKLE
-from optq.files.source import check_files, model_class_of
+from optq.files.source import check_files, model_class_of, two_sets_of_weights
 from optq.integrations import tensor_parallel as parallel
 from optq.integrations.tensor_parallel import ParallelLinear
 from optq.kernels import tune
@@ -37,7 +37,7 @@ from optq.model import LINEAR_TYPES, ROLES, Experts, find_fused_experts, put_fus
 from optq.readers import kind_of
 from optq.scheme import LayerScheme
 
-from .completeness import check_complete
+from .completeness import check_complete, not_tied
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,10 @@ class PackedLoad:
     def validate(self, device_map: Any, weights_only: bool) -> None:
         """Check the files, and remember whether those that may hold code are refused."""
         self._weights_only = weights_only
-        check_files(name_told(), {**where_told(), **told(("use_safetensors",))})
+        where = {**where_told(), **told(("use_safetensors",))}
+        check_files(name_told(), where)
+        for contradiction in two_sets_of_weights(name_told(), where):
+            logger.warning("%s", contradiction)
 
     def device_map(self, asked: Any) -> Any:
         return asked
@@ -93,8 +96,26 @@ class PackedLoad:
         """
         self._dtypes = compat.asked_dtypes(model)  # transformers leaves some tensors in the dtype of the file
         pickled = model.config.__dict__.pop(UNPICKLE, False) and self._weights_only
-        on_disk = read_headers(files, pickled=pickled)
-        headers = compat.renamed(on_disk, model)
+        found, headers = self.put_layers(model, read_headers(files, pickled=pickled), check_values=not pickled)
+        if not pickled:
+            with torch.device("cpu"):  # the model is being made on the meta device
+                for contradiction in (*mislabelled(found.values(), self.config), *not_tied(model, headers)):
+                    logger.warning("%s", contradiction)
+
+    def put_layers(
+        self, model: Any, on_disk: Mapping[str, TensorHeader], *, check_values: bool = True
+    ) -> tuple[dict[str, QuantizedTensors], dict[str, TensorHeader]]:
+        """Check the headers of a checkpoint and its small tensors, and put the empty layers into the model.
+
+        Args:
+            model: on the meta device.
+            on_disk: the headers, by the names of the tensors.
+        Returns:
+            The packed linears, and all headers, both by their names in the model.
+        Raises:
+            CheckpointError: as `before`.
+        """
+        headers = compat.renamed(dict(on_disk), model)
         self._split_experts(model, headers)
         found = find_quantized_linears(headers)
         if not found:
@@ -118,11 +139,13 @@ class PackedLoad:
             self.config = copy.copy(self.config)
             self.config.lm_head = False
             model.config.quantization_config = self.config
-        check_complete(model, headers, fitting)
+        check_complete(model, headers, fitting, on_disk)
         for name, tensors in fitting.items():
             check_label(tensors, self.config.scheme_for(name))
-        if not pickled:
-            self._check_values(fitting, vectors_in(headers, found))
+        if check_values:
+            with torch.device("cpu"):  # the model is being made on the meta device
+                for error in unusable(fitting.values(), vectors_in(headers, found), self.config):
+                    raise CheckpointError(error)
         dtype, zero_format, backend = model.dtype, self.config.zero_format, self.config.backend
         layer_type = ParallelLinear if parallel.wants_parallel(model) else QuantLinear
         for name, tensors in fitting.items():
@@ -131,14 +154,7 @@ class PackedLoad:
             model.set_submodule(name, layer_type.empty(tensors, zero_format, backend, dtype))
         if layer_type is ParallelLinear:
             parallel.make_ready(model, self.experts)
-
-    def _check_values(self, quantized: dict[str, QuantizedTensors], vectors: list[TensorHeader]) -> None:
-        """Refuse values that nothing can be computed with, and warn of labels that are not true."""
-        with torch.device("cpu"):  # the model is being made on the meta device
-            for error in unusable(quantized.values(), vectors, self.config):
-                raise CheckpointError(error)
-            for contradiction in mislabelled(quantized.values(), self.config):
-                logger.warning("%s", contradiction)
+        return fitting, headers
 
     def _split_experts(self, model: Any, headers: Iterable[str]) -> None:
         """Split the experts that the checkpoint has one by one, if any of them is packed.
@@ -219,19 +235,21 @@ class PackedLoad:
         self.experts = {}
 
 
-def check_loadable(described: Any, files: list[str], config: GPTQConfig) -> None:
+def check_loadable(described: Any, headers: Mapping[str, TensorHeader], config: GPTQConfig) -> list[str]:
     """Do all that loading a packed checkpoint does before it reads the weights, on a model that is thrown away.
 
     Args:
         described: the model's config; nothing is done if transformers does not know its class.
-        files: the checkpoint's.
+        headers: of the checkpoint's tensors, by their names; of another format as `Source` has them.
+    Returns:
+        What readers may understand in different ways, but for labels of the packed tensors.
     Raises:
         CheckpointError: it cannot be loaded.
         ModelError: no model can be made of its config.
     """
     kind = model_class_of(described)
     if kind is AutoModelForCausalLM and type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
+        return []
     try:
         with torch.device("meta"):
             make = kind.from_config if kind is AutoModelForCausalLM else kind
@@ -241,7 +259,8 @@ def check_loadable(described: Any, files: list[str], config: GPTQConfig) -> None
             f"{described.name_or_path}/config.json: no {kind.__name__} can be made of it: {type(error).__name__}: "
             f"{error}. Download it again."
         ) from error
-    PackedLoad(config).before(model, files, None)
+    _, named = PackedLoad(config).put_layers(model, headers)
+    return list(not_tied(model, named))
 
 
 def _quantized_layers(model: Any) -> dict[str, QuantLinear]:

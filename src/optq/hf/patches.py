@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from optq.compat.call import NAME, called_with, name_told
-from optq.errors import found_in
+from optq.errors import CheckpointError, found_in
 from optq.patching import assign, put, wrap
 
 
@@ -27,9 +27,11 @@ def read_old_folders() -> None:
 
             try:
                 config, unused = read(cls, source, **kwargs)
-            except (AttributeError, TypeError, RecursionError):
+            except (AttributeError, TypeError, RecursionError) as error:
                 if (file := Path(source, kwargs.get("subfolder") or "", "config.json")).is_file():
                     json_object(file)  # raises, if it is for this that transformers does not name the file
+                if isinstance(error, RecursionError):
+                    raise CheckpointError(f"{file} is nested too deeply to be read. Download it again.") from error
                 raise
             if "vllm" not in sys.modules:  # which finds quantize_config.json, and weights of any name, by itself
                 complete_config(config, str(source), kwargs)
