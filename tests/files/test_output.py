@@ -17,7 +17,7 @@ from optq.files.ownership import LOCK, OWNER, owned
 
 
 def write(output, **contents):
-    with output_folder(output) as folder:
+    with output_folder(output, "a test") as folder:
         for name, content in {"config.json": "{}", **contents}.items():
             (folder / name).write_text(content)
 
@@ -30,7 +30,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from optq.files.output import output_folder
-with output_folder(Path(sys.argv[1])) as folder:
+with output_folder(Path(sys.argv[1]), "a test") as folder:
     (folder / "half").write_text("half")
     print("holds", flush=True)
     time.sleep(600)
@@ -92,7 +92,7 @@ def test_what_somebody_puts_into_the_folders_meanwhile_stays(tmp_path, caplog):
     output = tmp_path / "out"
     with (
         pytest.raises(OutputError, match=r"got notes.txt from elsewhere .* nothing is overwritten"),
-        output_folder(output) as folder,
+        output_folder(output, "a test") as folder,
     ):
         (folder / "config.json").write_text("{}")
         (folder / "notes.txt").write_text("a companion")
@@ -108,7 +108,7 @@ def test_what_somebody_puts_into_the_folders_meanwhile_stays(tmp_path, caplog):
 
 def test_a_failure_removes_what_the_call_has_written(tmp_path):
     (tmp_path / PARTIAL / "work-0123456789abcdef").mkdir(parents=True)  # of a process that was killed
-    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path) as folder:
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path, "a test") as folder:
         (folder / "half").write_text("half")
         raise KeyboardInterrupt
     assert tree(tmp_path) == {}
@@ -140,7 +140,7 @@ def test_moving_the_files_goes_on_where_it_was_interrupted(tmp_path, monkeypatch
 def test_modes_follow_the_umask(tmp_path, umask):
     before = os.umask(umask)
     try:
-        with output_folder(tmp_path / "out") as folder:
+        with output_folder(tmp_path / "out", "a test") as folder:
             (folder / "config.json").write_text("{}")
             (folder / "config.json").chmod(0o600)  # as safetensors does
     finally:
@@ -230,7 +230,7 @@ def test_a_name_that_no_folder_can_have_is_refused_before_anything_is_made(tmp_p
 def test_a_folder_stays_the_same_wherever_the_process_goes(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    with output_folder(Path("out")) as folder:
+    with output_folder(Path("out"), "a test") as folder:
         monkeypatch.chdir(tmp_path / "elsewhere")
         (folder / "config.json").write_text("{}")
     assert tree(tmp_path / "out") == {"config.json": b"{}"}

@@ -81,7 +81,7 @@ def convert(
         origin = cached_file(origin, gguf_file, **{key: kwargs[key] for key in WHERE if key in kwargs})
     with (
         opened_gguf(Path(origin)) if origin.endswith(".gguf") else _opened_checkpoint(origin, kwargs) as opened,
-        output_folder(Path(output_dir)) as partial,
+        output_folder(Path(output_dir), "optq.convert") as partial,
     ):
         described = opened.described
         source = opened.source.without_desc_act() if without_desc_act else opened.source

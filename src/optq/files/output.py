@@ -116,7 +116,7 @@ def write_result(
 
 
 @contextmanager
-def output_folder(output: Path, call: str = "optq.convert") -> Iterator[Path]:
+def output_folder(output: Path, call: str) -> Iterator[Path]:
     """A new folder inside `output`; at the end of the context its files are moved to `output`, or none is.
 
     Args:
