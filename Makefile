@@ -37,7 +37,7 @@ test-versions: $(VENV)/.installed-versions
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports
 
 # Five steps of ten minutes at most, with the Python and the torch that the machine has: .venv's torch knows no GPU.

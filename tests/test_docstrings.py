@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "src/optq"
 
 DIMENSIONS = {
     *("batch", "bits", "blocks", "choices", "columns", "count", "experts", "features", "groups", "hidden", "in"),
-    *("inside", "length", "longest", "out", "outputs", "rows", "samples", "size", "stop", "tokens", "vocabulary"),
-    *("width", "words"),
+    *("inside", "length", "longest", "out", "outputs", "rows", "samples", "size", "splits", "stop", "tiles", "tokens"),
+    *("vocabulary", "width", "words"),
 }
 ELLIPSES = ("...", "…")
 ARGS = re.compile(r"Args:\n((?: {4}.*\n?)+)")

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from conftest import forked
+from optq.cli import main
+
 OPTIMUM = "import sys; sys.argv[0] = 'optimum-cli'; from optimum.commands.optimum_cli import main; main()"
 
 
@@ -64,17 +67,27 @@ def test_quiet_shows_no_bar_on_a_terminal(tiny_llama, tmp_path):
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 25, 100, 0, 0))
         (tmp_path / "text.txt").write_text("It was a bright cold day in April. " * 9)
         settings = ["--model", tiny_llama, "--dataset", tmp_path / "text.txt", "--group-size", 32, "--effort", "fast"]
-        command = [sys.executable, "-m", "optq", "quantize", tmp_path / folder, *settings, *options]
+        command = list(map(str, ["quantize", tmp_path / folder, *settings, *options]))
+
         environment = {key: value for key, value in os.environ.items() if "PROGRESS_BARS" not in key}
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": theirs}
-        with subprocess.Popen(list(map(str, command)), env=environment, **pipes) as process:
-            os.close(theirs)
-            found = b""
-            with suppress(OSError):  # the terminal is closed
-                while part := os.read(ours, 4096):
-                    found += part
+
+        def quantize():
+            os.dup2(theirs, 2)
+            if "--quiet" in options:  # which counts before anything is imported
+                os.execve(sys.executable, [sys.executable, "-m", "optq", *command], environment)
+            sys.stderr = os.fdopen(2, "w")
+            main(command)
+            sys.stderr.flush()
+
+        process = forked(quantize)
+        os.close(theirs)
+        found = b""
+        with suppress(OSError):  # the terminal is closed
+            while part := os.read(ours, 4096):
+                found += part
         os.close(ours)
-        assert process.returncode == 0, found
+        os.waitpid(process, 0)
+        assert (tmp_path / folder / "config.json").exists(), found
         return found
 
     assert b"Quantizing: 100%" in shown("loud", "--no-sym")

@@ -14,10 +14,10 @@ class TestPatternsOfStrangers:
 
     @pytest.mark.parametrize("pattern", [r"(\w|\w\w|.)+[A-Z]$", r"(.+)\1*(.+)\2*(.+)\3*\s$"])
     def test_a_match_that_takes_too_long_is_refused_by_name(self, pattern):
-        began = time.monotonic()
+        began = time.process_time()
         with pytest.raises(ConfigError, match="takes longer than"):
             matching({pattern: {}}, "model.layers.0.self_attn.some_projection_of_the_attention" * 3)
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2
 
     def test_a_pattern_may_not_be_a_book(self):
         with pytest.raises(ConfigError, match="has 4001 characters; 4000 are allowed"):
@@ -56,11 +56,11 @@ class TestPatternsOfStrangers:
     def test_rules_that_list_names_are_looked_up(self):
         rules = {rf"^model\.layers\.{number}\.mlp\.(?:up_proj|down_proj)$": {"bits": 8} for number in range(20_000)}
         config = GPTQConfig(bits=4, dynamic=rules)
-        began = time.monotonic()
+        began = time.process_time()
         found = [config.scheme_for(f"model.layers.{number}.mlp.down_proj") for number in range(0, 20_000, 200)]
         assert {scheme.bits for scheme in found} == {8}
         assert config.scheme_for("model.layers.7.mlp.gate_proj").bits == 4
-        assert time.monotonic() - began < 1
+        assert time.process_time() - began < 1
 
     def test_the_rules_of_a_large_mixture_are_looked_up_at_once(self):
         experts = [(layer, expert) for layer in range(60) for expert in range(256)]

@@ -22,7 +22,7 @@ from optq.errors import OptqError, RankError
 
 pytestmark = pytest.mark.slow
 
-BLOCKS = 9  # of the run that is killed
+BLOCKS = 6  # of the run that is killed
 SETTINGS = {
     "default": {"bits": 4, "group_size": 32, "batch_size": 2},
     "max": {"bits": 3, "group_size": 32, "batch_size": 2, "effort": "max", "sym": False},

@@ -306,7 +306,11 @@ class Launch:
 
 
 def room_for_parts(splits: int, shape: tuple[int, int], tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Memory of a launch's own, so that any others may run at the same time: `parts` and `counts` of `product`."""
+    """Memory of a launch's own, so that any others may run at the same time; what is in it does not matter.
+
+    Returns:
+        `parts` of `product`, (splits, rows, out) float32; and `counts`, (tiles,) int64.
+    """
     return (
         torch.empty((splits, *shape), dtype=torch.float32, device=device),
         torch.empty(tiles, dtype=torch.int64, device=device),
