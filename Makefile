@@ -9,18 +9,22 @@ AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 # `make gpu` and its steps are for machines that have one.
-.PHONY: demo check dist test test-min test-latest test-versions gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 vllm lint format clean
+.PHONY: demo check dist test test-all test-min test-latest test-versions gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 # What two cores do in 12 minutes, the environment included.
 test: lint
+	$(BIN)/pytest $(AT_ONCE) -m "not long"
+
+# Everything, before a release.
+test-all: lint
 	$(BIN)/pytest $(AT_ONCE)
 
 # And in 3.
 check: lint
-	$(BIN)/pytest $(AT_ONCE) -m "not slow and not minutes"
+	$(BIN)/pytest $(AT_ONCE) -m "not slow and not minutes and not long"
 
 # The same tests with the oldest and the newest versions that are supported, each in an environment of its own. The
 # interpreter of Triton 3.6, which torch 2.11 comes with, does not know NumPy 2.4.

@@ -128,6 +128,7 @@ def test_the_result_is_small_and_close_to_the_original_and_what_both_answer_is_s
     assert all(len(answer.partition(":")[2]) > 10 for answer in answers)
 
 
+@pytest.mark.long
 def test_the_whole_model_still_talks_with_its_first_and_last_blocks_in_4_bits(whole_model, tmp_path):
     ends = {rf"-:model\.layers\.{block}\..*": {} for block in range(2, 28)}
     config = GPTQConfig(bits=4, group_size=64, effort="fast", dataset=TEXTS, dynamic=ends, **FEW)

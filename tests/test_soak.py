@@ -32,7 +32,7 @@ def logits_of(model, ids=IDS):
         return model(ids).logits
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cycles_leave_no_descriptor_thread_or_tensor(tmp_path):
     soak.save_model(tmp_path)
     found = soak.run(tmp_path, 4)

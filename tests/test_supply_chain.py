@@ -119,7 +119,7 @@ def test_the_sdist_is_named_after_the_version_and_has_what_a_packager_needs(buil
     assert {"README.md", "LICENSE", "pyproject.toml", "src/optq/version.py", "src/optq/py.typed"} <= names
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_works_where_only_it_is_installed(wheel, tmp_path):
     install = [
         sys.executable,

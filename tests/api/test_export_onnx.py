@@ -146,6 +146,7 @@ def test_nothing_of_this_machine_is_in_the_files(exported):
         assert b".py" not in (exported / file).read_bytes()
 
 
+@pytest.mark.long
 def test_exporting_again_from_the_command_line_gives_the_same_bytes_and_says_where(
     checkpoint, exported, tmp_path, capsys, optqs_logging_as_before
 ):

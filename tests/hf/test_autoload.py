@@ -94,6 +94,7 @@ def test_whatever_is_imported_first():
     assert run(f"import transformers.quantizers.auto, optq{WHICH}") == OURS
 
 
+@pytest.mark.long
 def test_peft_knows_packed_layers_whatever_is_imported_first():
     """PEFT itself first: tests/integrations/test_peft.py."""
     pytest.importorskip("peft")
@@ -101,6 +102,7 @@ def test_peft_knows_packed_layers_whatever_is_imported_first():
     assert run(f"{first}{TUNER}{WHICH}").split() == ["optq.integrations.peft", OURS]
 
 
+@pytest.mark.long
 def test_it_can_be_switched_off_until_optq_is_imported():
     """What is loaded by then is found, PEFT too."""
     peft, tuner = ("import peft", TUNER) if find_spec("peft") else ("", "print('optq.integrations.peft')")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optq
@@ -168,6 +168,7 @@ def test_a_private_repositorys_tokenizer_is_fetched_at_the_same_commit_with_the_
         url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # of functions; it is read when they are imported
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.delenv("HF_TOKEN", raising=False)

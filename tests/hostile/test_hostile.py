@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="each trial is a fork of this process"),
 ]
 
-MANY = 60
+MANY = 20
 """Of groups with more kinds, every third one is tried."""
 
 ALL_VERBS = 10

@@ -46,7 +46,7 @@ def test_refuses_shapes_in_words(packed, dtype, reason, monkeypatch):
     assert found is None if reason is None else reason in found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("gemlite") is None or torch.cuda.is_available(), reason="wants gemlite, and no GPU")
 def test_it_gets_what_it_wants():
     script = Path(__file__).with_name("gemlite_interpreted.py")

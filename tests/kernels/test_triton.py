@@ -310,7 +310,7 @@ def test_it_is_tried_before_it_is_used(monkeypatch, planted, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processors", [16, 132])
+@pytest.mark.parametrize("processors", [pytest.param(16, marks=pytest.mark.long), 132])
 def test_what_is_tried_reaches_every_tiling_split_sums_and_loads_that_come_in_turns(processors, monkeypatch):
     launched, launch = [], triton_gpu._launch
     monkeypatch.setattr(triton_gpu, "roofline", lambda device: replace(H200, processors=processors))

@@ -52,7 +52,7 @@ def test_one_is_ended_where_it_waits():
     assert not one
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_suspended_forwards_do_all_that_they_do_with_greenlets():
     tests = Path(__file__).with_name("test_coroutines.py")
     program = "import sys; sys.modules['greenlet'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
