@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import optq
 from optq import GPTQConfig
 from optq.api import quantize as api
-from optq.errors import ConfigError, OutputError
+from optq.errors import ConfigError, OutputError, ReportError
 from optq.files.ownership import LOCK, OWNER
 from optq.files.source import copy_companions
 
@@ -249,3 +249,17 @@ def test_a_finished_folder_on_text_of_the_models_own_is_returned_as_well(source,
     assert optq.quantize(source, config, output_dir=output) == output
     with pytest.raises(OutputError, match=r"settings\.num_samples was 2 and is 3"):
         optq.quantize(source, GPTQConfig(**SAME, num_samples=3, model_seqlen=64), output_dir=output)
+
+
+def test_a_card_that_the_disk_did_not_let_be_made_is_made_by_the_same_call(source, token_rows, tmp_path, monkeypatch):
+    config, output = GPTQConfig(**SAME, dataset=token_rows), tmp_path / "out"
+
+    def card(folder):
+        raise ReportError("the log cannot be read") from PermissionError("no permission")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "card", card)
+        with pytest.raises(OutputError, match="its model card could not be made: the log cannot be read"):
+            optq.quantize(source, config, output_dir=output)
+    assert not (output / "README.md").exists()
+    assert (optq.quantize(source, config, output_dir=output) / "README.md").exists()

@@ -23,6 +23,8 @@ EXECUTIONS = {
 }
 FOUND = [
     ("Parquet", "621ca474d2d869"),
+    ("Parquet", "4f99d34fc2c0"),
+    ("GGUF", "211eb513b207"),
     ("calibration rows", "a5573efef318390af84a8803d01c35ec6b2699a4"),
     ("calibration rows", "900f2a83b6141e5a6ab392c79c67f453761e"),
     *(("AWQ", data) for data in ("20c109b97f201fcaf497a3fecb72b71c228080a4358526e8", "43232789492997832e")),

@@ -349,13 +349,13 @@ def _end(output: Path) -> None:
     if (output / LOG_NAME).exists() and not (output / "README.md").exists():  # not if the log was wanted elsewhere
         try:
             write_whole(output / "README.md", card(output))
-        except (ReportError, CheckpointError) as error:
+        except (ReportError, CheckpointError, OSError, RuntimeError) as error:
+            if isinstance(error.__cause__ or error, (OSError, RuntimeError)):  # of the disk, or memory
+                raise OutputError(
+                    f"All files of {output} have their names, but its model card could not be made: {error}. Once it "
+                    "can be, the same call makes it."
+                ) from error
             logger.warning("%s is finished, but gets no model card: %s", output, error)
-        except (OSError, RuntimeError) as error:  # of the disk, or memory
-            raise OutputError(
-                f"All files of {output} have their names, but its model card could not be made: {error}. Once it can "
-                "be, the same call makes it."
-            ) from error
     tidy(partial, own_files(partial, result))
 
 

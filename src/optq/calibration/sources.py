@@ -489,11 +489,12 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         table = parquet.read_table(path)
-    except (ArrowException, OSError) as error:
+        columns = table.column_names
+    except (ArrowException, OSError, UnicodeError) as error:
         raise CalibrationError(f"{path} is not a valid Parquet file: {error}.") from error
-    if not any(column in table.column_names for column in KNOWN_COLUMNS):
+    if not any(column in columns for column in KNOWN_COLUMNS):
         raise CalibrationError(
-            f"{path} has columns {', '.join(table.column_names)}; one of {', '.join(KNOWN_COLUMNS)} is needed."
+            f"{path} has columns {', '.join(columns)}; one of {', '.join(KNOWN_COLUMNS)} is needed."
         )
     try:
         rows = table.to_pylist()

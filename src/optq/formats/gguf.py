@@ -59,10 +59,20 @@ def opened_gguf(file: Path) -> Iterator[Opened]:
         raise CheckpointError(
             f"{file} is read with the package gguf, which is not installed: pip install gguf"
         ) from error
+
+    class BoundedReader(GGUFReader):
+        """Reads nothing beyond the end: an array may say that it has 2**60 entries, and each would be looked for."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > self.data.nbytes:
+                raise ValueError(f"it says that it has {end} bytes or more, and has {self.data.nbytes}")
+            return super()._get(offset, dtype, count, override_order)
+
     if not file.is_file():
         raise CheckpointError(f"There is no file {file}. Of one on the Hub, pass its repository and gguf_file=.")
     with _reading(file):
-        reader = GGUFReader(file)
+        reader = BoundedReader(file)
         architecture = _architecture(reader)
         where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         described = AutoConfig.from_pretrained(**where)
