@@ -25,6 +25,7 @@ def test_a_cell_shows_the_bar_and_the_summary(tiny_llama, tmp_path, monkeypatch)
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)  # a command sets it, for what it starts
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     monkeypatch.setattr(AsyncKernelManager, "kernel_spec", KernelSpec(argv=command, language="python"))
     cell = nbformat.v4.new_code_cell(CELL.format(str(tiny_llama)))
