@@ -27,11 +27,11 @@ from optq.files.output import (
     has_result,
     is_begun,
     is_whole,
-    left_in,
     open_working_folder,
     place_for,
     read_result,
     refuse_strangers,
+    refuse_unfinished,
     reveal,
     scratch,
     settled,
@@ -324,16 +324,10 @@ def _begin(output: Path, differences: Differences, companions: Callable[[], dict
 
 def _begin_object(output: Path) -> None:
     """Claim the output folder for a model object, of which nothing can be gone on with."""
-    partial = output / PARTIAL
     if settled(output, (LOG_NAME,)) is not None:
         _end(output)
     _refuse(output)
-    if left := left_in(partial):
-        raise OutputError(
-            f"output_dir={str(output)!r} holds an unfinished run of a model given by its id or folder, or what "
-            f"else is in {partial}: {', '.join(left[:5])}. Repeat that call, or name another folder; nothing was "
-            "changed."
-        )
+    refuse_unfinished(output)
     open_working_folder(output)
 
 

@@ -133,11 +133,7 @@ def output_folder(output: Path, call: str) -> Iterator[Path]:
             reveal(output, earlier)
             tidy(partial)
         refuse_strangers(output)
-        if others := left_in(partial):
-            raise OutputError(
-                f"output_dir={str(output)!r} is not empty: it holds an unfinished run of optq.quantize, or what "
-                f"else is in {partial}: {', '.join(others[:5])}. Name another folder; nothing was changed."
-            )
+        refuse_unfinished(output)
         open_working_folder(output)
         try:
             with scratch(partial) as folder:
@@ -147,6 +143,21 @@ def output_folder(output: Path, call: str) -> Iterator[Path]:
             reveal(output, result)
         finally:
             tidy(partial)
+
+
+def refuse_unfinished(output: Path) -> None:
+    """Refuse an output folder with a working folder that holds something, of which nothing can be gone on with.
+
+    Raises:
+        OutputError: names what is in there.
+    """
+    partial = output / PARTIAL
+    if left := left_in(partial):
+        raise OutputError(
+            f"output_dir={str(output)!r} is not empty: it holds an unfinished run of optq.quantize of a model given "
+            f"by its id or folder, or what else is in {partial}: {', '.join(left[:5])}. Repeat that call, or name "
+            "another folder; nothing was changed."
+        )
 
 
 def place_for(output_dir: str | os.PathLike[str]) -> Path:
