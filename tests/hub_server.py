@@ -18,6 +18,9 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants, hf_api
+
 Tree = dict[str, bytes]
 
 
@@ -267,6 +270,18 @@ ROUTES = [
     (("POST",), f"/api/models/{NAME}/commit/main", commit),
     (("GET", "HEAD"), f"/{NAME}/resolve/{REVISION}/(?P<path>.+)", resolve),
 ]
+
+
+def talk_to(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `hub` the one that this process talks to: what clients have read from the environment is replaced."""
+    url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    # Clients that were made before, and one that is made now and would be asked for a hub that is gone.
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
 
 
 @contextmanager

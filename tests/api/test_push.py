@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
 
 import optq
-from hub_server import Repository, serve
+from hub_server import Repository, serve, talk_to
 from optq import GPTQConfig
 from optq.errors import CheckpointError, HubError, ReportError
 
@@ -25,14 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 @pytest.fixture
 def hub(monkeypatch):
-    """An empty one, to which this process talks: what the client has read from its environment is replaced."""
+    """An empty one, to which this process talks."""
     with serve() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        talk_to(hub, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", "good-token")
         yield hub
 

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from huggingface_hub import constants, hf_api
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optq
 from conftest import save_tiny_tokenizer, tiny_llama_config
-from hub_server import Repository, serve
+from hub_server import Repository, serve, talk_to
 from optq import GPTQConfig
 from optq.compat import call as origin
 from optq.errors import CalibrationError, ConfigError
@@ -165,12 +164,7 @@ def test_a_private_repositorys_tokenizer_is_fetched_at_the_same_commit_with_the_
 ):
     """The newest commit has the wrong tokenizer in the subfolder, and the token is known to the call only."""
     with serve() as hub:
-        url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # of functions; it is read when they are imported
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        talk_to(hub, monkeypatch)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         files = {str(path.relative_to(nested)): path.read_bytes() for path in nested.rglob("*") if path.is_file()}
         later = {**files, "inner/tokenizer.json": files["tokenizer.json"]}
