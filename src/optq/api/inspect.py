@@ -100,11 +100,7 @@ def inspect(
     elif (first := next(iter(wrong), None)) is not None:
         raise CheckpointError(first)
     linears = {} if config is None else linears_of(quantized, config, described)
-    dense = {
-        name: header
-        for name, header in headers.items()
-        if len(header.shape) >= 2 and kind_of(name) != name and name.rpartition(".")[0] not in quantized
-    }
+    dense = _dense_weights(headers, quantized)
     return Inspection(
         model=source,
         config=config,
@@ -123,6 +119,15 @@ def inspect(
             for reader, version in readers.items()
         },
     )
+
+
+def _dense_weights(headers: Mapping[str, TensorHeader], quantized: Collection[str]) -> dict[str, TensorHeader]:
+    """The blocks' matrices that are not quantized; what is in blocks has a number in its name."""
+    return {
+        name: header
+        for name, header in headers.items()
+        if len(header.shape) >= 2 and kind_of(name) != name and name.rpartition(".")[0] not in quantized
+    }
 
 
 def _bits_per_weight(quantized: Collection[QuantizedTensors], dense: Iterable[TensorHeader]) -> float:

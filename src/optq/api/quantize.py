@@ -144,6 +144,14 @@ def quantize(
     described = model_config_of(source, kwargs)
     check_base(described, source)
     check_files(source, kwargs)
+    _write_folder(source, described, config, output, kwargs)
+    return output
+
+
+def _write_folder(
+    source: str, described: PreTrainedConfig, config: GPTQConfig, output: Path, kwargs: dict[str, Any]
+) -> None:
+    """Make, finish or find the checkpoint folder of a request that was checked; one process at a time holds it."""
     ranks, partial = join(), output / PARTIAL
 
     def differences(run: dict[str, Any]) -> list[str]:
@@ -156,12 +164,12 @@ def quantize(
         return _is_finished(output, differences, companions)
 
     if ranks.broadcast(lambda: not is_begun(output) and finished()):
-        return output
+        return
     with ExitStack() as held:
         ranks.broadcast(lambda: _hold(output, held))
         if ranks.broadcast(finished):  # since just now
             ranks.broadcast(lambda: tidy(partial))
-            return output
+            return
         if ranks.broadcast(lambda: _begin(output, differences, companions)):
             if ranks.is_first:  # in the folder that it has made, and may have removed again when others come to check
                 config.log_file = config.log_file or str(output / LOG_NAME)
@@ -175,7 +183,6 @@ def quantize(
                 if ranks.is_first and not is_worth_keeping(partial):
                     tidy(partial, own_files(partial))
         ranks.broadcast(lambda: _end(output))
-    return output
 
 
 def _quantize_object(

@@ -206,17 +206,10 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
         if self.act_group_aware is not None:
             config.act_group_aware = self.act_order == "group_aware"
         config.static_groups, config.grid = self.act_order in ("static", "group_aware"), scheme.grid
-        config.propagation, config.refinement, config.polish = (
-            scheme.propagation,
-            scheme.refinement,
-            self.reconstruction_passes,
-        )
+        config.propagation, config.refinement = scheme.propagation, scheme.refinement
+        config.polish = self.reconstruction_passes
         meta = {key: value for key, value in (self.meta or {}).items() if key != "quantizer"}
-        config.meta = {
-            **meta,
-            "quantizer": [f"optq:{__version__}"],
-            "calibration": info,
-        }
+        config.meta = {**meta, "quantizer": [f"optq:{__version__}"], "calibration": info}
         if self.base is not None:
             config.meta["dequantized_from"] = self.base["quant_method"]
             config.base = None

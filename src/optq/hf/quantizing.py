@@ -155,17 +155,7 @@ class QuantizingLoad:
         log_file = Path(config.log_file) if config.log_file and ranks.is_first else None
         told = json.loads(json.dumps({**description, "options": as_options(config)}, default=str))
         quantizer.log = RunLog(log_file, bar=ranks.is_first, run=told)
-        if self._streamed is not None:
-            self._streamed.come_back()
-        else:
-            for module in experts.values():
-                module.take_weights()
-        put_split(model, experts)
-        if self._base is not None:
-            compat.forget_dequantizing(model)
-        compat.keep_unconverted(model, [target.view.name for target in plan.all_targets])
-        if plan.head is not None:
-            compat.untie_head(model)
+        self._complete(model, self._decided)
         run = self._run(quantizer)
         with run.log:
             if config.base is not None:
@@ -194,6 +184,20 @@ class QuantizingLoad:
             dense = {x.name for x in planned} - {x.name for x in packed_linears}
             say_readers(packed_linears, [*plan.skipped, *dense], config.serving, finished=True)
             say_summary(packed_linears, run.log, quality, config.log_file)
+
+    def _complete(self, model: Any, decided: Preparation) -> None:
+        """Give the model back its streamed blocks and experts, and forget how its weights were stored."""
+        if self._streamed is not None:
+            self._streamed.come_back()
+        else:
+            for module in decided.experts.values():
+                module.take_weights()
+        put_split(model, decided.experts)
+        if self._base is not None:
+            compat.forget_dequantizing(model)
+        compat.keep_unconverted(model, [target.view.name for target in decided.plan.all_targets])
+        if decided.plan.head is not None:
+            compat.untie_head(model)
 
     def _run(self, quantizer: Any) -> Run:
         config, device = self.config, execution_device(self.config.device)
