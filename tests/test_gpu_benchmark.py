@@ -114,7 +114,7 @@ def test_tests_are_counted_once_also_in_a_log_that_ends_early(gpu, printed, tmp_
     assert gpu.tests_of(tmp_path / "tests.txt") == "1 passed"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gpu_tests_are_collected_without_what_such_machines_lack(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "--collect-only", "-q"]

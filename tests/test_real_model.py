@@ -147,6 +147,7 @@ def test_the_card_and_config_say_what_it_was_calibrated_on(quick_start):
     assert stated["tokens"] + stated["held_out"] * length == samples * length
 
 
+@pytest.mark.long
 def test_the_demo_quantizes_saves_and_compares_in_new_processes(tiny_llama, tmp_path):
     """What it does with the real model, with a tiny one: `make demo` itself takes minutes."""
     command = [sys.executable, str(DEMO), "--model", str(tiny_llama), "--output", str(tmp_path / "out")]

@@ -97,8 +97,13 @@ def test_quantizing_gives_the_same_words_and_logits(state, quantized, tiny_llama
 
 @pytest.mark.parametrize(
     "settings",
-    [{"polish": 1}, {"target_bits_per_weight": 4.5}, {"desc_act": True, "lm_head": True}, {"dataset": None}],
-    ids=["polished", "within a budget", "with the head", "on its own text"],
+    [
+        {"polish": 1},
+        {"desc_act": True, "lm_head": True},
+        pytest.param({"target_bits_per_weight": 4.5}, marks=pytest.mark.long),
+        pytest.param({"dataset": None}, marks=pytest.mark.long),
+    ],
+    ids=["polished", "with the head", "within a budget", "on its own text"],
 )
 def test_so_do_the_other_ways_of_quantizing(settings, tiny_llama, token_rows):
     def run() -> dict[str, torch.Tensor]:

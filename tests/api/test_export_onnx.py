@@ -81,6 +81,7 @@ def test_logits_are_ours(checkpoint, exported, probe_ids):
     assert_same_logits(exported, checkpoint, probe_ids)
 
 
+@pytest.mark.long
 def test_logits_of_2_4_and_8_bits_with_a_group_per_row_a_quantized_head_and_a_dense_layer_are_ours(
     dense, token_rows, probe_ids, tmp_path
 ):
@@ -90,6 +91,7 @@ def test_logits_of_2_4_and_8_bits_with_a_group_per_row_a_quantized_head_and_a_de
     assert_same_logits(folder, checkpoint, probe_ids)
 
 
+@pytest.mark.long
 def test_asymmetric_grids_in_the_second_format_and_activation_order_biases_and_an_untied_head_are_kept(
     token_rows, probe_ids, tmp_path
 ):

@@ -47,7 +47,7 @@ def test_the_commands_are_found():
     assert "--group-size" in optimum_cli("export", "gptq", "--help").stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_json_is_all_that_is_printed_and_errors_reach_the_shell_with_their_exit_codes(tiny_llama, tmp_path):
     calls = [["gptq", "inspect", str(tiny_llama), "--json"], ["gptq", "inspect", str(tmp_path / "nowhere")]]
     ended = subprocess.run(  # one process: it takes seconds to import what they need

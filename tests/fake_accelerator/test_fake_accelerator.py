@@ -93,6 +93,7 @@ def together(library, tmp_path_factory):
     return [arrived(process, 1)[0] for process in processes]
 
 
+@pytest.mark.long
 def test_two_processes_with_a_device_each_make_one_model(together):
     for found in together:
         assert "raised" not in found

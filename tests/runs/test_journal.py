@@ -69,7 +69,7 @@ def events(folder):
     [
         *(({}, blocks) for blocks in (1, 3, BLOCKS)),
         ({"effort": "max", "bits": 2, "sym": False}, 3),
-        ({"target_bits_per_weight": 4.5}, 1),
+        pytest.param({"target_bits_per_weight": 4.5}, 1, marks=pytest.mark.long),
     ],
 )
 def test_a_run_goes_on_and_ends_with_the_same_bytes(
