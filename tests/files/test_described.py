@@ -55,3 +55,15 @@ def test_sizes_that_nobody_has_are_refused_of_dense_models_as_well(tiny_llama, t
     asked = {"output_dir": tmp_path / "out"} if call is optq.quantize else {}
     with pytest.raises(OptqError, match=f"config.json says {next(iter(changes))}="):
         call(tmp_path, optq.GPTQConfig(bits=4, dataset=token_rows), **asked)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_act": "nonsense"}, {"vocab_size": -1}, {"dtype": "int8"}, {"num_key_value_heads": 0}]
+)
+def test_a_config_of_which_no_model_can_be_made_is_named(tiny_llama, token_rows, tmp_path, changes):
+    with (tmp_path / "config.json").open("w") as file:
+        file.write((tiny_llama / "config.json").read_text())
+    with rewritten(tmp_path / "config.json") as config:
+        config |= changes
+    with pytest.raises(OptqError, match=rf"{tmp_path}/config\.json: "):
+        optq.quantize(tmp_path, optq.GPTQConfig(bits=4, dataset=token_rows), output_dir=tmp_path / "out")
