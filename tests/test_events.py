@@ -17,6 +17,7 @@ from optq.events import (
     LinearQuantized,
     Load,
     RunLog,
+    Started,
     read_events,
     to_dict,
 )
@@ -166,6 +167,39 @@ def test_a_line_that_is_no_event_is_named(line, tmp_path):
     file = tmp_path / "log.jsonl"
     file.write_text(json.dumps(to_dict(block_done("b", 1.0))) + f"\n{line}\n")
     with pytest.raises(ReportError, match=r"log\.jsonl, line 2"):
+        read_events(file)
+
+
+STARTED = Started(
+    utc="", model="m", from_folder=True, blocks=1, linears=1, skipped={}, weaknesses=[], device="cpu",
+    calibration={"source": "list", "samples": 1, "tokens": 9, "seed": 0, "sha256": "0"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("event", "changes"),
+    [
+        (linear_done("b", 1.0), changes)
+        for changes in (
+            *({"seconds": None}, {"seconds": "1"}, {"damping": True}, {"linear": 5}, {"family": 3}, {"tokens": 1.5}),
+            *({"shape": 3}, {"shape": [8, "x"]}, {"shape": {}}, {"at_seconds": None}, {"peak_gib": []}),
+        )
+    ]
+    + [
+        (STARTED, changes)
+        for changes in (
+            *({"calibration": []}, {"calibration": {}}, {"calibration": {**STARTED.calibration, "tokens": None}}),
+            *({"calibration": {**STARTED.calibration, "sources": "x"}}, {"skipped": {"a": 1}}, {"weaknesses": None}),
+        )
+    ],
+)
+def test_what_is_of_another_type_is_named(event, changes, tmp_path):
+    """Who draws or describes a run relies on the types."""
+    file = tmp_path / "log.jsonl"
+    file.write_text(json.dumps(to_dict(event)) + "\n")
+    assert read_events(file) == [event]
+    file.write_text(json.dumps(to_dict(event) | changes) + "\n")
+    with pytest.raises(ReportError, match=rf"log\.jsonl, line 1 is no event of a run \({next(iter(changes))}"):
         read_events(file)
 
 

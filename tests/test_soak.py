@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads, forks and cycles: benchmarks/soak.py in short, and many callers of one model."""
+"""Threads, forks and cycles: benchmarks/soak.py and threads.py in short, and many callers of one model."""
 
 import copy
 import os
@@ -15,6 +15,7 @@ try:
     from test_linear import in_threads
 
     import soak
+    import threads
 finally:
     del sys.path[:2]
 
@@ -60,13 +61,11 @@ def test_eight_threads_that_call_a_model_first_get_what_one_would(loaded):
 
 @pytest.mark.slow
 def test_threads_generate_what_one_does(loaded):
-    def generated(ids):
-        return loaded.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0).tolist()
-
-    inputs = [IDS + start for start in range(6)]
-    expected = [generated(ids) for ids in inputs]
-    found = in_threads([lambda ids=ids: generated(ids) for ids in inputs], times=2)
-    assert found == [[one, one] for one in expected]
+    expected = [threads.generated(copy.deepcopy(loaded), ids) for ids in threads.prompts()]
+    found = threads.run(loaded, expected, 6, lambda done: done >= 2)
+    assert found == {"generations": 12, "differences": 0, "errors": 0}
+    others = [[], *expected[1:]]  # negative control
+    assert threads.run(loaded, others, 1, lambda done: done >= 2)["differences"] == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

@@ -7,7 +7,7 @@ A run takes hours, and a library's log lines are lost unless somebody configures
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class AroundBars(logging.Handler):
@@ -17,7 +17,8 @@ class AroundBars(logging.Handler):
         from huggingface_hub.utils import tqdm  # whose instances are to be gone around
 
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + self.format(record), file=sys.stderr)
+        with suppress(OSError):  # of a full disk, or a terminal that is gone: the work goes on
+            tqdm.write(prefix + self.format(record), file=sys.stderr)
 
 
 @contextmanager

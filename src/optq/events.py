@@ -12,8 +12,8 @@ import time
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar
+from types import TracebackType, UnionType
+from typing import Any, ClassVar, get_args, get_origin
 
 from huggingface_hub.utils import tqdm
 
@@ -290,6 +290,13 @@ OLD_FIELDS = {"nearest_relative_loss": "rtn_relative_loss"}
 """What earlier versions wrote, and what it is called now."""
 
 
+OF_CALIBRATION: dict[str, Any] = {
+    **{"source": str, "sha256": str, "samples": int, "tokens": int, "seed": int},
+    "sources": list[dict[str, Any]] | None,
+}
+"""What reports and cards want to know of the calibration."""
+
+
 def to_dict(event: Event) -> dict[str, Any]:
     """The event as a line of a log, before it is written as JSON."""
     stated = {key: value for key, value in asdict(event).items() if key != "run" or value is not None}
@@ -324,8 +331,30 @@ def read_events(log: Path) -> list[Event]:
                 f"{log}, line {number}: an event {kind.event!r} has no {', '.join(map(repr, missing))}, so another "
                 "version of optq wrote it. Quantize again, or report with that version."
             )
+        types = {field.name: field.type for field in fields(kind)}
+        wrong = [name for name, type_ in types.items() if name in stated and not _fits(stated[name], type_)]
+        if kind is Started and not wrong:
+            told = stated["calibration"]
+            wrong = [f"calibration: {key}" for key, type_ in OF_CALIBRATION.items() if not _fits(told.get(key), type_)]
+        if wrong:
+            raise ReportError(f"{log}, line {number} is no event of a run ({wrong[0]}): the file is damaged.")
         events.append(kind(**{key: value for key, value in stated.items() if key in known}))
     return events
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is what a field of an event holds."""
+    inside = get_args(kind)
+    if kind is Any:
+        return True
+    if isinstance(kind, UnionType):
+        return any(_fits(value, each) for each in inside)
+    if issubclass(get_origin(kind) or kind, (list, dict)):
+        of_values = value.values() if isinstance(value, dict) else value
+        return isinstance(value, get_origin(kind) or kind) and all(_fits(each, inside[-1]) for each in of_values)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _append(file: Path, line: str) -> None:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import argparse
+import errno
+import io
 import json
+import logging
 import os
 import pkgutil
 import shlex
@@ -579,6 +582,32 @@ def test_a_defect_is_called_one_and_debug_shows_where(run, checkpoint, monkeypat
     assert code == INTERNAL
     assert has_one_line("IndexError: list index out of range (a defect", err)
     assert "Traceback" in run("inspect", checkpoint, "--debug")[2]
+
+
+class Full(io.StringIO):
+    """A stream to a full disk, or to a terminal that is gone."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stream", [None, Full()], ids=["closed", "full"])
+def test_without_a_standard_error_the_work_is_done_all_the_same(checkpoint, tmp_path, monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["inspect", str(checkpoint)]) == DONE
+    logging.getLogger("optq").warning("Nobody can read this.")
+    assert main(["inspect", str(tmp_path / "nowhere")]) == MODEL
+    sys.stderr.close()
+
+
+def test_no_file_gets_the_place_of_a_standard_stream():
+    """A library in C would write what it has to say into a checkpoint."""
+    code = (
+        "import os, sys; os.closerange(0, 3); sys.stdin = sys.stdout = sys.stderr = None; "
+        "from optq.cli.command import _open_standard_streams as opened; opened(); "
+        f"sys.exit(os.open({os.devnull!r}, os.O_RDONLY) <= 2 or sys.stderr is None)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_an_interruption_ends_with_the_shells_code():

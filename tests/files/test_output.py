@@ -68,6 +68,33 @@ def test_a_second_call_of_the_same_process_is_refused_as_well(tmp_path):
     assert not (tmp_path / LOCK).exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_a_lock_that_its_holder_removes_before_it_is_got_holds_nothing(tmp_path, monkeypatch):
+    """Else the next call would make another, and both would write."""
+    import fcntl
+
+    lock, taken = fcntl.flock, []
+
+    def flock(file, operation):
+        if operation & fcntl.LOCK_EX and not taken:
+            taken.append(file)
+            (tmp_path / LOCK).unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OutputError, match="another process"), owned(tmp_path):
+        pass
+    with owned(tmp_path):
+        assert taken and (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("said", ["", "[1]", "[" * 100_000, "\0"])
+def test_a_damaged_note_of_the_last_holder_holds_nobody_up(tmp_path, said):
+    (tmp_path / OWNER).write_text(said)
+    write(tmp_path)
+    assert tree(tmp_path) == {"config.json": b"{}"}
+
+
 def test_a_token_on_the_command_line_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/me/quantize.py", "--token", "abcdefgh", "hf_ijklmnop", "--token=qrst"])
     with owned(tmp_path):

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,11 +97,14 @@ def assert_sound(solution: Solution, weight: Tensor, hessian: Tensor, scheme: La
     importance = hessian.diagonal() if scheme.grid == "weighted" else None
     grid = fit_grid(weight, found.group_of_column, scheme, importance)
     columns = found.group_of_column.long()
-    nearest = (grid.encode(weight, found.group_of_column) - grid.zeros[:, columns]) * grid.scales[:, columns]
-    errors = [(weight - rounded).double() for rounded in (found.decode(), nearest)]
-    loss, rtn_loss = (output_energy(error, hessian.double()) for error in errors)
-    noise = sum(output_energy(error.abs(), hessian.double().abs()) for error in errors)
-    assert (loss <= rtn_loss * (1 + 1e-4) + 1e-6 * noise).all()
+    plain = fit_grid(weight, found.group_of_column, replace(scheme, grid="minmax"))
+    for rounded_on in (grid, plain):
+        codes = rounded_on.encode(weight, found.group_of_column)
+        nearest = (codes - rounded_on.zeros[:, columns]) * rounded_on.scales[:, columns]
+        errors = [(weight - rounded).double() for rounded in (found.decode(), nearest)]
+        loss, rtn_loss = (output_energy(error, hessian.double()) for error in errors)
+        noise = sum(output_energy(error.abs(), hessian.double().abs()) for error in errors)
+        assert (loss <= rtn_loss * (1 + 1e-4) + 1e-6 * noise).all()
 
 
 schemes = st.builds(
@@ -117,6 +121,7 @@ DEFAULT = LayerScheme(group_size=GROUP)
 
 @example(inputs="one of 1e8", weights="one of 65504", scheme=DEFAULT, out=32, features=96, seed=0)
 @example(inputs="one column only", weights="ordinary", scheme=DEFAULT, out=32, features=96, seed=0)
+@example(inputs="one token", weights="1e-8 to 1e4", scheme=DEFAULT, out=8, features=96, seed=3)
 @example(inputs="one token", weights="one of 65504", scheme=DEFAULT, out=32, features=96, seed=0)
 @given(
     inputs=st.sampled_from(sorted(INPUTS)),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconH1Config, GPT2Config, GPTJConfig, GPTNeoConfig, Phi3Config
 
 from optq import GPTQConfig, QuantLinear
-from optq.errors import ModelError
+from optq.errors import CheckpointError, ModelError
 from optq.hf import quantizing
 from optq.hf.streaming import StreamedBlocks, why_not_streamed
 from optq.model import find_blocks
@@ -123,7 +123,7 @@ def test_an_incomplete_checkpoint_is_named(tiny_llama, token_rows, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"has no model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(CheckpointError, match=r"has no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         quantize(tmp_path, token_rows)
 
 

@@ -274,8 +274,9 @@ def _index() -> Damages:
     }.items():
         yield name, written(INDEX, content), named
     key = f"{LINEAR}.scales"
-    for value in (None, 5, ["a"], "", ".", "..", "/etc/passwd", "../outside.safetensors", "\0", "a" * 5000):
-        yield f"names the file {str(value)[:30]!r}", stated("weight_map", key, value=value, file=INDEX), (*named, key)
+    strange = ("\0.safetensors", "\ud800.safetensors", "\u202e.safetensors")
+    for value in (None, 5, ["a"], "", ".", "..", "/etc/passwd", "../outside.safetensors", "\0", "a" * 5000, *strange):
+        yield f"names the file {ascii(value)[:30]}", stated("weight_map", key, value=value, file=INDEX), (*named, key)
     yield (
         "names the other file",
         lambda folder: stated("weight_map", key, value=shard_of(folder, "model.norm.weight").name, file=INDEX)(folder),
@@ -398,6 +399,22 @@ def _tensors() -> Damages:
     yield "an empty name", added("", torch.zeros(1)), (*FILE, "''")
     yield "a name of a thousand dots", added("." * 1000, torch.zeros(1)), (*FILE, "...")
     yield "a name that is one part", added("qweight", torch.zeros(4, 4, dtype=torch.int32)), ("qweight",)
+    fitting = [*(f"{LINEAR}.{part}" for part in PACKED)]
+
+    def dense(weight: torch.Tensor) -> Callable[[Path], None]:
+        return both(
+            lambda folder: edit(folder, lambda tensors: tensors.update({f"{LINEAR}.weight": weight})),
+            without(*fitting),
+        )
+
+    yield "a dense weight of another shape instead", dense(torch.zeros(64, 32)), (LINEAR,)
+    yield "a dense weight without dimensions instead", dense(torch.tensor(1.0)), (LINEAR,)
+    yield "a dense weight of integers instead", dense(torch.ones(64, 96, dtype=torch.int8)), (LINEAR,)
+    yield (
+        "a vector of 4-bit floats",
+        added("extra", torch.zeros(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)),
+        ("extra",),
+    )
     strange = "model.layers.7.mlp.down_proj"
     yield (
         "words of a block that is not there",
@@ -528,6 +545,9 @@ def _dynamic() -> Damages:
     )
     for pattern in ("(?:.{5000}){5000}", "(?:.{65535}){65535}", "(?:(?:.{99}){99}){99}"):
         yield f"repeats of {pattern}", stated(*entry, value={f"-:{pattern}": {}}), ("dynamic",)
+    yield "a rule of a million keys", stated(*entry, value={"a": dict.fromkeys(map(str, range(10**6)), 1)}), (CONFIG,)
+    keys = {f"k{number}": 1 for number in range(30)}
+    yield "rules of thirty keys each", stated(*entry, value={f"-:^x{n}$": keys for n in range(50_000)}), (CONFIG,)
     modules = ("quantization_config", "modules_in_block_to_quantize")
     yield "a million modules", stated(*modules, value=[[f"a{n}" for n in range(10**6)]]), (CONFIG,)
     yield (
@@ -539,6 +559,20 @@ def _dynamic() -> Damages:
 
 
 def _config() -> Damages:
+    for name in (5, ["a"], "../model.safetensors"):
+        yield (
+            f"transformers_weights is {name!r}",
+            stated("transformers_weights", value=name),
+            ("transformers_weights",),
+        )
+    many = dict.fromkeys(map(str, range(10**6)), 1)
+    yield (
+        "a million keys",
+        lambda folder: (
+            (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **many})) and None
+        ),
+        (CONFIG,),
+    )
     texts: dict[str, bytes | str] = {
         "is empty": "",
         "is not JSON": "{",

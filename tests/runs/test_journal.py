@@ -115,6 +115,8 @@ def test_another_run_does_not_go_on_here(source, token_rows, tmp_path, monkeypat
         optq.quantize(source, config(token_rows[1:]), output_dir=output)
     with pytest.raises(OutputError, match=r"dtype was 'torch.float32' and is 'torch.bfloat16'"):
         optq.quantize(source, config(token_rows), output_dir=output, dtype=torch.bfloat16)
+    with pytest.raises(OutputError, match=r"attention was 'sdpa' and is 'eager'"):
+        optq.quantize(source, config(token_rows), output_dir=output, attn_implementation="eager")
     model = AutoModelForCausalLM.from_pretrained(source)
     model.save_pretrained(tmp_path / "other", max_shard_size="100KB")
     with pytest.raises(OutputError, match=r"model files\.model\.safetensors was"):

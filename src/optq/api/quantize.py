@@ -53,6 +53,7 @@ from optq.files.source import (
 )
 from optq.hf.bases import check_base
 from optq.hf.in_memory import quantize_in_memory, refuse_unless_whole
+from optq.hf.loading import made_of
 from optq.runs.journal import (
     CALL,
     DESCRIPTION,
@@ -142,7 +143,7 @@ def quantize(
     check_request(config, kwargs.get("device_map"), kwargs.get("offload_folder"), output)
     check_dtype(kwargs.get("dtype"))
     described = model_config_of(source, kwargs)
-    check_base(described, source)
+    model_without_weights(source, kwargs)  # of which nothing is wanted but that there is one
     check_files(source, kwargs)
     _write_folder(source, described, config, output, kwargs)
     return output
@@ -387,7 +388,11 @@ def _write_rest(model: Any, companions: Path, partial: Path) -> None:
 
 
 def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
-    """Build the model on the meta device, with the config and in the dtype that it would be loaded in."""
+    """Build the model on the meta device, with the config and in the dtype that it would be loaded in.
+
+    Raises:
+        ModelError: none can be made of its config, or it is quantized in a way that is not read.
+    """
     check_dtype(kwargs.get("dtype"))
     model_config = model_config_of(source, kwargs)
     check_base(model_config, source)
@@ -403,8 +408,8 @@ def model_without_weights(source: str, kwargs: dict[str, Any]) -> Any:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype) if dtype != "auto" else model_config.dtype or torch.float32
     trusted = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
-    with torch.device("meta"):
+    with made_of(source):
         auto = model_class is AutoModelForCausalLM
         model = AutoModelForCausalLM.from_config(model_config, **trusted) if auto else model_class(model_config)
-    model.config.name_or_path = source
-    return model.to(dtype)
+        model.config.name_or_path = source
+        return model.to(dtype)

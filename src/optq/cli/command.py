@@ -10,7 +10,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,7 @@ def _read_options_leniently(parser: argparse.ArgumentParser) -> None:
 
 def execute(command: Command, arguments: argparse.Namespace) -> int:
     """Run a command; returns its exit code, whatever happens."""
+    _open_standard_streams()
     _log_to_stderr(quiet=arguments.quiet)
     if arguments.quiet:
         os.environ |= dict.fromkeys(BARS_OFF, "1")
@@ -131,8 +132,20 @@ def execute(command: Command, arguments: argparse.Namespace) -> int:
             raise
         if arguments.debug:
             traceback.print_exc()
-        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        with suppress(OSError):  # the code tells it, too
+            print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return exit_code_of(error)
+
+
+def _open_standard_streams() -> None:
+    """Where a daemon was started without them, nothing is read and written; else the next file would get their place,
+    and all that libraries in C say."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -87,6 +87,9 @@ def groups_contradict(name: str, scheme: LayerScheme, g_idx: Tensor) -> Iterator
         )
 
 
+COMPARABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that can be NaN, of what a model has vectors of."""
+
 SMALL = ("scales", "g_idx", "bias")
 """The tensors of a packed linear that are read to be checked: a few hundredths of it."""
 
@@ -101,7 +104,7 @@ def unusable(
         vectors: other tensors that have to be finite, such as the (features,) weights of norms.
         config: may state another group size for each linear.
     """
-    linears, others = list(quantized), [header for header in vectors if header.dtype.is_floating_point]
+    linears, others = list(quantized), [header for header in vectors if header.dtype in COMPARABLE]
     with reader_of([*others, *(x.headers[part] for x in linears for part in SMALL if part in x.headers)]) as read:
         for linear in linears:
             scales, g_idx, bias = (read(linear.headers[part]) if part in linear.headers else None for part in SMALL)

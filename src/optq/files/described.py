@@ -2,12 +2,14 @@
 """What the config of a quantized model may say at all, whatever its class: before anyone makes a model of it."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from optq.config.dynamic import patterns_in
+from optq.config.dynamic import OVERRIDES, patterns_in
+from optq.config.field import short
 from optq.errors import CheckpointError, found_in
 
 COUNTS, SIZES = ("_layers", "n_layer", "_experts"), ("_size", "_dim", "_heads", "n_embd", "n_head", "d_model", "d_ff")
@@ -16,7 +18,7 @@ COUNTS, SIZES = ("_layers", "n_layer", "_experts"), ("_size", "_dim", "_heads", 
 MOST_LAYERS, LARGEST_SIZE = 10_000, 2**31 - 1
 
 DEEPEST, MOST_ENTRIES = 50, 100_000
-"""Levels of a config, which is copied recursively; and entries of a quantization_config besides rules of `dynamic`."""
+"""Levels of a config, which is copied recursively; and its entries besides rules of `dynamic`."""
 
 LIMITS = ("_limit", "_limits", "_max", "_min")
 """How names end of what may be infinite: Mamba's time_step_limit is."""
@@ -40,20 +42,25 @@ def check_described(config: Mapping[str, Any], source: str) -> None:
     stated = config.get("quantization_config")
     if not stated:
         return
-    if isinstance(stated, dict):
-        place = f"{source}/config.json: quantization_config"
-        if isinstance(stated.get("dynamic"), dict):
-            with found_in(place):
-                patterns_in(stated["dynamic"])  # transformers formats them for its log several times
-            rules = [rule for rule in stated["dynamic"].values() if not _is_flat(rule)]
-            stated = {**stated, "dynamic": rules}  # of many rules, these only take time to look at
-        if (count := sum(1 for _ in _entries(stated, place))) > MOST_ENTRIES:
-            raise CheckpointError(
-                f"{place} has {count} entries besides dynamic; {MOST_ENTRIES} are read. It is of a stranger; download "
-                "it again from where you trust it."
-            )
+    if isinstance(stated, dict) and isinstance(stated.get("dynamic"), dict):
+        with found_in(f"{source}/config.json: quantization_config"):
+            patterns_in(stated["dynamic"])  # transformers formats them for its log several times
+        rules = [rule for rule in stated["dynamic"].values() if not _is_of_settings(rule)]
+        stated = {**stated, "dynamic": rules}  # of many rules, these only take time to look at
     of_the_model = {key: value for key, value in config.items() if key != "quantization_config"}
-    check_numbers(of_the_model, f"{source}/config.json")
+    place = f"{source}/config.json"
+    if (count := sum(1 for _ in _entries({**of_the_model, "quantization_config": stated}, place))) > MOST_ENTRIES:
+        raise CheckpointError(
+            f"{place} has {count} entries besides rules of dynamic; {MOST_ENTRIES} are read. It is of a stranger; "
+            "download it again from where you trust it."
+        )
+    named = config.get("transformers_weights")
+    if named is not None and (not isinstance(named, str) or named != os.path.basename(named)):
+        raise CheckpointError(
+            f"{place} says transformers_weights={short(named)}; it is the name of a file beside it. Correct or remove "
+            "it."
+        )
+    check_numbers(of_the_model, place)
     known = CONFIG_MAPPING[config["model_type"]] if config.get("model_type") in CONFIG_MAPPING else None
     if known is None or known.get_text_config is not PreTrainedConfig.get_text_config:
         return
@@ -65,9 +72,13 @@ def check_described(config: Mapping[str, Any], source: str) -> None:
             )
 
 
-def _is_flat(rule: Any) -> bool:
-    """Whether it has nothing but settings, as every writer's rules of `dynamic`."""
-    return isinstance(rule, dict) and not any(isinstance(value, (dict, list)) for value in rule.values())
+def _is_of_settings(rule: Any) -> bool:
+    """Whether a rule of `dynamic` has nothing but numbers for what a rule may set."""
+    return (
+        isinstance(rule, dict)
+        and rule.keys() <= {*OVERRIDES}
+        and not any(isinstance(value, (dict, list)) for value in rule.values())
+    )
 
 
 def check_numbers(config: Mapping[str, Any], place: str) -> None:

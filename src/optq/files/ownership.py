@@ -97,7 +97,7 @@ def holder_of(folder: Path) -> str:
     try:
         found = json.loads(text_of(folder / OWNER))
         return f"process {found['process']} on {found['host']} since {found['since']} ({found['command']})"
-    except (OSError, ValueError, LookupError, TypeError):  # it has not said so yet, or not as a whole
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # it has not said so yet, or not as a whole
         return "another process"
 
 

@@ -24,6 +24,7 @@ from optq.errors import CheckpointError, ModelError, OptqError, found_in
 from optq.readers import FUSED_NAMES
 from optq.reading import text_of
 
+from .described import check_numbers
 from .legacy import WHERE, entry_of
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
         )
     with _refusing(source):
         written, _ = PreTrainedConfig.get_config_dict(source, **_only(keys, kwargs))
+        check_numbers(written, f"{source}/config.json")  # of a dense model, too: of a thousand million blocks, none is
         if as_data and "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
             return PreTrainedConfig.from_dict(written)
         return AutoConfig.from_pretrained(source, **_only(keys, kwargs))
@@ -272,10 +274,12 @@ def weight_files(source: str, model_config: Any, kwargs: dict[str, Any]) -> list
 
     name = getattr(model_config, "transformers_weights", None)
     names = [name or SAFE_WEIGHTS_NAME]
-    if name is None and os.path.lexists(whole := Path(source, kwargs.get("subfolder") or "", SAFE_WEIGHTS_NAME)):
+    folder = Path(source, kwargs.get("subfolder") or "")
+    if name is None and os.path.lexists(whole := folder / SAFE_WEIGHTS_NAME):
         return [whole]  # whatever it is: who opens it says so
     of_index = name or (SAFE_WEIGHTS_INDEX_NAME if file(SAFE_WEIGHTS_NAME) is None else None)
-    if of_index is not None and (index := file(of_index)) is not None and index.suffix == ".json":
+    index = None if of_index is None else folder / of_index if os.path.lexists(folder / of_index) else file(of_index)
+    if index is not None and index.suffix == ".json":
         names = shards_of(index)
     files = {name: file(name) for name in names}
     if missing := [name for name, path in files.items() if path is None]:
@@ -357,12 +361,19 @@ def shards_of(index: Path) -> list[str]:
             "from tensors to files. Download it again."
         )
     for tensor, file in homes.items():
-        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+        if not _is_file_name(file):
             raise CheckpointError(
                 f"{index} says that {short(tensor)} is in {short(file)}; allowed are names of .safetensors files in "
                 "the same folder. Download it again from where you trust it."
             )
     return sorted(set(homes.values()))
+
+
+def _is_file_name(file: Any) -> bool:
+    """Whether something is a name that a file of weights may have, in UTF-8, as whoever opens it wants."""
+    if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+        return False
+    return file.isprintable()  # no half of a character, no control character
 
 
 def json_object(file: Path) -> dict[str, Any]:

@@ -117,6 +117,10 @@ def solve(
         # Damping hides inputs that count, where one input has nearly all of the energy: so again, without it.
         rounded = Attempt.of(target, hessian, nearest)
         best = Attempt.of(target, hessian, solved).or_better(rounded)
+        if importance is not None:  # where few directions count, another grid may fit them by chance
+            plain = fit_grid(original, group_of_column, replace(scheme, grid="minmax"))
+            nearest = _on_grid(plain.encode(original, group_of_column), plain, group_of_column, scheme)
+            best = best.or_better(Attempt.of(target, hessian, nearest))
         parts.append(
             Solution(
                 quantized=best.quantized,

@@ -10,6 +10,7 @@ from typing import Any
 
 from optq.checkpoint import open_whole
 from optq.compat import transformers as compat
+from optq.config.field import short
 from optq.errors import CheckpointError, ModelError
 from optq.files.legacy import entry_of
 from optq.files.source import nested_quantization, quantization_entry
@@ -94,12 +95,18 @@ def check_says_something(stated: Any) -> None:
 
     Raises:
         ModelError: it is empty.
-        CheckpointError: it is no dict.
+        CheckpointError: it is no dict, or its quant_method no text.
     """
     if not entry_of(stated):
         raise ModelError(
             "config.json has an empty quantization_config, so nobody can tell whether and how the model is quantized; "
             'it is a dict with "quant_method". Correct it, or remove it if the weights are not quantized.'
+        )
+    method = entry_of(stated).get("quant_method")
+    if method is not None and not isinstance(method, str):
+        raise CheckpointError(
+            f"config.json has a quantization_config with quant_method={short(method)}, so nobody can tell how the "
+            'model is quantized; of a GPTQ checkpoint it is "gptq". Correct it.'
         )
     # Of bitsandbytes, older files say these instead.
     if not any(entry_of(stated).get(key) for key in ("quant_method", "load_in_8bit", "load_in_4bit")):

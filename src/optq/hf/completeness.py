@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a checkpoint has all of a model in its shapes: transformers fills what is missing with random numbers."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,22 +19,27 @@ NUMBERED = re.compile(r"(.*?\.)?[^.]+\.\d+\.")
 
 
 def check_complete(
-    model: Any, headers: Mapping[str, TensorHeader], quantized: Mapping[str, QuantizedTensors], on_disk: Iterable[str]
+    model: Any,
+    headers: Mapping[str, TensorHeader],
+    quantized: Mapping[str, QuantizedTensors],
+    on_disk: Iterable[str],
+    linears: Iterable[str] | None = None,
 ) -> None:
-    """Compare a packed checkpoint with the model that it is to be read into.
+    """Compare a checkpoint with the model that it is to be read into.
 
     Args:
         model: on the meta device, with the dense linears that are to be replaced.
         headers: of all tensors, by their names in the model.
-        quantized: of the packed linears.
+        quantized: of the packed linears; none of a dense checkpoint.
         on_disk: the names of all tensors as they are in the files.
+        linears: names of the model's linears that count; by default the packed ones.
     Raises:
         CheckpointError: a tensor is missing, or has another shape.
     """
     present = {f"{name}.weight" for name in quantized} | headers.keys()
     inside = f"{model.base_model_prefix}."
     of_base = model.base_model is not model and not any(name.startswith(inside) for name in on_disk)
-    for name in _missing(model, present, quantized, of_base):
+    for name in _missing(model, present, quantized if linears is None else linears, of_base):
         raise CheckpointError(
             f"{model.config.name_or_path} has no tensor {name!r}, which {type(model).__name__} needs; it would be "
             "filled with random numbers. A file of the checkpoint may be missing, or its config.json be of another "
@@ -49,10 +55,12 @@ def check_complete(
             )
     for name, tensor in model.state_dict().items():
         header = headers.get(name)
-        is_plain = tensor.ndim <= 1 or isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding)
-        if header is None or not is_plain:  # others may be converted
+        if header is None:
             continue
-        if header.shape != tuple(tensor.shape) or header.dtype.is_floating_point is not tensor.is_floating_point():
+        # Others may be turned as they are read.
+        is_plain = tensor.ndim <= 1 or isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding)
+        fits = header.shape == tuple(tensor.shape) if is_plain else math.prod(header.shape) == tensor.numel()
+        if not fits or header.dtype.is_floating_point is not tensor.is_floating_point():
             raise CheckpointError(
                 f"{header} has shape {header.shape} and is of {header.dtype}; {type(model).__name__} has "
                 f"{tuple(tensor.shape)} of {tensor.dtype} there, as its config.json says. The weights or the config "
@@ -69,7 +77,7 @@ def _features(module: torch.nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _missing(model: Any, present: set[str], quantized: Iterable[str], of_base: bool) -> Iterator[str]:
+def _missing(model: Any, present: set[str], linears: Iterable[str], of_base: bool) -> Iterator[str]:
     """Parameters that are surely meant to be in the checkpoint, and are not.
 
     Those are what other blocks have under the same name, what lies beside the blocks, such as the last norm, the
@@ -82,7 +90,7 @@ def _missing(model: Any, present: set[str], quantized: Iterable[str], of_base: b
     tied |= {source: target for target, source in tied.items()}
     ignored = model._keys_to_ignore_on_load_missing or ()
     kinds = set(map(kind_of, present))
-    beside = {found[1] or "" for name in quantized if (found := NUMBERED.match(name)) is not None}
+    beside = {found[1] or "" for name in linears if (found := NUMBERED.match(name)) is not None}
     outer = [_weight_of(model.get_input_embeddings)]
     if not of_base:
         outer.append(_weight_of(model.get_output_embeddings))

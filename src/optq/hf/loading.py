@@ -7,7 +7,8 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -250,17 +251,28 @@ def check_loadable(described: Any, headers: Mapping[str, TensorHeader], config: 
     kind = model_class_of(described)
     if kind is AutoModelForCausalLM and type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return []
-    try:
-        with torch.device("meta"):
-            make = kind.from_config if kind is AutoModelForCausalLM else kind
-            model = make(copy.deepcopy(described))
-    except Exception as error:  # a config of a stranger may break any model in any way
-        raise ModelError(
-            f"{described.name_or_path}/config.json: no {kind.__name__} can be made of it: {type(error).__name__}: "
-            f"{error}. Download it again."
-        ) from error
+    with made_of(described.name_or_path):
+        make = kind.from_config if kind is AutoModelForCausalLM else kind
+        model = make(copy.deepcopy(described))
     _, named = PackedLoad(config).put_layers(model, headers)
     return list(not_tied(model, named))
+
+
+@contextmanager
+def made_of(source: str) -> Iterator[None]:
+    """Where a model is made of a config, on the meta device.
+
+    Raises:
+        ModelError: in place of any error: a config of a stranger may break any model in any way.
+    """
+    try:
+        with torch.device("meta"):
+            yield
+    except Exception as error:
+        raise ModelError(
+            f"{source}/config.json: no model can be made of it: {type(error).__name__}: {error}. Correct it, or "
+            "download it again."
+        ) from error
 
 
 def _quantized_layers(model: Any) -> dict[str, QuantLinear]:

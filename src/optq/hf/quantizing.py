@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from optq.calibration import Calibration, accepted
+from optq.checkpoint import read_headers
 from optq.compat import transformers as compat
 from optq.compat.call import DTYPE, name_told, told, where_told
 from optq.config.fields import as_options
@@ -39,6 +40,7 @@ from optq.runs.summary import say_summary
 from optq.runs.validation import check_dtype, check_kernels, check_placement, check_request
 
 from .bases import check_dense, check_parts, method_of
+from .completeness import check_complete
 from .loading import PackedLoad
 from .streaming import StreamedBlocks, why_not_streamed
 
@@ -111,6 +113,11 @@ class QuantizingLoad:
                 f"The model cannot write its own calibration data: {reason}. Pass dataset= with {accepted()}."
             )
         self._decided, plan = decided, decided.plan
+        if files and self._base is None and all(file.endswith(".safetensors") for file in files):
+            headers = read_headers(files)
+            names = compat.names_in_model(headers, model, fused=False)
+            named = {names[key]: header for key, header in headers.items()}
+            check_complete(model, named, {}, headers, [target.view.name for target in plan.all_targets])
         self._sizes = _element_sizes(plan, decided.experts)
         asked, placed = self._placement, config.journal_folder is None
         if placed:

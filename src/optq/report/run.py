@@ -25,6 +25,7 @@ from optq.events import (
     Unreached,
     read_events,
 )
+from optq.reading import text_of
 
 E = TypeVar("E", bound=Event)
 NAMED = 4  # of those that a note is about
@@ -173,11 +174,16 @@ def read_run(folder: Path) -> Run:
     if not any(isinstance(event, Started) for event in merged):
         raise ReportError(f"{log}: the run ended before it started on the model's blocks; there is nothing to draw.")
     finished = config.is_file()
+    try:
+        stated = json.loads(text_of(config)) if finished else {}
+        info = dict(stated.get("quantization_config") or {})
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ReportError(f"{config} is not that of a checkpoint: {error}.") from error
     return Run(
         folder=folder,
         events=tuple(merged),
         seconds=sum(session[-1].at_seconds for session in sessions),
-        info=json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}) if finished else {},
+        info=info,
         size_gib=sum(file.stat().st_size for file in folder.glob("*.safetensors")) / GIB if finished else None,
     )
 

@@ -360,6 +360,7 @@ def described(
         "model config": config_of(model),
         "weights": {name: digest_of(tensor) for name, tensor in outside.items() if not tensor.is_meta},
         "dtype": str(model.dtype),
+        "attention": model.config._attn_implementation,  # another one rounds otherwise
         "settings": settings,
         "calibration": hash_of(calibration),
     }
