@@ -93,34 +93,14 @@ def solve(
     dead = energy == 0
     order, group_of_column = _order_and_groups(energy, scheme)
     inverted = _invert(hessian, dead, order, scheme.damping, name)
-
-    round_on = partial(_round_on, inverted.factor, order, group_of_column, scheme, column_block)
-
-    def solve_again(target: Tensor, present: Attempt) -> QuantizedWeight:
-        scales, zeros = present.quantized.scales, present.quantized.zeros.float()
-        return round_on(Grid(scales=scales, zeros=zeros, max_code=scheme.max_code), target)
-
+    columns = _Columns(hessian, inverted, order, group_of_column, scheme, column_block)
     parts = []
     for rows in weight.split(rows_at_once(weight.shape[0], weight.shape[1], weight.device)):
         original = target = rows.float()
         if drift is not None and scheme.propagation:
             # E[W x] = E[W' x̃] in the least-squares sense for W' = W (I + drift · H⁻¹); eq. 6 of arXiv:2504.09629.
             target = original + scheme.propagation * (original @ drift) @ inverted.inverse
-        # Weighted by the diagonal, although the solver's pivots are closer to what rounding a column costs after its
-        # error is compensated: they gave lower losses of the layers and a worse perplexity (docs/accuracy.md).
-        importance = energy if scheme.grid == "weighted" else None
-        grid = fit_grid(original, group_of_column, scheme, importance)
-        started = Attempt.of(target, inverted.hessian, round_on(grid, target))
-        refined = refine(target, inverted.hessian, started, scheme.refinement, partial(solve_again, target))
-        nearest = _on_grid(grid.encode(original, group_of_column), grid, group_of_column, scheme)
-        solved = refined.or_better(Attempt.of(target, inverted.hessian, nearest)).quantized
-        # Damping hides inputs that count, where one input has nearly all of the energy: so again, without it.
-        rounded = Attempt.of(target, hessian, nearest)
-        best = Attempt.of(target, hessian, solved).or_better(rounded)
-        if importance is not None:  # where few directions count, another grid may fit them by chance
-            plain = fit_grid(original, group_of_column, replace(scheme, grid="minmax"))
-            nearest = _on_grid(plain.encode(original, group_of_column), plain, group_of_column, scheme)
-            best = best.or_better(Attempt.of(target, hessian, nearest))
+        best, rounded = columns.solve(original, target)
         parts.append(
             Solution(
                 quantized=best.quantized,
@@ -155,27 +135,6 @@ def rows_at_once(rows: int, columns: int, device: torch.device) -> int:
         return max(1, ELEMENTS_AT_ONCE // columns)
     most = max(1, int(MEMORY_SHARE * free_bytes(device)) // (WORKING_BYTES * columns))
     return -(-rows // -(-rows // most))
-
-
-def _round_on(
-    factor: Tensor,
-    order: Tensor,
-    group_of_column: Tensor,
-    scheme: LayerScheme,
-    column_block: int | None,
-    grid: Grid,
-    target: Tensor,
-) -> QuantizedWeight:
-    """GPTQ itself: `target` (rows, in) float32 rounded to `grid` column by column, in `order`."""
-    columns = Columns(
-        matrix=factor,
-        scales=grid.scales.T.contiguous(),
-        zeros=grid.zeros.T.contiguous(),
-        groups=group_of_column[order],
-        max_code=grid.max_code,
-    )
-    codes = in_order(round_columns(target.T[order].contiguous(), columns, column_block), order)
-    return _on_grid(codes, grid, group_of_column, scheme)
 
 
 def stacked(parts: list[Solution]) -> Solution:
@@ -244,6 +203,63 @@ class _Inverted:
     inverse: Tensor
     factor: Tensor
     damping: float
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What the rows of a weight share while they are solved: the Hessian, and the order and groups of the columns."""
+
+    hessian: Tensor
+    inverted: _Inverted
+    order: Tensor
+    group_of_column: Tensor
+    scheme: LayerScheme
+    column_block: int | None
+
+    def solve(self, original: Tensor, target: Tensor) -> tuple[Attempt, Attempt]:
+        """The best codes that were found for rows (rows, in) float32, and those of rounding to nearest on their grid.
+
+        Args:
+            original: the weight's rows, to whose range grids are fitted.
+            target: what the codes are to stand for.
+        """
+        scheme = self.scheme
+        # Weighted by the diagonal, although the solver's pivots are closer to what rounding a column costs after its
+        # error is compensated: they gave lower losses of the layers and a worse perplexity (docs/accuracy.md).
+        importance = self.hessian.diagonal() if scheme.grid == "weighted" else None
+        grid = fit_grid(original, self.group_of_column, scheme, importance)
+        started = Attempt.of(target, self.inverted.hessian, self._rounded(grid, target))
+        refined = refine(
+            target, self.inverted.hessian, started, scheme.refinement, partial(self._solved_again, target)
+        )
+        nearest = self._nearest(grid, original)
+        solved = refined.or_better(Attempt.of(target, self.inverted.hessian, nearest)).quantized
+        # Damping hides inputs that count, where one input has nearly all of the energy: so again, without it.
+        rounded = Attempt.of(target, self.hessian, nearest)
+        best = Attempt.of(target, self.hessian, solved).or_better(rounded)
+        if importance is not None:  # where few directions count, another grid may fit them by chance
+            plain = fit_grid(original, self.group_of_column, replace(scheme, grid="minmax"))
+            best = best.or_better(Attempt.of(target, self.hessian, self._nearest(plain, original)))
+        return best, rounded
+
+    def _rounded(self, grid: Grid, target: Tensor) -> QuantizedWeight:
+        """GPTQ itself: `target` (rows, in) float32 rounded to `grid` column by column, in `order`."""
+        columns = Columns(
+            matrix=self.inverted.factor,
+            scales=grid.scales.T.contiguous(),
+            zeros=grid.zeros.T.contiguous(),
+            groups=self.group_of_column[self.order],
+            max_code=grid.max_code,
+        )
+        codes = in_order(round_columns(target.T[self.order].contiguous(), columns, self.column_block), self.order)
+        return _on_grid(codes, grid, self.group_of_column, self.scheme)
+
+    def _solved_again(self, target: Tensor, present: Attempt) -> QuantizedWeight:
+        scales, zeros = present.quantized.scales, present.quantized.zeros.float()
+        return self._rounded(Grid(scales=scales, zeros=zeros, max_code=self.scheme.max_code), target)
+
+    def _nearest(self, grid: Grid, original: Tensor) -> QuantizedWeight:
+        return _on_grid(grid.encode(original, self.group_of_column), grid, self.group_of_column, self.scheme)
 
 
 def _invert(hessian: Tensor, dead: Tensor, order: Tensor, damping: float, name: str) -> _Inverted:

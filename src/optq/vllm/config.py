@@ -35,7 +35,7 @@ LEAST_CAPABILITY = 10 * OLDEST_CAPABILITY[0] + OLDEST_CAPABILITY[1]
 
 
 OWN_PRODUCT = "cpu_gemm_wna16"
-"""vLLM's operator for packed weights on CPUs; importing `vllm._custom_ops` loads those that its build has for this one."""
+"""vLLM's operator for packed weights on CPUs; importing `vllm._custom_ops` loads what its build has for this one."""
 
 UNSERVED = {
     model_type: f"vLLM's {model_type} rearranges q, k and v while it loads, which packed tensors do not survive"
