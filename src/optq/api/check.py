@@ -12,7 +12,7 @@ from optq.errors import ConfigError
 from optq.files.source import place_of
 from optq.readers import refusals, rules_of
 from optq.runs.preparation import plan_for
-from optq.runs.readership import as_linears, served_group_size
+from optq.runs.readers import as_linears, served_group_size
 from optq.torch_state import default_torch_state
 
 from .inspect import inspect

@@ -25,7 +25,7 @@ from optq.quantization.cost_estimate import Duration, estimate
 from optq.quantization.plan import Plan, Target
 from optq.quantization.run import Run
 from optq.runs.preparation import budget_of, dense_bytes, prepare, vocabulary_of
-from optq.runs.readership import as_linears, readership, refused_by
+from optq.runs.readers import as_linears, refused_by, said_of_readers
 from optq.runs.validation import check_kernels, check_request
 from optq.scheme import LayerScheme
 from optq.torch_state import default_torch_state
@@ -105,7 +105,7 @@ class Estimate:
             *([f"time: {_rounded(sum(self.seconds.values()))}"] if self.seconds else []),
             *(f"  {seconds:8.0f} s   {part}" for part, seconds in self.seconds.items()),
             *(f"  besides: {part}" for part in self.uncounted),
-            *readership(self.refused),
+            *said_of_readers(self.refused),
         ]
         return "\n".join(lines)
 

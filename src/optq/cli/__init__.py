@@ -16,8 +16,8 @@ from optq.version import __version__
 from .command import EXIT_CODES as EXIT_CODES
 from .command import Command as Command
 from .command import execute as execute
-from .judging import bench, compare, evaluate
-from .looking import card, inspect, kernels, report
+from .evaluating import bench, compare, evaluate
+from .inspecting import card, inspect, kernels, report
 from .quantizing import convert, onnx, plan, push
 from .quantizing import export as EXPORT
 

@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from optq.checkpoint import read_headers
 from optq.errors import CheckpointError
 
-from .described import check_described
+from .config_checks import check_model_config
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def complete_config(config: dict[str, Any], source: str, kwargs: Mapping[str, An
         return
     config.pop(UNPICKLE, None)  # only the caller may ask for that, not a file
     complete(config, source, {key: kwargs[key] for key in WHERE if key in kwargs})
-    check_described(config, source)
+    check_model_config(config, source)
     if kwargs.get("use_safetensors") is False and "quantization_config" in config:
         config[UNPICKLE] = True
 

@@ -24,7 +24,7 @@ from optq.errors import CheckpointError, ModelError, OptqError, found_in
 from optq.readers import FUSED_NAMES
 from optq.reading import text_of
 
-from .described import check_numbers
+from .config_checks import check_numbers
 from .legacy import WHERE, entry_of
 
 logger = logging.getLogger(__name__)

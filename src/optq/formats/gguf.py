@@ -26,7 +26,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from optq.checkpoint import PackedWeight, pack
 from optq.errors import CheckpointError, OptqError, counted
-from optq.files.described import check_numbers
+from optq.files.config_checks import check_numbers
 from optq.model import LINEAR_TYPES
 from optq.readers import kind_of
 from optq.scheme import LayerScheme, QuantizedWeight, trivial_groups

@@ -35,7 +35,7 @@ from optq.quantization.run import Run
 from optq.runs.journal import Journal, check_same, described
 from optq.runs.own_text import why_not_loaded_again, write_own_text
 from optq.runs.preparation import Preparation, budget_of, prepare
-from optq.runs.readership import as_linears, say_readers
+from optq.runs.readers import as_linears, say_readers
 from optq.runs.summary import say_summary
 from optq.runs.validation import check_dtype, check_kernels, check_placement, check_request
 

@@ -30,7 +30,7 @@ from optq.model import Experts, find_blocks, find_fused_experts, find_linears, p
 from optq.positions import fitting, positions_of, stated_positions
 from optq.quantization.plan import Plan, plan_quantization
 
-from .readership import refuse_unserved
+from .readers import refuse_unserved
 
 logger = logging.getLogger(__name__)
 

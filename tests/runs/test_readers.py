@@ -10,7 +10,7 @@ import optq
 from optq import GPTQConfig
 from optq.api.check import servable_group_size
 from optq.errors import ConfigError
-from optq.runs.readership import readership
+from optq.runs.readers import said_of_readers
 
 
 def settings(token_rows, **changes):
@@ -59,7 +59,7 @@ def test_the_group_size_that_a_server_reads_is_found(tiny_llama, token_rows):
 
 def test_readers_with_the_same_reasons_share_a_sentence():
     refused = {"transformers": (), "vllm": ("a: b",), "sglang": ("a: b",), "gptqmodel": ()}
-    first, second, third = readership(refused)
+    first, second, third = said_of_readers(refused)
     assert first.startswith("transformers with optq 5.23 and GPTQModel") and first.endswith(" read it.")
     assert second == "vLLM 0.33 and SGLang 0.5.23 do not: a: b."
     assert "vLLM" in third

@@ -8,7 +8,7 @@ import pytest
 import optq
 from conftest import rewritten
 from optq.errors import OptqError
-from optq.files.described import MOST_ENTRIES, check_described
+from optq.files.config_checks import MOST_ENTRIES, check_model_config
 
 MANY = 2 * MOST_ENTRIES
 
@@ -31,18 +31,18 @@ def stated(**entry):
 def test_as_many_entries_as_nobody_writes_are_refused_at_once(config):
     began = time.process_time()
     with pytest.raises(OptqError, match=f"folder/config.json.* entries besides rules of dynamic; {MOST_ENTRIES}"):
-        check_described(config, "folder")
+        check_model_config(config, "folder")
     assert time.process_time() - began < 3
 
 
 def test_as_many_rules_as_a_large_mixture_needs_are_read():
-    check_described({"quantization_config": stated(dynamic={f"-:^x{n}$": {} for n in range(50_000)})}, "folder")
+    check_model_config({"quantization_config": stated(dynamic={f"-:^x{n}$": {} for n in range(50_000)})}, "folder")
 
 
 @pytest.mark.parametrize("name", [5, ["a"], "/a/b.safetensors", "../b.safetensors", "a/b.safetensors"])
 def test_weights_are_a_file_beside_it(name):
     with pytest.raises(OptqError, match=r"folder/config.json says transformers_weights=.*name of a file beside it"):
-        check_described({"quantization_config": stated(), "transformers_weights": name}, "folder")
+        check_model_config({"quantization_config": stated(), "transformers_weights": name}, "folder")
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"vocab_size": 2**62}, {"rms_norm_eps": 5.0}])

@@ -45,7 +45,7 @@ def refused_by(linears: Sequence[Linear], dense: Iterable[str], parts: int = 1) 
     return {reader: refusals(reader, linears, parts, left) for reader in ASKED}
 
 
-def readership(refused: Mapping[str, Sequence[str]]) -> list[str]:
+def said_of_readers(refused: Mapping[str, Sequence[str]]) -> list[str]:
     """Sentences on who reads a checkpoint, and who does not and why; readers with the same reasons in one."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for reader, reasons in refused.items():
@@ -71,7 +71,7 @@ def say_readers(linears: Sequence[Linear], dense: Iterable[str], server: str | N
     opening = "The checkpoint is finished:" if finished else "Who will read the checkpoint:"
     advice = "" if is_served or finished else " serving='vllm' (--for vllm) keeps to what it reads."
     level = logging.INFO if is_served else logging.WARNING
-    logger.log(level, "%s %s%s", opening, " ".join(readership(refused)), advice)
+    logger.log(level, "%s %s%s", opening, " ".join(said_of_readers(refused)), advice)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ PARTS = ("decoder", "generator", "text_config")
 """Where transformers looks for the config of the part of a model that writes text."""
 
 
-def check_described(config: Mapping[str, Any], source: str) -> None:
+def check_model_config(config: Mapping[str, Any], source: str) -> None:
     """Refuse a quantized checkpoint's config that nothing can be computed with, or only in years.
 
     Args:
@@ -87,7 +87,7 @@ def check_numbers(config: Mapping[str, Any], place: str) -> None:
     Args:
         place: the file, for the message.
     Raises:
-        CheckpointError: as `check_described`.
+        CheckpointError: as `check_model_config`.
     """
     for key, value in _entries(config, place):
         if type(value) is int and key.endswith((*COUNTS, *SIZES)):
