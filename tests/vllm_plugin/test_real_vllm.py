@@ -234,8 +234,8 @@ class TestDamaged:
     @pytest.mark.parametrize(
         ("tensor", "change", "message"),
         [
-            ("model.layers.0.self_attn.q_proj.g_idx", lambda t: t + 1, "g_idx names groups"),
-            ("model.layers.1.mlp.down_proj.scales", lambda t: t * torch.inf, "scales are not all finite"),
+            ("model.layers.0.self_attn.q_proj.g_idx", lambda t: t + 1, "column 3 is of group 4, and there are 4"),
+            ("model.layers.1.mlp.down_proj.scales", lambda t: t * torch.inf, "scales are finite and not 0"),
             ("model.layers.0.mlp.up_proj.qzeros", None, "not qzeros"),
         ],
     )
