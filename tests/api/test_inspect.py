@@ -120,6 +120,17 @@ def test_packed_tensors_without_a_config_are_refused(checkpoint, tmp_path):
         optq.inspect(folder)
 
 
+@pytest.mark.parametrize("method", ["awq", "compressed-tensors", "fp8", ["gptq"]])
+def test_another_format_is_named(tiny_llama, tmp_path, method):
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    with rewritten(tmp_path / "config.json") as config:
+        config["quantization_config"] = {"quant_method": method}
+    with pytest.raises(
+        CheckpointError, match=rf"config.json says quant_method=.*{method[0]}.*awq, compressed-tensors"
+    ):
+        optq.inspect(tmp_path)
+
+
 def test_pickled_weights_are_refused(tiny_llama, tmp_path):
     shutil.copy(tiny_llama / "config.json", tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")

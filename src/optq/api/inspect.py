@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.checkpoint.headers import TensorHeader
+from optq.config.field import short
 from optq.config.gptq import GPTQConfig
 from optq.config.metadata import mislabelled, scope_contradicts, unusable, vectors_in
 from optq.device.memory import GIB
@@ -23,10 +24,12 @@ from optq.files.source import (
     model_config_of,
     parallel_plan_of,
     place_of,
+    quantization_entry,
     stated_quantization,
     two_sets_of_weights,
     weight_files,
 )
+from optq.hf.bases import WAYS_ON
 from optq.hf.loading import check_loadable
 from optq.kernels import explain
 from optq.layers import QuantLinear
@@ -87,6 +90,7 @@ def inspect(
     described = model_config_of(source, kwargs, as_data=True)
     files = weight_files(source, described, kwargs)
     headers = read_headers([os.fspath(file) for file in files])
+    _refuse_other_formats(described, source, headers)
     quantized = find_quantized_linears(headers)
     config = stated_quantization(described) if quantized else None
     if quantized and config is None:
@@ -118,6 +122,18 @@ def inspect(
             reader: refusals(reader, linears.values(), tensor_parallel, _modules_of(dense), version)
             for reader, version in readers.items()
         },
+    )
+
+
+def _refuse_other_formats(described: Any, source: str, headers: Collection[str]) -> None:
+    """Name the format of a checkpoint that is none of GPTQ's; its tensors alone would be called damaged or dense."""
+    method = (quantization_entry(described) or {}).get("quant_method")
+    if method in (None, "gptq") or any(name.endswith(".g_idx") for name in headers):
+        return
+    reads = ", ".join(sorted(set(WAYS_ON) - {"gptq"}))
+    raise CheckpointError(
+        f"{source}/config.json says quant_method={short(method)}; GPTQ and dense checkpoints are inspected. "
+        f"optq.convert(..., to='gptq') makes GPTQ of {reads}. If the tensors are GPTQ's, correct it to \"gptq\"."
     )
 
 
