@@ -135,7 +135,9 @@ def _in_words(kinds: list[str], every: Collection[str]) -> str:
     """Some of the kinds of linears, and how many there are."""
     if len(kinds) > 1 and set(kinds) == set(every):
         return "all linears"
-    return ", ".join(kinds[:NAMED]) + (f" and {len(kinds) - NAMED} more kinds" if len(kinds) > NAMED else "")
+    return ", ".join(kinds[:NAMED]) + (
+        f" and {counted(len(kinds) - NAMED, 'more kind')}" if len(kinds) > NAMED else ""
+    )
 
 
 def _served_as(name: str) -> str:

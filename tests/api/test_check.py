@@ -64,11 +64,13 @@ def test_a_group_size_that_divides_is_named():
     assert reason == "model.layers.*.mlp.up_proj: group_size=128, which does not divide 192; use 64 or 32 or -1"
 
 
-def test_of_many_kinds_some_are_named():
-    several = [linear(f"model.layers.0.{name}_proj", bits=3, group_size=32) for name in "abcdef"]
+@pytest.mark.parametrize(("names", "more"), [("abcdef", "3 more kinds"), ("abcd", "1 more kind")])
+def test_of_many_kinds_some_are_named(names, more):
+    several = [linear(f"model.layers.0.{name}_proj", bits=3, group_size=32) for name in names]
     others = [linear("model.layers.0.g_proj", group_size=32)]
     (reason,) = refusals("vllm", [*several, *others])
-    assert reason.startswith("model.layers.*.a_proj, model.layers.*.b_proj, model.layers.*.c_proj and 3 more kinds: ")
+    first = ", ".join(f"model.layers.*.{name}_proj" for name in "abc")
+    assert reason.startswith(f"{first} and {more}: ")
 
 
 def test_no_data_is_needed_to_check_a_config(tiny_llama):

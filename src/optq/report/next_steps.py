@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optq.calibration import DATASETS, FEW_TOKENS, SELF
+from optq.errors import counted
 from optq.readers import FUSED_NAMES, pattern_of
 from optq.scheme import LayerScheme
 
@@ -83,7 +84,7 @@ def _eight_bits(run: Run, options: list[str]) -> list[Changed]:
     now, weights = bits_per_weight(run.linears), sum(linear.weights for linear in run.linears)
     stored = [LayerScheme(bits=8, group_size=x.group_size).stored_bits(*x.shape) - x.stored_bits for x in wide]
     why = (
-        f"8 bits for the {len(worst)} linears that lose up to {percent(worst[0].relative_loss)} "
+        f"8 bits for {counted(len(worst), 'linear')} losing up to {percent(worst[0].relative_loss)} "
         f"({now:.2f} to {now + sum(stored) / weights:.2f} bits per weight)"
     )
     return [(why, _with(options, "--dynamic", json.dumps(rules)), "8-bit")]
