@@ -32,7 +32,8 @@ def main() -> None:
     torch.set_num_threads(1)
     spent: dict[str, float] = {}
     loading.check_complete = timed(loading.check_complete, "shapes", spent)
-    loading.PackedLoad._check_values = timed(loading.PackedLoad._check_values, "values", spent)
+    unusable = loading.unusable  # whatever it yields is wrong, so all of it is asked for here
+    loading.unusable = timed(lambda *args: list(unusable(*args)), "values", spent)
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         for group_size in (128, 32):
