@@ -12,7 +12,7 @@ import pytest
 
 import faults
 
-EVERY = 130
+EVERY = 200
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,11 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+LONG = {"qwen3_moe": pytest.mark.long}
+"""Its experts, router and names are of kinds that the others have as well."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=LONG.get(name, ())) for name in FAMILIES])
 def family(request, tmp_path_factory):
     """The folder of a random model, and the name on disk of an expert's linear."""
     kind, changes, linear = FAMILIES[request.param]
