@@ -12,7 +12,7 @@ import pytest
 
 import faults
 
-EVERY = 200
+EVERY = 130
 
 
 @pytest.fixture(scope="module")
