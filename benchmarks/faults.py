@@ -8,6 +8,7 @@ The layer that does it is tests/fault_injection/faults.py. Ends with an error if
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="try one point of N, by chance (1)")
     parser.add_argument("--number", type=int, default=100, help="of kills (100)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what is in its background ignore it
     settings = {"run": "a llama of two blocks, quantized from a folder to a folder with effort='fast'", "seed": 0}
     if arguments.part == "kills":
         found = faults.measured(every=10**9, kills=arguments.number)  # and a point per call
