@@ -271,7 +271,7 @@ def test_a_copied_layer_remembers_no_launches():
 @pytest.mark.minutes
 def test_compiles_for_gpus_that_are_not_there():
     """Without spills, with loads of 128 bits and the tensor cores' instructions, in the memory of small GPUs."""
-    script = Path(__file__).with_name("ahead_of_time.py")
+    script, is_old = Path(__file__).with_name("ahead_of_time.py"), Version(version("triton")) < Version("3.9")
     ran = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, check=True)
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     assert {facts["target"] for facts in found} == {"sm_80", "sm_90", "gfx942"}
@@ -286,11 +286,11 @@ def test_compiles_for_gpus_that_are_not_there():
             assert facts["loop_waits_for_loads"] == 0, facts  # all are made some turns ahead
             if facts["rows"] == 8:
                 # Memory of an H200 brings a weight of 4 bits in the time of 3.6 instructions. Triton 3.6 takes 3.33.
-                most = {2: 3.2, 3: 4.5, 4: 3.4, 8: 3.8}[facts["bits"]]
+                most = {2: 3.2, 3: 4.5, 4: 3.4 if is_old else 3.3, 8: 3.8}[facts["bits"]]
                 assert facts["loop_instructions"] / facts["weights_per_thread"] <= most, facts
             elif facts["bits"] == 4 and facts["group"] == 128:
                 most = {16: 2.6, 32: 2.8, 64: 3.0, 128: 3.3}[facts["rows"]]  # on sm_90, by Triton 3.9; 3.6 takes 2.88
-                most *= 1 if Version(version("triton")) >= Version("3.9") else 1.12
+                most *= 1.12 if is_old else 1
                 assert facts["target"] != "sm_90" or facts["loop_instructions"] / facts["weights_per_thread"] <= most
 
 
