@@ -332,7 +332,7 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def forked_ranks(work: Callable[[], object], count: int, said: Path) -> None:
-    """Have so many processes do the same work, with what torchrun gives them; what they print to stderr goes to a file.
+    """Have so many processes do the same work, with what torchrun gives them; their stderr goes to the file `said`.
 
     Raises:
         AssertionError: one of them did not end with status 0.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism: two processes, in the place of those that torchrun starts, compute with half of every packed linear each."""
+"""Tensor parallelism: two processes, as torchrun starts them, compute with half of every packed linear each."""
 
 import json
 import runpy
