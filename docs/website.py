@@ -27,8 +27,8 @@ MEMBERS = {"optq.GPTQConfig": ("from_dict", "from_stock", "to_dict"), "optq.Quan
 def with_links_of_the_site(page: str, folder: str, repository: str | None) -> str:
     """The Markdown of a page that lies in `folder` of the repository ("" or "docs") with the links that the site has.
 
-    A file that is no page is linked to in the repository; as long as no address of it is known, its name is shown when
-    the pointer rests on the link's text.
+    A link whose text is the name of a page gets the page's title for it. A file that is no page is linked to in the
+    repository; as long as no address of it is known, its name is shown when the pointer rests on the link's text.
     """
 
     def link(found: re.Match[str]) -> str:
@@ -39,6 +39,7 @@ def with_links_of_the_site(page: str, folder: str, repository: str | None) -> st
         path = os.path.normpath(os.path.join(folder, path))
         site = OUTSIDE.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
         if site is not None and site.endswith((".md", ".png")):
+            text = title_of(path) if text in (path, site) and site.endswith(".md") else text
             return f"[{text}]({site}{'#' * bool(anchor)}{anchor})"
         if repository:
             return f"[{text}]({repository.rstrip('/')}/blob/main/{path})"
@@ -49,6 +50,11 @@ def with_links_of_the_site(page: str, folder: str, repository: str | None) -> st
         parts += [LINK.sub(link, page[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join([*parts, LINK.sub(link, page[end:])])
+
+
+def title_of(path: str) -> str:
+    """The first heading of a page of the repository."""
+    return (ROOT / path).read_text(encoding="utf-8").partition("# ")[2].partition("\n")[0]
 
 
 def commands() -> str:

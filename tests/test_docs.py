@@ -37,7 +37,7 @@ def text_of(page: Path) -> str:
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
     """Language and text of each fenced block."""
     for indent, language, text in FENCE.findall(text_of(page)):
-        yield language, textwrap.dedent(text) if indent else text
+        yield language, (textwrap.dedent(text) if indent else text).replace("\\\n", " ")
 
 
 def slug(heading: str) -> str:
@@ -187,14 +187,14 @@ def test_every_page_has_its_place_in_the_site(website):
 
 
 def test_links_out_of_the_site_become_words_and_those_between_pages_stay(website):
-    page = "[a](cli.md#b) [c](../src/c.py) [`d`](../README.md) [e](https://e.org) [f](#f)\n"
+    page = "[a](cli.md#b) [faq.md](faq.md) [c](../src/c.py) [`d`](../README.md) [e](https://e) [f](#f)\n"
     page += "```\n[g](../g.py)\n```\n![h](h.png)"
     assert website.with_links_of_the_site(page, "docs", None) == (
-        '[a](cli.md#b) <span title="src/c.py">c</span> [`d`](index.md) [e](https://e.org) [f](#f)\n'
+        '[a](cli.md#b) [Questions](faq.md) <span title="src/c.py">c</span> [`d`](index.md) [e](https://e) [f](#f)\n'
         "```\n[g](../g.py)\n```\n![h](h.png)"
     )
-    assert website.with_links_of_the_site("[a](docs/cli.md) [b](LICENSE)", "", "https://host/me/optq/") == (
-        "[a](cli.md) [b](https://host/me/optq/blob/main/LICENSE)"
+    assert website.with_links_of_the_site("[docs/cli.md](docs/cli.md) [b](LICENSE)", "", "https://host/me/optq/") == (
+        "[Command line](cli.md) [b](https://host/me/optq/blob/main/LICENSE)"
     )
 
 

@@ -31,7 +31,11 @@ QUICK = {
 
 def lines() -> list[str]:
     """All commands of the page, in their order."""
-    return [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+    return [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
 
 
 def test_every_script_is_on_the_page():
