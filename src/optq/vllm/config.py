@@ -2,6 +2,7 @@
 """The quantization method "optq" of vLLM: which checkpoints are its own, and which of a model's layers are packed."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,6 +118,8 @@ class OptqConfig(QuantizationConfig):
         self._dense = _renamed(self._dense, "weight", hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if current_platform.is_cpu():
+            _ask_for_tiles()
         if isinstance(layer, RoutedExperts):
             if self._has_packed_experts(prefix):
                 return PackedExpertsMethod(layer.moe_config, self.stated)
@@ -151,6 +154,17 @@ class OptqConfig(QuantizationConfig):
             return self.stated.scheme_for(f"{prefix}.0.gate_proj") is not None
         inside = prefix.removesuffix(".routed_experts")
         return any(name.startswith(f"{inside}.") for name in self._packed)
+
+
+@cache
+def _ask_for_tiles() -> None:
+    """Ask Linux for the registers of AMX, where the CPU has some, as a dense product of bfloat16 does.
+
+    vLLM's attention in bfloat16 takes it that a linear has asked already. Ours do not, and the process would end with
+    an illegal instruction.
+    """
+    square = torch.ones(64, 64, dtype=torch.bfloat16, device="cpu")
+    square @ square
 
 
 def _renamed(linears: set[str], tensor: str, mapper: WeightsMapper) -> set[str]:
