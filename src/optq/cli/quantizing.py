@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from optq.config.field import Field
-from optq.config.fields import FIELDS, SECTIONS
+from optq.config.fields import FIELDS, SECTIONS, with_preset
 from optq.errors import ConfigError
 
 from .command import DONE, RESOURCES, command
@@ -60,6 +60,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     given = {name: value for name, value in vars(arguments).items() if name in FIELDS}
     for name, value in given.items():  # before what takes seconds to import
         FIELDS[name].checked(value)
+    given = with_preset(given)
     from optq import GPTQConfig
 
     config = GPTQConfig(**{"bits": DEFAULT_BITS, **given})

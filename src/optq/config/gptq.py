@@ -29,7 +29,7 @@ from optq.version import __version__
 from .activation_memory import limits
 from .dynamic import OVERRIDES, checked_rules, dynamic_rules, rules_of_file
 from .field import kind_of_value, short
-from .fields import FIELDS, read_file, refuse_unknown
+from .fields import FIELDS, read_file, refuse_unknown, with_preset
 from .origin import writers_of, zero_format_of
 from .schemes import Schemes
 
@@ -93,7 +93,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Set fields; returns the arguments that are no fields."""
-        for name, value in kwargs.items():
+        for name, value in with_preset(kwargs).items():
             if name in FIELDS:
                 setattr(self, name, value)
         self.post_init()
@@ -298,7 +298,7 @@ GPTQConfig.__doc__ = f"{GPTQConfig.__doc__}\n    Args:\n" + "\n".join(
 
 
 def _refuse_without_bits(stated: dict[str, Any]) -> None:
-    if "bits" not in stated:
+    if "bits" not in stated and stated.get("scheme") is None:
         raise ConfigError(
             f"The dict that was passed as the config has no 'bits', but {short(list(stated))}; allowed are "
             f"{', '.join(map(str, BITS))}."
