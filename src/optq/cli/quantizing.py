@@ -9,6 +9,7 @@ from typing import Any
 
 from optq.config.field import Field
 from optq.config.fields import FIELDS, SECTIONS, with_preset
+from optq.datasets import check_sources
 from optq.errors import ConfigError
 
 from .command import DONE, RESOURCES, command
@@ -61,6 +62,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     for name, value in given.items():  # before what takes seconds to import
         FIELDS[name].checked(value)
     given = with_preset(given)
+    check_sources(given.get("dataset"))
     from optq import GPTQConfig
 
     config = GPTQConfig(**{"bits": DEFAULT_BITS, **given})
