@@ -10,6 +10,7 @@ import pydoc
 import subprocess
 import sys
 from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,24 @@ WRONG_BY_NAME = {
         *DICTS,
     ),
     "quant_method": (*TEXTS, "awq", "gptq_v2", None),
+    "fit": (
+        "",
+        " ",
+        "8",
+        "eight GiB",
+        "8 GiBs",
+        "-8GiB",
+        "0GB",
+        "8PB",
+        b"8GiB",
+        0,
+        -1,
+        True,
+        False,
+        1.5,
+        ["8GiB"],
+        {},
+    ),
 }
 OUT_OF_RANGE = {
     "bits": (0, 1, 5, -4, 16, 10**30),
@@ -73,6 +92,7 @@ OUT_OF_RANGE = {
     "batch_size": (0, -1),
     "num_samples": (0, -1),
     "max_input_length": (0, -1),
+    "context_length": (0, -1),
     "pad_token_id": (1.5,),
     "seed": (2**64, -(2**64)),
     "max_perplexity_ratio": (0, -1),
@@ -148,6 +168,8 @@ RIGHT = {
     "batch_size": (1, 7),
     "pad_token_id": (0, 3),
     "max_input_length": (1,),
+    "fit": ("8GiB", "7.5 gb", "8192MiB", 2**33),
+    "context_length": (1, 32768),
     "seed": (0, 7),
     "block_name_to_quantize": ("model.layers",),
     "module_name_preceding_first_block": (["model.embed_tokens"],),
@@ -164,13 +186,16 @@ RIGHT = {
     "quant_method": ("gptq", transformers.utils.quantization_config.QuantizationMethod.GPTQ),
 }
 
+BESIDE = {"context_length": {"fit": "8GiB"}}
+"""What a field needs to have an effect."""
+
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_value_that_fits_is_taken_as_it_is_and_survives_copies(name):
     field = FIELDS[name]
     kind = (False, True, np.bool_(False)) if field.kind is bool else field.choices
     for value in (*RIGHT.get(name, kind), *([None] if field.optional else [])):
-        config = GPTQConfig(**{"bits": 4, name: value})
+        config = GPTQConfig(**{"bits": 4, **BESIDE.get(name, {}), name: value})
         if value is not None and name not in ("backend", "format", "pack_dtype", "scheme"):
             assert getattr(config, name) == value
         written = json.loads(config.to_json_string())
@@ -246,7 +271,14 @@ def test_a_scheme_is_the_fields_that_its_name_says(name):
 
 @pytest.mark.parametrize(
     "other",
-    [{"bits": 8}, {"group_size": 64}, {"sym": True}, {"target_bits_per_weight": 4.5}, {"target_size_gib": 3.0}],
+    [
+        {"bits": 8},
+        {"group_size": 64},
+        {"sym": True},
+        {"target_bits_per_weight": 4.5},
+        {"target_size_gib": 3.0},
+        {"fit": 5},
+    ],
 )
 def test_a_scheme_that_another_field_contradicts_is_refused(other):
     ((name, value),) = other.items()
@@ -274,6 +306,17 @@ def test_without_bits_the_error_names_the_scheme():
         GPTQConfig()
 
 
+def test_one_budget_at_most_is_asked_for():
+    for first, second in combinations({"target_bits_per_weight": 4, "target_size_gib": 1, "fit": "1GiB"}.items(), 2):
+        with pytest.raises(ConfigError, match=f"Pass {first[0]} or {second[0]}, not both"):
+            GPTQConfig(bits=4, **dict([first, second]))
+
+
+def test_a_context_that_nothing_counts_is_refused():
+    with pytest.raises(ConfigError, match="context_length=64 was asked for, which says what fit counts"):
+        GPTQConfig(bits=4, context_length=64)
+
+
 # what is written
 
 SET = {
@@ -295,7 +338,7 @@ def test_no_field_is_written_unless_it_says_so():
         if field.name not in SET:
             values[field.name] = not field.default if field.kind is bool else 7
     values["target_size_gib"] = None  # contradicts target_bits_per_weight
-    values["scheme"] = None  # as well
+    values["scheme"] = values["fit"] = values["context_length"] = None  # as well
     config = GPTQConfig(bits=4, **values)
     assert config.to_dict() == GPTQConfig(bits=4).to_dict()
     assert "secret" not in config.to_json_string() and "secret" not in repr(config)

@@ -18,6 +18,7 @@ from optq.errors import ConfigError
 from .activation_memory import activation_bytes
 from .counterparts import why_unknown
 from .field import Field, is_text, short
+from .sizes import bytes_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,6 +39,9 @@ DEFAULT_DAMPING = 0.1
 
 Effort = Literal["fast", "default", "max"]
 
+BUDGETS = ("target_bits_per_weight", "target_size_gib", "fit")
+"""Fields of which one may say what all linears take together."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     f"W{bits}A16{'' if sym else '_ASYM'}": {"bits": bits, "group_size": 128, "sym": sym}
     for bits in (2, 3, 4, 8)
@@ -52,6 +56,13 @@ def _is_memory(value: Any) -> bool:
     except (AttributeError, OverflowError, TypeError, ValueError):
         return False
     return True
+
+
+def _is_size(value: Any) -> bool:
+    try:
+        return bytes_of(value) > 0
+    except ValueError:
+        return False
 
 
 def _are_names(value: Any) -> bool:
@@ -92,6 +103,10 @@ MEMORY = {
     "wanted": "it is a dict with an accelerator's number or 'cpu' as keys, one accelerator at most, and bytes or "
     "sizes such as '8GiB' as values",
     "decisive": False,
+}
+SIZE = {
+    "fits": _is_size,
+    "wanted": "it is a size such as '8GiB', '8GB' or '8192MiB'",
 }
 FACTS = {
     "fits": lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
@@ -286,6 +301,12 @@ class Fields:
         CHECKPOINT, "choose bits for each linear instead, so that they take so many together", None, above=0
     )
     target_size_gib: float | None = declared(CHECKPOINT, "the same, as the size of all weights", None, above=0)
+    fit: str | None = declared(
+        CHECKPOINT, "the same, so that a server needs no more memory than such as 8GiB, all included", None, **SIZE
+    )
+    context_length: int | None = declared(
+        CHECKPOINT, "tokens of one text whose cache `fit` counts", None, "the model's limit, at most 8192", least=1
+    )
     serving: Literal["vllm", "sglang", "transformers"] | None = declared(
         CHECKPOINT,
         "vllm, sglang or transformers: refuse, and do not choose, what it does not read",
@@ -375,7 +396,7 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     if scheme is None:
         return rest
     preset = PRESETS[scheme.upper()]
-    budgets = dict.fromkeys(("target_bits_per_weight", "target_size_gib"))  # choose the bits
+    budgets = dict.fromkeys(BUDGETS)  # they choose the bits
     for name, value in {**preset, **budgets}.items():
         if name in given and given[name] != value:
             said = ", ".join(f"{key}={stated!r}" for key, stated in preset.items())

@@ -29,7 +29,7 @@ from optq.version import __version__
 from .activation_memory import limits
 from .dynamic import OVERRIDES, checked_rules, dynamic_rules, rules_of_file
 from .field import kind_of_value, short
-from .fields import FIELDS, read_file, refuse_unknown, with_preset
+from .fields import BUDGETS, FIELDS, read_file, refuse_unknown, with_preset
 from .origin import writers_of, zero_format_of
 from .schemes import Schemes
 
@@ -143,8 +143,13 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
             )
         if self.format not in CHECKPOINT_FORMATS:
             raise ConfigError(f"format={self.format!r} was asked for; allowed are {', '.join(CHECKPOINT_FORMATS)}.")
-        if self.target_bits_per_weight is not None and self.target_size_gib is not None:
-            raise ConfigError("Pass target_bits_per_weight or target_size_gib, not both: they may contradict.")
+        if len(asked := [name for name in BUDGETS if getattr(self, name) is not None]) > 1:
+            raise ConfigError(f"Pass {' or '.join(asked)}, not both: they may contradict.")
+        if self.context_length is not None and self.fit is None:
+            raise ConfigError(
+                f"context_length={self.context_length} was asked for, which says what fit counts, but fit was not "
+                "given. How long calibration texts are is told by model_seqlen."
+            )
         self._check_serving(scheme)
         self.dynamic = checked_rules(self.dynamic, of_file=self.of_file)
         checked = set()
