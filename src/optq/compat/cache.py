@@ -40,6 +40,8 @@ def cache_bytes(model: Any, tokens: int) -> int:
     Raises:
         ModelError: it keeps nothing, or its forward cannot be computed without numbers.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} also keeps what its encoder has read, however long that is")
     state = {name: _on_meta(tensor) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     try:

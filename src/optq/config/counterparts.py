@@ -41,6 +41,7 @@ CALLED = {
     "method": "quant_method",
     "logger_board": "log_file",
     **dict.fromkeys(("target_bits", "avg_bits"), "target_bits_per_weight"),
+    "max_model_len": "context_length: with fit; how long calibration texts are is model_seqlen",
 }
 """Another tool's name -> ours, and what to know about it."""
 
