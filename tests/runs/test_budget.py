@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
+    Phi3Config,
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -57,6 +58,17 @@ ARCHITECTURES = {
     "positions that depend on the length": LlamaConfig(
         **SIZES, max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ),
+    "positions by two tables": Phi3Config(
+        **SIZES,
+        max_position_embeddings=64,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    ),
     "learned positions": GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64),
     "windows in every other layer": Gemma3TextConfig(
         **WINDOWED, layer_types=["sliding_attention", "full_attention"] * 2
@@ -83,7 +95,9 @@ def test_the_cache_is_as_large_as_the_one_that_the_model_fills(architecture, dty
     cache = output.past_key_values if "past_key_values" in output else output.cache_params
     held = {id(tensor): tensor for layer in cache.layers for tensor in _tensors_in(vars(layer).values())}
     assert cache_bytes(model, TOKENS) == sum(tensor.nbytes for tensor in held.values()) > 0
-    assert all(parameter.device.type == "cpu" and parameter.dtype == dtype for parameter in model.parameters())
+    with torch.no_grad():
+        again = model(input_ids=torch.ones(1, TOKENS, dtype=torch.long), use_cache=True)
+    assert torch.equal(again.logits, output.logits)  # nothing of the model has changed
 
 
 def test_a_longer_text_takes_more_where_all_of_it_is_kept():

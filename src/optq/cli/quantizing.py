@@ -103,6 +103,8 @@ def _add_private(parser: Any) -> None:
     _add_export,
     "--model org/model --dataset wikitext2 out",
     "--model org/model --dataset my.jsonl --bits 4 --group-size 64 out",
+    "--model org/model --scheme W4A16 --for vllm out",
+    "--model org/model --fit 8GiB --context-length 16384 out",
     "--model org/model --dataset wikitext2:0.5,code:0.5 --effort max out",
     "--model org/model --dry-run out",
 )

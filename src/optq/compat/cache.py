@@ -5,13 +5,12 @@ So grouped heads, sliding windows, shared and compressed caches, states of recur
 architecture has them, and not as some formula thinks.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optq.errors import ModelError
@@ -36,17 +35,16 @@ def cache_bytes(model: Any, tokens: int) -> int:
     """Bytes of what a model keeps of one text of `tokens` tokens while it writes on, in the model's dtype.
 
     Args:
-        model: on any device; neither it nor its weights are touched.
+        model: on any device; is left as it is, since forwards keep tables of positions.
     Raises:
         ModelError: it keeps nothing, or its forward cannot be computed without numbers.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} also keeps what its encoder has read, however long that is")
-    state = {name: _on_meta(tensor) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     try:
-        with torch.no_grad(), torch.device("meta"), _WithoutData():
-            output = functional_call(model, state, (), {"input_ids": ids, "use_cache": True})
+        with torch.device("meta"), torch.no_grad(), _WithoutData():
+            alike = type(model)(copy.deepcopy(model.config)).to(COMPUTED)
+            output = alike(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{type(model).__name__} does not run without its weights: {error}") from error
     held = [cache for name in HOLDERS if (cache := getattr(output, name, None)) is not None]
@@ -58,10 +56,6 @@ def cache_bytes(model: Any, tokens: int) -> int:
         tensor.numel() * (model.dtype if tensor.dtype == COMPUTED else tensor.dtype).itemsize
         for tensor in kept.values()
     )
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("meta", COMPUTED if tensor.is_floating_point() else tensor.dtype)
 
 
 def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

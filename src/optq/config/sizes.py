@@ -4,7 +4,7 @@
 import re
 from typing import Any
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(|[KMGT])(I?)B", re.IGNORECASE)
+SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) ?(|[KMGT])(I?)B", re.IGNORECASE)
 
 
 def bytes_of(size: Any) -> int:
