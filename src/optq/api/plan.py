@@ -24,7 +24,7 @@ from optq.model import put_split
 from optq.quantization.cost_estimate import Duration, estimate
 from optq.quantization.plan import Plan, Target
 from optq.quantization.run import Run
-from optq.runs.budget import dense_bytes
+from optq.runs.budget import Budget, dense_bytes
 from optq.runs.preparation import prepare, vocabulary_of
 from optq.runs.readers import as_linears, refused_by, said_of_readers
 from optq.runs.validation import check_kernels, check_request
@@ -147,13 +147,10 @@ def plan(
     put_split(model, prepared.experts)
     device = execution_device(config.device)
     targets = planned.all_targets
-    stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets)
+    stored = _stored_bits(config, prepared.budget, targets)
     weights = sum(math.prod(target.view.shape) for target in targets)
     dense = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # each once, however often it is tied
     left = dense_bytes(model, planned)
-    budget = prepared.budget
-    if budget is not None:
-        stored = min(int(budget.bits), sum(_most_bits(config, target) for target in targets))
     memory = _memory(model, planned, calibration, device)
     activations, (on_device, _) = memory["activations"], config.activation_limits(device)
     memory["activations"] = min(activations, int(on_device))
@@ -175,8 +172,8 @@ def plan(
         seconds={},
         uncounted=(),
         refused=refused_by(as_linears(model, targets, config.format), planned.skipped, tensor_parallel),
-        serving_gib={part: size / GIB for part, size in (budget.parts if budget is not None else {}).items()},
-        original_fits=budget is not None and budget.original_fits,
+        serving_gib={part: size / GIB for part, size in (prepared.budget.parts if prepared.budget else {}).items()},
+        original_fits=prepared.budget is not None and prepared.budget.original_fits,
     )
     if not estimate.fits:
         return estimate
@@ -202,10 +199,13 @@ def _duration(model: Any, planned: Plan, calibration: Calibration, config: GPTQC
     return replace(found, uncounted=(*found.uncounted, "what the model writes to be calibrated on"))
 
 
-def _most_bits(config: GPTQConfig, target: Target) -> int:
-    """What a linear takes with the most bits that a budget may choose for it."""
-    schemes = config.candidates_for(target.view.name, *target.view.shape)
-    return max(scheme.stored_bits(*target.view.shape) for scheme in schemes)
+def _stored_bits(config: GPTQConfig, budget: Budget | None, targets: Sequence[Target]) -> int:
+    """What the linears take; with a budget, its limit, or what they take with the most bits that it may choose."""
+    if budget is None:
+        return sum(target.scheme.stored_bits(*target.view.shape) for target in targets)
+    shapes = [(target.view.name, *target.view.shape) for target in targets]
+    most = (max(each.stored_bits(*shape[1:]) for each in config.candidates_for(*shape)) for shape in shapes)
+    return min(int(budget.bits), sum(most))
 
 
 def _rounded(seconds: float) -> str:

@@ -143,13 +143,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
             )
         if self.format not in CHECKPOINT_FORMATS:
             raise ConfigError(f"format={self.format!r} was asked for; allowed are {', '.join(CHECKPOINT_FORMATS)}.")
-        if len(asked := [name for name in BUDGETS if getattr(self, name) is not None]) > 1:
-            raise ConfigError(f"Pass {' or '.join(asked)}, not both: they may contradict.")
-        if self.context_length is not None and self.fit is None:
-            raise ConfigError(
-                f"context_length={self.context_length} was asked for, which says what fit counts, but fit was not "
-                "given. How long calibration texts are is told by model_seqlen."
-            )
+        _check_budget(self)
         self._check_serving(scheme)
         self.dynamic = checked_rules(self.dynamic, of_file=self.of_file)
         checked = set()
@@ -307,4 +301,14 @@ def _refuse_without_bits(stated: dict[str, Any]) -> None:
         raise ConfigError(
             f"The dict that was passed as the config has no 'bits', but {short(list(stated))}; allowed are "
             f"{', '.join(map(str, BITS))}."
+        )
+
+
+def _check_budget(config: GPTQConfig) -> None:
+    if len(asked := [name for name in BUDGETS if getattr(config, name) is not None]) > 1:
+        raise ConfigError(f"Pass {' or '.join(asked)}, not both: they may contradict.")
+    if config.context_length is not None and config.fit is None:
+        raise ConfigError(
+            f"context_length={config.context_length} was asked for, which says what fit counts, but fit was not "
+            "given. How long calibration texts are is told by model_seqlen."
         )
