@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .api.evaluate import evaluate as evaluate
     from .api.export_onnx import export_onnx as export_onnx
     from .api.inspect import inspect as inspect
-    from .api.inspect import kernel_choices as kernel_choices
+    from .api.kernel_choices import kernel_choices as kernel_choices
     from .api.plan import plan as plan
     from .api.push import push as push
     from .api.quantize import quantize as quantize
@@ -43,7 +43,7 @@ _HOMES = {
     "evaluate": "optq.api.evaluate",
     "export_onnx": "optq.api.export_onnx",
     "inspect": "optq.api.inspect",
-    "kernel_choices": "optq.api.inspect",
+    "kernel_choices": "optq.api.kernel_choices",
     "perplexity": "optq.evaluation",
     "plan": "optq.api.plan",
     "push": "optq.api.push",

@@ -196,6 +196,14 @@ def test_a_folder_with_something_else_in_it_is_refused_untouched(source, config,
         optq.quantize(source, config, output_dir=output / "thesis.txt")
 
 
+def test_files_of_another_size_are_refused_with_how_they_are_made(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"max_shard_size='2GB' was asked for; .*save_pretrained\(\.\.\., max_shard_size"
+    ):
+        optq.quantize("x", {"bits": 4}, output_dir=tmp_path / "out", max_shard_size="2GB")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_config_that_cannot_work_writes_nothing(source, token_rows, tmp_path):
     config = GPTQConfig(bits=4, group_size=100, dataset=token_rows)
     with pytest.raises(ConfigError, match="group_size 100"):

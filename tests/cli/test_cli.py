@@ -137,6 +137,10 @@ def test_wrong_settings_are_told_before_any_work(run, tiny_llama, text, tmp_path
         (["--group-size", -2], "group_size=-2 was asked for"),
         (["--format", "exllama"], "allowed are gptq, gptq_v2"),
         (["--damp-percent", 2], "it is a fraction above 0 and below 1"),
+        (["--dataset", "wikitext3"], "dataset='wikitext3' is neither a known name nor a readable file"),
+        (["--fit", "eight"], "fit='eight' was asked for; it is a size such as '8GiB'"),
+        (["--scheme", "W4A8"], "scheme='W4A8' was asked for; allowed are W2A16"),
+        (["--scheme", "W4A16", "--bits", 8], "scheme='W4A16' stands for bits=4, group_size=128, sym=True, but bits=8"),
     ],
 )
 def test_a_choice_that_there_is_not_is_refused_before_anything_heavy_is_imported(run, monkeypatch, options, words):
@@ -150,10 +154,10 @@ def test_a_choice_that_there_is_not_is_refused_before_anything_heavy_is_imported
 def test_underscores_are_taken_for_hyphens(run, monkeypatch):
     found = []
     monkeypatch.setattr("optq.plan", lambda model, config, **kwargs: found.append((model, config)) or sys.exit(0))
-    run("plan", "--model_name_or_path", "x", "--data_path=a_text.txt", "--max_len", 64, "--group_size", 32)
+    run("plan", "--model_name_or_path", "x", "--data_path=wikitext2", "--max_len", 64, "--group_size", 32)
     ((model, config),) = found
     assert model == "x"
-    assert (config.dataset, config.model_seqlen, config.group_size) == ("a_text.txt", 64, 32)
+    assert (config.dataset, config.model_seqlen, config.group_size) == ("wikitext2", 64, 32)
 
 
 @pytest.mark.parametrize("command", [("quantize", "out"), ("plan",)])
@@ -165,6 +169,7 @@ def test_underscores_are_taken_for_hyphens(run, monkeypatch):
         ("--nsamples", "another tool's name. Here it is --num-samples"),
         ("--cache-examples-on-gpu", "Here it is --activation-memory"),
         ("--use_exllama", "has no counterpart here"),
+        ("--max-shard-size", "write it with save_pretrained(..., max_shard_size=...)"),
     ],
 )
 def test_an_option_that_there_is_not_gets_the_nearest(run, command, option, words):
@@ -200,13 +205,18 @@ def test_every_field_with_an_option_reaches_the_config(run, monkeypatch):
     found = []
     monkeypatch.setattr("optq.plan", lambda model, config, **kwargs: found.append(config) or sys.exit(0))
     texts = {"effort": "fast", "grid": "minmax", "quality_gate": "off", "serving": "vllm", "format": "gptq_v2"}
-    texts["backend"] = "reference"
+    texts |= {"backend": "reference", "scheme": "W3A16_ASYM", "fit": "8GiB", "dataset": "self"}
     monkeypatch.setattr("optq.api.check.servable_group_size", lambda *arguments, **kwargs: None)  # would load x
     values = {dict: '{"cpu": 5}', list: '["a"]', int: "8", float: "0.5", str: "text", object: "cpu"}
     for field in FIELDS.values():
         for flag in field.flags:
             value = texts.get(field.name, '{"-:a": {}}' if field.name == "dynamic" else values.get(field.kind, ""))
-            run("plan", "--model", "x", *([flag] if field.kind is bool else [flag, value]))
+            beside = ["--fit", "8GiB"] if field.name == "context_length" else []
+            run("plan", "--model", "x", *([flag] if field.kind is bool else [flag, value]), *beside)
+            if field.name == "scheme":
+                made = found.pop()
+                assert (made.bits, made.sym) == (3, False)
+                continue
             assert getattr(found.pop(), field.name) not in (None, field.default) or field.default is True
             if field.kind is bool:
                 run("plan", "--model", "x", flag.replace("--", "--no-"))

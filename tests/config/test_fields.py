@@ -10,6 +10,7 @@ import pydoc
 import subprocess
 import sys
 from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import transformers
 
 from optq import GPTQConfig
 from optq.config.dynamic import OVERRIDES
-from optq.config.fields import FIELDS, SECTIONS
+from optq.config.fields import FIELDS, PRESETS, SECTIONS
 from optq.errors import ConfigError
 from optq.evaluation import VERDICTS
 from optq.scheme import GridFit
@@ -61,6 +62,24 @@ WRONG_BY_NAME = {
         *DICTS,
     ),
     "quant_method": (*TEXTS, "awq", "gptq_v2", None),
+    "fit": (
+        "",
+        " ",
+        "8",
+        "eight GiB",
+        "8 GiBs",
+        "-8GiB",
+        "0GB",
+        "8PB",
+        b"8GiB",
+        0,
+        -1,
+        True,
+        False,
+        1.5,
+        ["8GiB"],
+        {},
+    ),
 }
 OUT_OF_RANGE = {
     "bits": (0, 1, 5, -4, 16, 10**30),
@@ -73,6 +92,7 @@ OUT_OF_RANGE = {
     "batch_size": (0, -1),
     "num_samples": (0, -1),
     "max_input_length": (0, -1),
+    "context_length": (0, -1),
     "pad_token_id": (1.5,),
     "seed": (2**64, -(2**64)),
     "max_perplexity_ratio": (0, -1),
@@ -82,6 +102,7 @@ OUT_OF_RANGE = {
     "grid": ("best",),
     "quality_gate": ("loud",),
     "serving": ("tgi",),
+    "scheme": ("W5A16", "W4A8", "FP8", "W4A16_SYM"),
     "format": ("exllama", "marlin"),
     "checkpoint_format": ("exllama", "marlin"),
     "dynamic": ({1: {}}, {"a": []}, {"a": None}, {"(": {}}, {"+:a": {"bits": 5}}, {"+:a": {"bits": 4.0}}, {None: {}}),
@@ -147,6 +168,8 @@ RIGHT = {
     "batch_size": (1, 7),
     "pad_token_id": (0, 3),
     "max_input_length": (1,),
+    "fit": ("8GiB", "7.5 gb", "8192MiB", 2**33),
+    "context_length": (1, 32768),
     "seed": (0, 7),
     "block_name_to_quantize": ("model.layers",),
     "module_name_preceding_first_block": (["model.embed_tokens"],),
@@ -155,6 +178,7 @@ RIGHT = {
     "device": ("cpu", torch.device("cuda", 1)),
     "activation_memory": ({}, {0: "8GiB"}, {"0": 0, "cpu": "1.5GB"}, {"cuda:1": 5}),
     "log_file": ("run.jsonl", Path("run.jsonl")),
+    "scheme": ("W4A16",),
     "target_bits_per_weight": (4, 3.5),
     "target_size_gib": (0.5,),
     "dynamic": ({}, {"-:a": {}}, {"+:a": {"bits": 8, "sym": False}}, {"a": {"damp_percent": 0.2}}),
@@ -162,14 +186,17 @@ RIGHT = {
     "quant_method": ("gptq", transformers.utils.quantization_config.QuantizationMethod.GPTQ),
 }
 
+BESIDE = {"context_length": {"fit": "8GiB"}}
+"""What a field needs to have an effect."""
+
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_value_that_fits_is_taken_as_it_is_and_survives_copies(name):
     field = FIELDS[name]
     kind = (False, True, np.bool_(False)) if field.kind is bool else field.choices
     for value in (*RIGHT.get(name, kind), *([None] if field.optional else [])):
-        config = GPTQConfig(**{"bits": 4, name: value})
-        if value is not None and name not in ("backend", "format", "pack_dtype"):
+        config = GPTQConfig(**{"bits": 4, **BESIDE.get(name, {}), name: value})
+        if value is not None and name not in ("backend", "format", "pack_dtype", "scheme"):
             assert getattr(config, name) == value
         written = json.loads(config.to_json_string())
         written |= {"damp_percent": 0.1} if name == "damp_percent" and value is None else {}  # the default is said
@@ -224,6 +251,72 @@ def test_no_damping_is_not_the_default_damping():
     assert found.damp_percent is None and found.to_dict()["damp_percent"] == 0
 
 
+# names for several fields
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_scheme_is_the_fields_that_its_name_says(name):
+    bits, group_size, sym = int(name[1]), 128, not name.endswith("_ASYM")
+    for made in (
+        GPTQConfig(scheme=name),
+        GPTQConfig(scheme=name.lower(), bits=bits, sym=sym),
+        GPTQConfig.from_stock({"scheme": name}),
+        GPTQConfig.from_dict({"bits": 8, "group_size": 32}, scheme=name),
+    ):
+        assert (made.bits, made.group_size, made.sym) == (bits, group_size, sym)
+        assert made.settings() == GPTQConfig(bits=bits, sym=sym).settings() and "scheme" not in made.to_dict()
+    made.update(sym=not sym)
+    assert made.sym is not sym  # what is said later holds
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"bits": 8},
+        {"group_size": 64},
+        {"sym": True},
+        {"target_bits_per_weight": 4.5},
+        {"target_size_gib": 3.0},
+        {"fit": 5},
+    ],
+)
+def test_a_scheme_that_another_field_contradicts_is_refused(other):
+    ((name, value),) = other.items()
+    said = pytest.raises(ConfigError, match=rf"scheme='W4A16_ASYM' stands for bits=4, .*, but {name}={value} was")
+    with said:
+        GPTQConfig(scheme="W4A16_ASYM", **other)
+    with said:
+        GPTQConfig.from_stock({"scheme": "W4A16_ASYM", **other})
+    with said:
+        GPTQConfig(bits=2).update(scheme="W4A16_ASYM", **other)
+    with pytest.raises(ConfigError, match="but group_size=32 was"):
+        GPTQConfig(4, None, None, 32, scheme="W4A16")
+
+
+def test_a_scheme_in_a_file_is_another_tools():
+    """The fields describe the tensors; a name beside them must not change what is read."""
+    found = GPTQConfig.from_dict({"bits": 4, "group_size": 32, "scheme": "W3A16"})
+    assert (found.bits, found.group_size) == (4, 32) and found.to_dict()["scheme"] == "W3A16"
+    with pytest.raises(ConfigError, match="no 'bits'"):
+        GPTQConfig.from_dict({"scheme": "W4A16"})
+
+
+def test_without_bits_the_error_names_the_scheme():
+    with pytest.raises(ConfigError, match="bits=None was asked for; allowed are 2, 3, 4, 8, or scheme='W4A16'"):
+        GPTQConfig()
+
+
+def test_one_budget_at_most_is_asked_for():
+    for first, second in combinations({"target_bits_per_weight": 4, "target_size_gib": 1, "fit": "1GiB"}.items(), 2):
+        with pytest.raises(ConfigError, match=f"Pass {first[0]} or {second[0]}, not both"):
+            GPTQConfig(bits=4, **dict([first, second]))
+
+
+def test_a_context_that_nothing_counts_is_refused():
+    with pytest.raises(ConfigError, match="context_length=64 was asked for, which says what fit counts"):
+        GPTQConfig(bits=4, context_length=64)
+
+
 # what is written
 
 SET = {
@@ -245,6 +338,7 @@ def test_no_field_is_written_unless_it_says_so():
         if field.name not in SET:
             values[field.name] = not field.default if field.kind is bool else 7
     values["target_size_gib"] = None  # contradicts target_bits_per_weight
+    values["scheme"] = values["fit"] = values["context_length"] = None  # as well
     config = GPTQConfig(bits=4, **values)
     assert config.to_dict() == GPTQConfig(bits=4).to_dict()
     assert "secret" not in config.to_json_string() and "secret" not in repr(config)
@@ -267,7 +361,7 @@ def test_what_a_checkpoint_says_is_this_list():
 def test_what_may_change_while_a_run_goes_on_is_this_list():
     assert {name for name, field in FIELDS.items() if not field.decisive} == {
         *("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "quality_gate"),
-        *("max_perplexity_ratio", "checkpoint_format"),
+        *("max_perplexity_ratio", "checkpoint_format", "scheme"),
     }
     changed = GPTQConfig(bits=4, log_file="x", quality_gate="off", backend="reference")
     assert changed.settings() == GPTQConfig(bits=4).settings() != GPTQConfig(bits=4, seed=1).settings()

@@ -27,7 +27,7 @@ def servable_group_size(
     model = model_without_weights(place_of(model_id_or_dir), kwargs)
     config = copy.copy(config)
     config.serving, config.group_size = None, -1  # with which every linear can be planned
-    plan, _ = plan_for(model, config)
+    plan, _, _ = plan_for(model, config)
     return served_group_size(as_linears(model, plan.all_targets, config.format), plan.skipped, server)
 
 
@@ -64,6 +64,6 @@ def check(
         return (*inspection.contradictions, *inspection.refused[server])
     model = model_without_weights(place_of(model_id_or_dir), kwargs)
     config = GPTQConfig.from_stock(config)
-    plan, _ = plan_for(model, config)
+    plan, _, _ = plan_for(model, config)
     linears = as_linears(model, plan.all_targets, config.format)
     return refusals(server, linears, tensor_parallel, plan.skipped, version)

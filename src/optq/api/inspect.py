@@ -8,16 +8,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from optq.checkpoint import QuantizedTensors, find_quantized_linears, read_headers
 from optq.checkpoint.headers import TensorHeader
 from optq.config.field import short
 from optq.config.gptq import GPTQConfig
 from optq.config.metadata import mislabelled, scope_contradicts, unusable, vectors_in
 from optq.device.memory import GIB
-from optq.device.placement import execution_device
 from optq.errors import CheckpointError, OptqError
 from optq.files.source import (
     head_width_of,
@@ -29,10 +25,7 @@ from optq.files.source import (
     two_sets_of_weights,
     weight_files,
 )
-from optq.hf.bases import WAYS_ON
-from optq.hf.loading import check_loadable
-from optq.kernels import explain
-from optq.layers import QuantLinear
+from optq.formats.table import FORMATS
 from optq.readers import READERS, Linear, kind_of, refusals, split_of
 from optq.scheme import LayerScheme
 from optq.torch_state import default_torch_state
@@ -130,7 +123,7 @@ def _refuse_other_formats(described: Any, source: str, headers: Collection[str])
     method = (quantization_entry(described) or {}).get("quant_method")
     if method in (None, "gptq") or any(name.endswith(".g_idx") for name in headers):
         return
-    reads = ", ".join(sorted(set(WAYS_ON) - {"gptq"}))
+    reads = ", ".join(sorted(name for name, row in FORMATS.items() if row.read is not None and name != "gptq"))
     raise CheckpointError(
         f"{source}/config.json says quant_method={short(method)}; GPTQ and dense checkpoints are inspected. "
         f"optq.convert(..., to='gptq') makes GPTQ of {reads}. If the tensors are GPTQ's, correct it to \"gptq\"."
@@ -160,6 +153,8 @@ def _verified(
     wrong: Iterable[str], described: Any, headers: Mapping[str, TensorHeader], config: GPTQConfig
 ) -> list[str]:
     """All that is wrong with values, and what else keeps a checkpoint from being loaded, or makes readers differ."""
+    from optq.hf.loading import check_loadable  # which takes as long to import as all else; a model is made only here
+
     errors = list(wrong)
     try:
         errors += check_loadable(described, headers, config)
@@ -184,72 +179,6 @@ def linears_of(quantized: Mapping[str, QuantizedTensors], config: GPTQConfig, de
         )
         for name, tensors in quantized.items()
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelChoice:
-    """The kernel that runs the linears of one kind, and why others do not.
-
-    Args:
-        count: how many linears of this shape and kind there are.
-        kernel: the one chosen.
-        refused: by name of other kernels of the table, why they cannot run these linears.
-    """
-
-    kind: str
-    out_features: int
-    in_features: int
-    bits: int
-    count: int
-    kernel: str
-    refused: dict[str, str]
-
-
-def kernel_choices(
-    model_id_or_dir: str | os.PathLike[str],
-    *,
-    device: torch.device | str | None = None,
-    backend: str = "auto",
-    **kwargs: Any,
-) -> list[KernelChoice]:
-    """Load a GPTQ checkpoint and say which kernel runs which of its linears.
-
-    Args:
-        device: where; by default the accelerator, if there is one.
-        backend: a kernel by name, as of `GPTQConfig`.
-        kwargs: for `from_pretrained`.
-    Raises:
-        KernelError: the kernel asked for cannot run a linear.
-        CheckpointError: nothing in it is quantized.
-    """
-    source = place_of(model_id_or_dir)
-    if not getattr(model_config_of(source, kwargs), "quantization_config", None):
-        raise CheckpointError(f"{source} is not quantized, so it has no linears that a kernel of optq multiplies.")
-    options = {"dtype": "auto", "device_map": execution_device(device), **kwargs}
-    if backend != "auto":
-        options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # the rest is as stored
-    model = AutoModelForCausalLM.from_pretrained(source, **options)
-    kinds: dict[tuple[str, int, int, int], list[QuantLinear]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
-            kinds.setdefault((kind_of(name), layer.out_features, layer.in_features, layer.bits), []).append(layer)
-    found = []
-    for (kind, out_features, in_features, bits), layers in kinds.items():
-        kernel = layers[0].kernel_name
-        assert kernel is not None  # it is loaded
-        reasons = explain(layers[0].packed(), model.dtype)
-        found.append(
-            KernelChoice(
-                kind=kind,
-                out_features=out_features,
-                in_features=in_features,
-                bits=bits,
-                count=len(layers),
-                kernel=kernel,
-                refused={name: reason for name, reason in reasons.items() if reason is not None},
-            )
-        )
-    return found
 
 
 def _modules_of(weights: Iterable[str]) -> list[str]:

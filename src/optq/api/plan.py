@@ -24,7 +24,8 @@ from optq.model import put_split
 from optq.quantization.cost_estimate import Duration, estimate
 from optq.quantization.plan import Plan, Target
 from optq.quantization.run import Run
-from optq.runs.preparation import budget_of, dense_bytes, prepare, vocabulary_of
+from optq.runs.budget import Budget, dense_bytes
+from optq.runs.preparation import prepare, vocabulary_of
 from optq.runs.readers import as_linears, refused_by, said_of_readers
 from optq.runs.validation import check_kernels, check_request
 from optq.scheme import LayerScheme
@@ -51,6 +52,8 @@ class Estimate:
             does not fit.
         uncounted: work of the run that `seconds` leaves out.
         refused: by reader, what it will refuse and why; empty where it reads all.
+        serving_gib: of `fit`, what takes the memory of a server, by part; else empty.
+        original_fits: of `fit`, the model needs no quantizing to fit.
     """
 
     model: str
@@ -69,6 +72,8 @@ class Estimate:
     seconds: dict[str, float]
     uncounted: tuple[str, ...]
     refused: dict[str, tuple[str, ...]]
+    serving_gib: dict[str, float]
+    original_fits: bool
 
     @property
     def fits(self) -> bool:
@@ -98,6 +103,9 @@ class Estimate:
             *(f"  weak: {weakness}" for weakness in self.weaknesses),
             f"result: {self.bits_per_weight:.2f} bits per weight, {self.checkpoint_gib:.2f} GiB"
             f" (now {self.dense_gib:.2f} GiB)",
+            *([f"in serving: {sum(self.serving_gib.values()):.2f} GiB"] if self.serving_gib else []),
+            *(f"  {gib:8.2f} GiB {part}" for part, gib in self.serving_gib.items()),
+            *(["  the original model fits as well"] if self.original_fits else []),
             f"memory on {self.device}: {sum(self.memory_gib.values()):.2f} GiB of {self.free_gib:.2f} that are free",
             *(f"  {gib:8.2f} GiB {part}" for part, gib in self.memory_gib.items()),
             *([f"  {self.elsewhere_gib:8.2f} GiB activations that wait elsewhere"] if self.elsewhere_gib else []),
@@ -139,12 +147,10 @@ def plan(
     put_split(model, prepared.experts)
     device = execution_device(config.device)
     targets = planned.all_targets
-    stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets)
+    stored = _stored_bits(config, prepared.budget, targets)
     weights = sum(math.prod(target.view.shape) for target in targets)
     dense = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # each once, however often it is tied
     left = dense_bytes(model, planned)
-    if config.has_budget:
-        stored = min(int(budget_of(model, config, planned)), sum(_most_bits(config, target) for target in targets))
     memory = _memory(model, planned, calibration, device)
     activations, (on_device, _) = memory["activations"], config.activation_limits(device)
     memory["activations"] = min(activations, int(on_device))
@@ -166,6 +172,8 @@ def plan(
         seconds={},
         uncounted=(),
         refused=refused_by(as_linears(model, targets, config.format), planned.skipped, tensor_parallel),
+        serving_gib={part: size / GIB for part, size in (prepared.budget.parts if prepared.budget else {}).items()},
+        original_fits=prepared.budget is not None and prepared.budget.original_fits,
     )
     if not estimate.fits:
         return estimate
@@ -191,10 +199,13 @@ def _duration(model: Any, planned: Plan, calibration: Calibration, config: GPTQC
     return replace(found, uncounted=(*found.uncounted, "what the model writes to be calibrated on"))
 
 
-def _most_bits(config: GPTQConfig, target: Target) -> int:
-    """What a linear takes with the most bits that a budget may choose for it."""
-    schemes = config.candidates_for(target.view.name, *target.view.shape)
-    return max(scheme.stored_bits(*target.view.shape) for scheme in schemes)
+def _stored_bits(config: GPTQConfig, budget: Budget | None, targets: Sequence[Target]) -> int:
+    """What the linears take; with a budget, its limit, or what they take with the most bits that it may choose."""
+    if budget is None:
+        return sum(target.scheme.stored_bits(*target.view.shape) for target in targets)
+    shapes = [(target.view.name, *target.view.shape) for target in targets]
+    most = (max(each.stored_bits(*shape[1:]) for each in config.candidates_for(*shape)) for shape in shapes)
+    return min(int(budget.bits), sum(most))
 
 
 def _rounded(seconds: float) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optq.compat.call import where_in
+from optq.config.counterparts import why_unknown
 from optq.config.gptq import GPTQConfig
 from optq.distributed import join
 from optq.errors import CheckpointError, ConfigError, OutputError, ReportError
@@ -137,6 +138,10 @@ def quantize(
         raise ConfigError(
             f"optq.quantize({os.fspath(model)!r}, ...) writes a checkpoint: pass output_dir=, a folder that does not "
             "exist or is empty. For a model in memory call from_pretrained(..., quantization_config=config)."
+        )
+    if "max_shard_size" in kwargs:
+        raise ConfigError(
+            f"max_shard_size={kwargs['max_shard_size']!r} was asked for; {why_unknown('max_shard_size', ())}"
         )
     source, output = absolute(os.fspath(model)), place_for(output_dir)
     config = _copied(config)

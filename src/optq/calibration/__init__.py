@@ -6,6 +6,12 @@ windows and drawn by weight, and padding is added per micro-batch only, and mask
 itself (`generation`) needs no encoding.
 """
 
+from optq.datasets import DATASETS as DATASETS
+from optq.datasets import SELF as SELF
+from optq.datasets import accepted as accepted
+from optq.datasets import check_sources as check_sources
+from optq.datasets import mixture as mixture
+
 from .batches import DEFAULT_SAMPLES as DEFAULT_SAMPLES
 from .batches import FEW_TOKENS as FEW_TOKENS
 from .batches import TOKENS_PER_MICRO_BATCH as TOKENS_PER_MICRO_BATCH
@@ -18,8 +24,3 @@ from .batches import check_vocabulary as check_vocabulary
 from .batches import prepare_calibration as prepare_calibration
 from .encoding import read_for_evaluation as read_for_evaluation
 from .generation import write_samples as write_samples
-from .sources import DATASETS as DATASETS
-from .sources import SELF as SELF
-from .sources import accepted as accepted
-from .sources import check_sources as check_sources
-from .sources import mixture as mixture

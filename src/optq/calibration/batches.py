@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from optq.datasets import SELF, accepted, check_sources, is_row, mixture
 from optq.errors import CalibrationError, counted
 
 from .encoding import TEXT_INPUTS, Encoder, cut, is_fractional, joined
-from .sources import SELF, Row, accepted, check_sources, is_in_memory, is_row, mixture, name_of, read, shares
+from .sources import Row, is_in_memory, name_of, read, shares
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optq.datasets import CHAT_COLUMNS, KNOWN_COLUMNS, TEXT_COLUMNS, accepted
 from optq.errors import CalibrationError, counted
 
-from .sources import CHAT_COLUMNS, KNOWN_COLUMNS, TEXT_COLUMNS, Row, accepted, is_by_position, read_to_judge
+from .sources import Row, is_by_position, read_to_judge
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names for those of chat templates."""

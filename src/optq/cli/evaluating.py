@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optq.datasets import check_sources
 from optq.errors import ConfigError, QualityError, counted
 
 from .command import DONE, command
@@ -32,6 +33,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 
 
 def _measured(arguments: argparse.Namespace, models: Sequence[str], baseline: str | None) -> "list[Evaluation]":
+    check_sources(arguments.dataset)  # before what takes seconds to import
     import optq
 
     names = ("dataset", "window", "stride", "tokens", "tokenizer", "device")

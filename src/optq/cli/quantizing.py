@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from optq.config.field import Field
-from optq.config.fields import FIELDS, SECTIONS
+from optq.config.fields import FIELDS, SECTIONS, with_preset
+from optq.datasets import check_sources
 from optq.errors import ConfigError
 
 from .command import DONE, RESOURCES, command
@@ -60,6 +61,8 @@ def _config(arguments: argparse.Namespace) -> Any:
     given = {name: value for name, value in vars(arguments).items() if name in FIELDS}
     for name, value in given.items():  # before what takes seconds to import
         FIELDS[name].checked(value)
+    given = with_preset(given)
+    check_sources(given.get("dataset"))
     from optq import GPTQConfig
 
     config = GPTQConfig(**{"bits": DEFAULT_BITS, **given})
@@ -100,6 +103,8 @@ def _add_private(parser: Any) -> None:
     _add_export,
     "--model org/model --dataset wikitext2 out",
     "--model org/model --dataset my.jsonl --bits 4 --group-size 64 out",
+    "--model org/model --scheme W4A16 --for vllm out",
+    "--model org/model --fit 8GiB --context-length 16384 out",
     "--model org/model --dataset wikitext2:0.5,code:0.5 --effort max out",
     "--model org/model --dry-run out",
 )

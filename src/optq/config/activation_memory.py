@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .sizes import bytes_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,15 +25,13 @@ def activation_bytes(asked: Asked | None) -> dict[str | int, int]:
     """`activation_memory` in bytes.
 
     Raises:
-        AttributeError, OverflowError, TypeError, ValueError: it makes no sense.
+        AttributeError, ValueError: it makes no sense.
     """
-    from accelerate.utils import convert_file_size_to_int
-
     asked = {} if asked is None else asked
     for place, size in asked.items():
         if isinstance(place, bool) or isinstance(size, bool) or not re.fullmatch(PLACES, str(place)):
             raise ValueError(f"{place!r}: {size!r}")
-    found = {place: convert_file_size_to_int(size) for place, size in asked.items()}
+    found = {place: bytes_of(size) for place, size in asked.items()}
     if len(found) > 2 or (len(found) == 2 and "cpu" not in found):
         raise ValueError("one accelerator at most")
     return found

@@ -41,6 +41,7 @@ CALLED = {
     "method": "quant_method",
     "logger_board": "log_file",
     **dict.fromkeys(("target_bits", "avg_bits"), "target_bits_per_weight"),
+    "max_model_len": "context_length: with fit; how long calibration texts are is model_seqlen",
 }
 """Another tool's name -> ours, and what to know about it."""
 
@@ -48,9 +49,14 @@ _KERNELS = "each layer takes the fastest kernel that its device has, and optq.ke
 _OF_ITSELF = "optq does so by itself where it is needed"
 _MEMORY = "optq.quantize(..., output_dir=...) keeps one block in memory"
 _LOADING = "it is an argument of from_pretrained and of optq.quantize, not of the config"
+_SHARDS = (
+    "every finished block is a file of its own, from which an interrupted run goes on. For files of another size load "
+    "the finished folder with from_pretrained, and write it with save_pretrained(..., max_shard_size=...)"
+)
 _ANOTHER = "it belongs to another method of quantization"
 
 NO_FIELD = {
+    **dict.fromkeys(("max_shard_size", "shard_size"), _SHARDS),
     **dict.fromkeys(
         (
             *("use_cuda_fp16", "use_exllama", "disable_exllama", "disable_exllamav2", "exllama_config", "use_triton"),

@@ -18,6 +18,7 @@ from optq.errors import ConfigError
 from .activation_memory import activation_bytes
 from .counterparts import why_unknown
 from .field import Field, is_text, short
+from .sizes import bytes_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,6 +39,16 @@ DEFAULT_DAMPING = 0.1
 
 Effort = Literal["fast", "default", "max"]
 
+BUDGETS = ("target_bits_per_weight", "target_size_gib", "fit")
+"""Fields of which one may say what all linears take together."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    f"W{bits}A16{'' if sym else '_ASYM'}": {"bits": bits, "group_size": 128, "sym": sym}
+    for bits in (2, 3, 4, 8)
+    for sym in (True, False)
+}
+"""What the names of `scheme` stand for. llm-compressor has W4A16, W8A16 and W4A16_ASYM, with the same groups."""
+
 
 def _is_memory(value: Any) -> bool:
     try:
@@ -45,6 +56,13 @@ def _is_memory(value: Any) -> bool:
     except (AttributeError, OverflowError, TypeError, ValueError):
         return False
     return True
+
+
+def _is_size(value: Any) -> bool:
+    try:
+        return bytes_of(value) > 0
+    except ValueError:
+        return False
 
 
 def _are_names(value: Any) -> bool:
@@ -86,6 +104,10 @@ MEMORY = {
     "sizes such as '8GiB' as values",
     "decisive": False,
 }
+SIZE = {
+    "fits": _is_size,
+    "wanted": "it is a size such as '8GiB', '8GB' or '8192MiB'",
+}
 FACTS = {
     "fits": lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
     "wanted": "it is a dict with text as keys, or None, and goes to config.json",
@@ -108,6 +130,12 @@ FORMAT = {
     "fits": lambda value: is_text(value) and value.lower() in ("gptq", "gptq_v2", "marlin"),
     "wanted": "allowed are gptq, gptq_v2",
 }  # marlin is refused with more words
+PRESET = {
+    "allowed": tuple(PRESETS),
+    "fits": lambda value: isinstance(value, str) and value.upper() in PRESETS,
+    "wanted": f"allowed are {', '.join(PRESETS)}: activations stay in 16 bits",
+    "decisive": False,  # what it stands for is
+}
 GPTQ = {"fits": lambda value: str(value).lower() == "gptq", "wanted": "allowed is 'gptq'"}
 
 
@@ -124,10 +152,11 @@ class Fields:
     bits: int = declared(
         CHECKPOINT,
         "bits per weight: 2, 3, 4 or 8",
-        MISSING,
-        "required",
+        None,
+        "required, or `scheme`",
         stored=True,
         allowed=(2, 3, 4, 8),  # those of `LayerScheme`, which takes torch to be read
+        wanted="allowed are 2, 3, 4, 8, or scheme='W4A16' instead",
     )
     tokenizer: Any = declared(CALIBRATION, "an object, a model id or a folder", None, "the model's", **TOKENIZER)
     dataset: Any = declared(
@@ -262,10 +291,22 @@ class Fields:
     log_file: os.PathLike[str] | str | None = declared(
         RUNNING, "to which the run's events are appended as JSON lines", None, "one in the output folder", **PATH
     )
+    scheme: str | None = declared(
+        CHECKPOINT,
+        "`bits`, `group_size` and `sym` by their usual name, such as W4A16: 4 bits, groups of 128, symmetric",
+        None,
+        **PRESET,
+    )
     target_bits_per_weight: float | None = declared(
         CHECKPOINT, "choose bits for each linear instead, so that they take so many together", None, above=0
     )
     target_size_gib: float | None = declared(CHECKPOINT, "the same, as the size of all weights", None, above=0)
+    fit: str | None = declared(
+        CHECKPOINT, "the same, so that a server needs no more memory than such as 8GiB, all included", None, **SIZE
+    )
+    context_length: int | None = declared(
+        CHECKPOINT, "tokens of one text whose cache `fit` counts", None, "the model's limit, at most 8192", least=1
+    )
     serving: Literal["vllm", "sglang", "transformers"] | None = declared(
         CHECKPOINT,
         "vllm, sglang or transformers: refuse, and do not choose, what it does not read",
@@ -292,6 +333,7 @@ class Fields:
         """Refuses names that are no fields; all else is up to the dataclass's own `__init__`."""
         if "quant_method" in given:  # of another method, every name is another
             FIELDS["quant_method"].checked(given["quant_method"])
+        with_preset({**dict(zip(FIELDS, args, strict=False)), **given})
         if cls.__init__ is Fields.__init__:  # a class that is derived may have more
             refuse_unknown(given)
         formats = [given[name] for name in ("format", "checkpoint_format") if given.get(name) is not None]
@@ -311,6 +353,8 @@ class Fields:
         Raises:
             ConfigError: one does not fit; it is named.
         """
+        if self.scheme is not None:
+            vars(self).update(with_preset({"scheme": self.scheme}), scheme=None)
         for name, known in FIELDS.items():
             setattr(self, name, known.checked(getattr(self, name)))
 
@@ -339,6 +383,28 @@ def as_options(fields: Fields) -> list[str]:
             named = isinstance(value, (str, os.PathLike, int, float))
             found += [flag, str(value) if named else name.upper()]
     return found
+
+
+def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that were given, with those that `scheme` stands for in its place.
+
+    Raises:
+        ConfigError: there is no such scheme, or one of the others contradicts it.
+    """
+    rest = {name: value for name, value in given.items() if name != "scheme"}
+    scheme = FIELDS["scheme"].checked(given.get("scheme"))
+    if scheme is None:
+        return rest
+    preset = PRESETS[scheme.upper()]
+    budgets = dict.fromkeys(BUDGETS)  # they choose the bits
+    for name, value in {**preset, **budgets}.items():
+        if name in given and given[name] != value:
+            said = ", ".join(f"{key}={stated!r}" for key, stated in preset.items())
+            raise ConfigError(
+                f"scheme={scheme!r} stands for {said}, but {name}={short(given[name])} was asked for as well. Leave "
+                "one of them out."
+            )
+    return rest | preset
 
 
 def refuse_unknown(given: Mapping[str, Any]) -> None:
@@ -374,6 +440,8 @@ def read_file(stated: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
                 )
         elif value is None or (value == "" and known.kind is str):
             values |= {name: None} if known.optional else {}
+        elif name == "scheme":  # of another tool; the fields say the same of the tensors
+            unknown[name] = value
         elif known.lenient and (reason := known.why_refused(value)):
             values |= {name: None} if known.optional else {}
             unknown |= {name: value} if known.stored else {}

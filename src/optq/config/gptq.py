@@ -29,7 +29,7 @@ from optq.version import __version__
 from .activation_memory import limits
 from .dynamic import OVERRIDES, checked_rules, dynamic_rules, rules_of_file
 from .field import kind_of_value, short
-from .fields import FIELDS, read_file, refuse_unknown
+from .fields import BUDGETS, FIELDS, read_file, refuse_unknown, with_preset
 from .origin import writers_of, zero_format_of
 from .schemes import Schemes
 
@@ -93,7 +93,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Set fields; returns the arguments that are no fields."""
-        for name, value in kwargs.items():
+        for name, value in with_preset(kwargs).items():
             if name in FIELDS:
                 setattr(self, name, value)
         self.post_init()
@@ -143,8 +143,7 @@ class GPTQConfig(Schemes, transformers.GPTQConfig):
             )
         if self.format not in CHECKPOINT_FORMATS:
             raise ConfigError(f"format={self.format!r} was asked for; allowed are {', '.join(CHECKPOINT_FORMATS)}.")
-        if self.target_bits_per_weight is not None and self.target_size_gib is not None:
-            raise ConfigError("Pass target_bits_per_weight or target_size_gib, not both: they may contradict.")
+        _check_budget(self)
         self._check_serving(scheme)
         self.dynamic = checked_rules(self.dynamic, of_file=self.of_file)
         checked = set()
@@ -298,8 +297,18 @@ GPTQConfig.__doc__ = f"{GPTQConfig.__doc__}\n    Args:\n" + "\n".join(
 
 
 def _refuse_without_bits(stated: dict[str, Any]) -> None:
-    if "bits" not in stated:
+    if "bits" not in stated and stated.get("scheme") is None:
         raise ConfigError(
             f"The dict that was passed as the config has no 'bits', but {short(list(stated))}; allowed are "
             f"{', '.join(map(str, BITS))}."
+        )
+
+
+def _check_budget(config: GPTQConfig) -> None:
+    if len(asked := [name for name in BUDGETS if getattr(config, name) is not None]) > 1:
+        raise ConfigError(f"Pass {' or '.join(asked)}, not both: they may contradict.")
+    if config.context_length is not None and config.fit is None:
+        raise ConfigError(
+            f"context_length={config.context_length} was asked for, which says what fit counts, but fit was not "
+            "given. How long calibration texts are is told by model_seqlen."
         )

@@ -9,7 +9,7 @@ from optq.readers import kind_of
 from optq.scheme import ActOrder, LayerScheme
 
 from .dynamic import OVERRIDES, choices_of, matching
-from .fields import DEFAULT_DAMPING, Fields
+from .fields import BUDGETS, DEFAULT_DAMPING, Fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Schemes(Fields):
 
     @property
     def has_budget(self) -> bool:
-        return self.target_bits_per_weight is not None or self.target_size_gib is not None
+        return any(getattr(self, name) is not None for name in BUDGETS)
 
     def scheme_for(self, name: str) -> LayerScheme | None:
         """The scheme of the linear `name` of the model, or None if it is not quantized."""

@@ -34,7 +34,7 @@ from optq.quantization.plan import Plan
 from optq.quantization.run import Run
 from optq.runs.journal import Journal, check_same, described
 from optq.runs.own_text import why_not_loaded_again, write_own_text
-from optq.runs.preparation import Preparation, budget_of, prepare
+from optq.runs.preparation import Preparation, prepare
 from optq.runs.readers import as_linears, say_readers
 from optq.runs.summary import say_summary
 from optq.runs.validation import check_dtype, check_kernels, check_placement, check_request
@@ -123,7 +123,9 @@ class QuantizingLoad:
         if placed:
             check_placement(model, plan, compat.automatic_map(model, asked, quantizer), asked.offload_folder)
         check_kernels(model, plan, config, asked.device_map, placed=placed)
-        if not config.has_budget:  # which decides later
+        if (budget := decided.budget) is not None and budget.parts:
+            logger.info("fit=%r, %s", config.fit, budget)
+        if budget is None:  # which decides later
             say_readers(
                 as_linears(model, plan.all_targets, config.format), plan.skipped, config.serving, finished=False
             )
@@ -167,10 +169,14 @@ class QuantizingLoad:
         with run.log:
             if config.base is not None:
                 logger.info("The model is stored in %s, and dequantized as it is read.", method_of(config.base))
-            if config.has_budget:
-                budget = budget_of(model, config, plan)
+            if (budget := self._decided.budget) is not None:
                 plan = allocate(
-                    model, plan, calibration, lambda view: config.candidates_for(view.name, *view.shape), budget, run
+                    model,
+                    plan,
+                    calibration,
+                    lambda view: config.candidates_for(view.name, *view.shape),
+                    budget.bits,
+                    run,
                 )
             planned = as_linears(model, plan.all_targets, config.format)
             quality = quantizer.quality = quantize_model(model, plan, calibration, run)

@@ -16,6 +16,7 @@ from .run import Run, bits_per_weight, percent
 
 WORST = 5  # linears that get 8 bits
 MORE_BITS = {2: 3, 3: 4, 4: 8}
+BUDGETS = ("--target-bits-per-weight", "--target-size-gib", "--fit")  # options that choose the bits of all linears
 MARGIN = 0.25  # bits per weight that a budget may spend more
 
 
@@ -76,7 +77,7 @@ def _eight_bits(run: Run, options: list[str]) -> list[Changed]:
         fused = next((parts for parts in FUSED_NAMES.values() if child in parts), (child,))
         names = chosen.setdefault(parent, [])
         names += [name for name in fused if f"{parent}.{name}" in linears and name not in names]
-    if not chosen or "--target-bits-per-weight" in options or "--target-size-gib" in options:
+    if not chosen or any(flag in options for flag in BUDGETS):
         return []
     rules = {f"+:{pattern_of(parent, names)}": {"bits": 8} for parent, names in chosen.items()}
     rules |= json.loads(_value(options, "--dynamic") or "{}")  # the first match counts
@@ -93,7 +94,7 @@ def _eight_bits(run: Run, options: list[str]) -> list[Changed]:
 def _more_bits(run: Run, options: list[str]) -> list[Changed]:
     found: list[Changed] = []
     bits = int(_value(options, "--bits") or 4)
-    if "--target-bits-per-weight" in options or "--target-size-gib" in options:
+    if any(flag in options for flag in BUDGETS):
         return found
     if "--dynamic" not in options and bits < 8:
         budget = f"{bits_per_weight(run.linears) + MARGIN:.2f}"

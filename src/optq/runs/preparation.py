@@ -3,7 +3,6 @@
 
 import inspect
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,12 +23,12 @@ from optq.calibration import (
 from optq.compat import transformers as compat
 from optq.config.gptq import GPTQConfig
 from optq.config.metadata import without_effect
-from optq.device.memory import GIB
 from optq.errors import CalibrationError, ConfigError, ModelError
 from optq.model import Experts, find_blocks, find_fused_experts, find_linears, put_fused, put_split
 from optq.positions import fitting, positions_of, stated_positions
 from optq.quantization.plan import Plan, plan_quantization
 
+from .budget import Budget, budget_of, cache_of, embedding_of
 from .readers import refuse_unserved
 
 logger = logging.getLogger(__name__)
@@ -52,12 +51,14 @@ class Preparation:
         calibration_with: the data once it can.
         experts: by name, those that will be split into linears; the plan's targets are among these. The model still
             holds them in fused form.
+        budget: of bits, if one was asked for; then the plan's schemes are not the last word.
     """
 
     plan: Plan
     calibration: Calibration | None
     calibration_with: Callable[[Write | None], Calibration]
     experts: dict[str, Experts]
+    budget: Budget | None
 
 
 def prepare(model: Any, config: GPTQConfig, where: Mapping[str, Any]) -> Preparation:
@@ -73,16 +74,16 @@ def prepare(model: Any, config: GPTQConfig, where: Mapping[str, Any]) -> Prepara
             f"{'No dataset= was given, and this model' if config.dataset is None else type(model).__name__} cannot "
             f"write its own calibration data: {reason}. Pass dataset= with {accepted()}."
         )
-    plan, experts = plan_for(model, config)
+    plan, experts, budget = plan_for(model, config)
     refuse_unserved(model, plan, config)
     with torch.device("cpu"):  # transformers calls us inside torch.device("meta")
         prepared = _data_for(model, config, where)
         calibration = None if config.own_text else prepared(None)
-    return Preparation(plan=plan, calibration=calibration, calibration_with=prepared, experts=experts)
+    return Preparation(plan=plan, calibration=calibration, calibration_with=prepared, experts=experts, budget=budget)
 
 
-def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
-    """Which linears are quantized and how; and by name the experts that some of them are split from."""
+def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts], Budget | None]:
+    """Which linears are quantized and how; by name the experts that some of them are split from; and the budget."""
     blocks = find_blocks(model, config.block_name_to_quantize)
     head = _head(model)
     if config.lm_head and not any(map(find_linears, head.values())):
@@ -94,6 +95,7 @@ def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
         for block_name, block in blocks.items()
         for name, fused in find_fused_experts(block).items()
     }
+    cache = cache_of(model, config)
     put_split(model, experts)
     try:
         names = [name for block_name, block in blocks.items() for name in find_linears(block, block_name)]
@@ -112,8 +114,7 @@ def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
                 plan.skipped[named],
             )
             plan = plan.without_head()
-        if config.has_budget:
-            budget_of(model, config, plan)
+        budget = budget_of(model, config, plan, cache) if config.has_budget else None
         _refuse_shared(model, plan)
     finally:
         put_fused(model, experts)
@@ -121,7 +122,7 @@ def plan_for(model: Any, config: GPTQConfig) -> tuple[Plan, dict[str, Experts]]:
     experts = {name: one for name, one in experts.items() if any(linear.startswith(f"{name}.") for linear in planned)}
     for module in experts.values():
         module.every_token = config.calibrate_all_experts
-    return plan, experts
+    return plan, experts, budget
 
 
 def _refuse_shared(model: Any, plan: Plan) -> None:
@@ -141,60 +142,6 @@ def _refuse_shared(model: Any, plan: Plan) -> None:
             )
 
 
-def budget_of(model: Any, config: GPTQConfig, plan: Plan) -> float:
-    """Bits that `target_bits_per_weight` or `target_size_gib` leaves for the planned linears.
-
-    Args:
-        model: may be on the meta device; its experts are split.
-    Raises:
-        ConfigError: even with the smallest schemes, each linear by itself, they take more.
-    """
-    views = [target.view for target in plan.all_targets]
-    weights = sum(math.prod(view.shape) for view in views)
-    least = sum(
-        min((scheme.stored_bits(*view.shape) for scheme in config.candidates_for(view.name, *view.shape)), default=0)
-        for view in views
-    )
-    if config.target_bits_per_weight is not None:
-        budget, dense = config.target_bits_per_weight * weights, 0
-        asked = f"target_bits_per_weight={config.target_bits_per_weight}"
-    else:
-        assert config.target_size_gib is not None
-        dense = dense_bytes(model, plan)
-        budget = 8 * (config.target_size_gib * GIB - dense)
-        asked = f"target_size_gib={config.target_size_gib}"
-    if budget < least:
-        size = f", and the model {dense / GIB + least / 8 / GIB:.3g} GiB" if dense else ""
-        raise ConfigError(
-            f"{asked}, so a budget of {max(budget, 0) / weights:.3f} bits per weight was asked for, but the smallest "
-            f"allowed schemes need {least / weights:.3f}{size}. Ask for more, or allow fewer bits or larger groups."
-        )
-    return budget
-
-
-def dense_bytes(model: Any, plan: Plan) -> int:
-    """Bytes of what is not quantized; `model` may be on the meta device, and its experts are split."""
-    quantized = {id(target.view.parameter) for target in plan.all_targets}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # on the meta device they may not be tied yet
-    sizes = {
-        id(parameter): parameter.numel() * parameter.element_size()
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name not in tied
-    }
-    embedding = getattr(_embedding(model), "weight", None)
-    if id(embedding) in quantized:  # a tied head, which will be untied
-        quantized.remove(id(embedding))
-    return sum(size for identity, size in sizes.items() if identity not in quantized)
-
-
-def _embedding(model: Any) -> Any:
-    """The input embedding, or None of a model that does not say which it is."""
-    try:
-        return model.get_input_embeddings()
-    except NotImplementedError:
-        return None
-
-
 def why_not_written(model: Any) -> str | None:
     """Why a model cannot write texts, or None."""
     if _has_decoder_inputs(model):
@@ -212,7 +159,7 @@ def _has_decoder_inputs(model: Any) -> bool:
 
 def vocabulary_of(model: Any) -> int:
     """Number of token ids that the model's embedding has."""
-    embedding = _embedding(model)
+    embedding = embedding_of(model)
     if isinstance(getattr(embedding, "weight", None), torch.Tensor):
         return int(embedding.weight.shape[0])
     return int(model.config.get_text_config(decoder=True).vocab_size)  # some have an embedding per codebook
