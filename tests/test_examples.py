@@ -20,7 +20,7 @@ MODEL = "models/SmolLM2-135M-Instruct"
 SMALLER = {
     "--num-samples 16": "--num-samples 4",
     "--seq-len 256": "--seq-len 64",
-    "--target-size-gib 0.17": "--target-size-gib 0.00007",
+    "--fit 240MiB --context-length 1024": "--fit 120kB --context-length 64",
 }
 QUICK = {
     "chat.py": "--samples 4 --max-new-tokens 8",
