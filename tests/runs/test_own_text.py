@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration on what the model writes itself."""
 
+import io
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from huggingface_hub.utils import tqdm
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -23,7 +25,7 @@ import optq
 from conftest import forked, interrupted_after, tiny_llama_config
 from optq import GPTQConfig
 from optq.api import quantize as api
-from optq.calibration import write_samples
+from optq.calibration import generation, write_samples
 from optq.errors import CalibrationError, OutputError
 from optq.runs import journal
 from optq.runs import own_text as writing
@@ -58,6 +60,23 @@ def info(model):
 
 def weights(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_bar_counts_every_token_from_where_an_interrupted_call_was(source, monkeypatch):
+    model, bars = AutoModelForCausalLM.from_pretrained(source), []
+
+    def noted(**settings):
+        bars.append(tqdm(**{**settings, "disable": False, "file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr(generation, "tqdm", noted)
+    settings = {"opening": [1], "vocabulary": 128, "seed": 0}
+    whole = write_samples(model, 20, LENGTH, **settings)
+    write_samples(model, 20, LENGTH, **settings, written=whole[:8])
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [
+        (0, 20 * LENGTH, 20 * LENGTH),
+        (8 * LENGTH, 20 * LENGTH, 20 * LENGTH),
+    ]
 
 
 def test_the_same_seed_writes_the_same_tokens_and_another_one_others(source):

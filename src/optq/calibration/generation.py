@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
 
 from optq.errors import counted
 
@@ -52,7 +54,14 @@ def write_samples(
     at_once = max(1, min(TOKENS_AT_ONCE // length, max(SMALLEST_PART, -(-samples // FEWEST_PARTS))))
     done = list(written)
     began = time.monotonic()
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad():
+    bar = tqdm(total=samples * length, initial=len(done) * length, desc="Writing text", unit=" tokens", disable=None)
+
+    def show(ids: Tensor, scores: Any) -> Tensor:
+        """A criterion of `generate` that stops nothing: it is asked after every token."""
+        bar.update(len(ids))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad(), bar:
         while len(done) < samples:
             torch.manual_seed(random.Random(f"{seed}, {len(done)}").getrandbits(63))  # whatever was before this part
             count = min(at_once, samples - len(done))
@@ -60,8 +69,13 @@ def write_samples(
                 start = torch.tensor([list(opening)] * count, device=device)
             else:
                 start = torch.randint(vocabulary, (count, 1)).to(device)
+            bar.update(start.numel())
             ids = model.generate(
-                start, attention_mask=torch.ones_like(start), max_new_tokens=length - start.shape[1], use_cache=True
+                start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=length - start.shape[1],
+                use_cache=True,
+                stopping_criteria=[show],
             )
             done += ids.tolist()
             keep(done)
