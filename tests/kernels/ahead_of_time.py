@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from optq.gptq import triton_columns
 from optq.gptq.columns import FUSED_BLOCK, FUSED_ROWS, FUSED_WARPS
 from optq.kernels import triton_kernels
-from optq.kernels.tilings import BY_CAPABILITY, TILINGS
+from optq.kernels.tilings import BY_CAPABILITY, ON_ROCM, TILINGS
 from optq.kernels.triton_gpu import DEQUANTIZED_OUTPUTS, PLANES, block_of, launch_options
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -127,6 +127,9 @@ def facts(binary: Any) -> dict[str, Any]:
     """What the machine code uses; of NVIDIA's, also its instructions."""
     found: dict[str, Any] = {"shared_bytes": binary.metadata.shared}
     if "cubin" not in binary.asm:
+        found["matrix_core"] = binary.asm["amdgcn"].count("v_mfma")
+        for name, stated in {"spills": "vgpr_spill_count", "stack": "private_segment_fixed_size"}.items():
+            found[name] = int(re.search(rf"\.{stated}: +(\d+)", binary.asm["amdgcn"])[1])
         return found
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -178,7 +181,7 @@ def weights_per_thread(bits: int, tiling: Any) -> float:
 
 
 def tilings_of(target: Any) -> tuple[Any, ...]:
-    return TILINGS if target.backend == "hip" else BY_CAPABILITY.get(target.arch // 10, TILINGS)
+    return ON_ROCM if target.backend == "hip" else BY_CAPABILITY.get(target.arch // 10, TILINGS)
 
 
 def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
@@ -202,7 +205,7 @@ def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
             yield what, partial(product, bits, dtype, group, tiling, target)
         for bits, dtype, group, tiling in every:
             at = tilings.index(tiling)
-            own_one = at == 1 if name == "gfx942" else at % 2 == (name == "sm_90")
+            own_one = at == 0 if name == "gfx942" else at % 2 == (name == "sm_90")
             if quick and not (own_one and (bits, dtype, group) == AROUND_IT[at % len(AROUND_IT)]):
                 continue
             what = {"target": name, "program": "grouped_product", "bits": bits, "dtype": dtype, "group": group}
