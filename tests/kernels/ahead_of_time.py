@@ -126,6 +126,7 @@ def facts(binary: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"shared_bytes": binary.metadata.shared}
     if "cubin" not in binary.asm:
         return found
+    found["loads_of_counts"] = len(re.findall(r"ld\.global\S*\.b64", binary.asm["ptx"]))  # the only words of 64 bits
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
