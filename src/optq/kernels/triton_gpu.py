@@ -38,7 +38,7 @@ from optq.device.triton import current, in_words, why_no_triton
 
 from . import tilings
 from .launches import Program
-from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
+from .prepared import Prepared, columns_in_order, group_width, in_kernels_order, in_layers_order, prepared_from
 from .roofline import Roofline, roofline
 from .selftest import why_wrong
 from .tilings import MOST_ROWS, Tiling, problem_of
@@ -146,9 +146,7 @@ def unpack(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 def matmul(x: Tensor, prepared: Prepared) -> Tensor:
     """x (..., in) -> (..., out) in x's dtype, by the fused kernel; float32 and many rows are multiplied densely."""
-    rows = x.reshape(-1, x.shape[-1])
-    if prepared.order is not None:
-        rows = rows.index_select(1, prepared.order)
+    rows = in_kernels_order(x.reshape(-1, x.shape[-1]), prepared)
     many = rows.shape[0] > MOST_REMEMBERED  # else nothing is looked up at every call
     if x.dtype == torch.float32 or (many and rows.shape[0] > _most_rows(prepared, x.dtype)):
         output = product_of_dense(rows, prepared)
@@ -208,8 +206,7 @@ def grouped_gemm(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
     Returns:
         (rows, out of one expert) in x's dtype; undefined for rows beyond the last expert's.
     """
-    if prepared.order is not None:
-        x = x.index_select(1, prepared.order)
+    x = in_kernels_order(x, prepared)
     return _multiplied((starts, x.contiguous()), prepared, starts.shape[0] - 1)
 
 
