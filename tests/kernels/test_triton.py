@@ -367,6 +367,16 @@ def test_a_program_that_does_not_run_gives_way_to_dense_products_and_that_is_sai
     assert caplog.text.count("does not run") == 2
 
 
+@pytest.mark.usefixtures("broken")
+def test_none_gives_way_while_a_graph_is_captured(monkeypatch):
+    """What cannot be loaded then can be later."""
+    prepared, x = triton_gpu.prepare(packed_weight(4, 64, True, out=OUT)), torch.randn(3, IN).half()
+    monkeypatch.setattr(triton_gpu, "_is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="out of resource"):
+        triton_gpu.matmul(x, prepared)
+    assert not triton_gpu._not_running
+
+
 @pytest.mark.may_give_up
 @pytest.mark.usefixtures("broken")
 def test_so_do_all_experts_at_once(caplog):

@@ -229,7 +229,7 @@ def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
-        if launch.multiply.has_run:
+        if launch.multiply.has_run or _is_capturing(x.device):
             raise
         _give_up(launch, error)
     return _densely(inputs, prepared, experts)
@@ -237,6 +237,11 @@ def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0
 
 _not_running: set[tuple[Any, ...]] = set()
 """The programs of this process that were started, and could not be."""
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: a driver may refuse to load then what it would load else."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _give_up(launch: "Launch", error: Exception) -> None:
@@ -346,8 +351,9 @@ def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> 
         "BFLOAT16_SCALES": prepared.scales.dtype == torch.bfloat16,
         "PTX": ptx,
         "UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16,
-        # There, only the thread that counts waits until what it has stored is where other processors find it.
-        "LAST_ADDS": torch.version.hip is None,
+        # On ROCm, only the thread that counts waits until what it has stored is where other processors find it. What
+        # Intel's compiler makes of it nobody has looked at.
+        "LAST_ADDS": torch.version.hip is None and x.device.type != "xpu",
         "EXPERTS": 1 << (experts - 1).bit_length() if experts else 0,
     }
     names = function.arg_names
