@@ -22,7 +22,7 @@ from test_kernels import CASES, IN, packed_weight, relative_error
 from conftest import triton_on_cpus
 from optq.checkpoint import PackedWeight, unpack_codes
 from optq.device import triton as triton_devices
-from optq.kernels import KERNELS, choose_kernel, explain, triton_gpu
+from optq.kernels import KERNELS, choose_kernel, explain, selftest, triton_gpu
 from optq.kernels.roofline import H200, Roofline, roofline
 from optq.kernels.tilings import BY_CAPABILITY, TILINGS, untuned
 
@@ -371,10 +371,21 @@ def test_a_program_that_does_not_run_gives_way_to_dense_products_and_that_is_sai
 def test_none_gives_way_while_a_graph_is_captured(monkeypatch):
     """What cannot be loaded then can be later."""
     prepared, x = triton_gpu.prepare(packed_weight(4, 64, True, out=OUT)), torch.randn(3, IN).half()
-    monkeypatch.setattr(triton_gpu, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(triton_gpu, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="out of resource"):
         triton_gpu.matmul(x, prepared)
     assert not triton_gpu._not_running
+    monkeypatch.setattr(selftest, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="out of resource"):  # and no kernel is found unfit for good
+        triton_gpu._why_wrong.__wrapped__(torch.device("cpu"), 4, torch.float16)
+
+
+def test_an_input_on_another_device_is_refused():
+    prepared = triton_gpu.prepare(packed_weight(4, 64, True, out=OUT))
+    for rows in (3, 3):
+        with pytest.raises(RuntimeError, match="The input is on meta, and the weight on cpu"):
+            triton_gpu.matmul(torch.ones(rows, IN, device="meta").half(), prepared)
+        triton_gpu.matmul(torch.ones(rows, IN).half(), prepared)  # which is remembered
 
 
 @pytest.mark.may_give_up

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from optq.checkpoint import PackedWeight, unpack_codes
-from optq.device.triton import current, in_words, why_no_triton
+from optq.device.triton import current, in_words, is_capturing, why_no_triton
 
 from . import tilings
 from .launches import Program
@@ -213,6 +213,8 @@ def grouped_gemm(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
 def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0) -> Tensor:
     """The product with one weight, or those of some experts, by the launch that is remembered for such inputs."""
     x = inputs[-1]
+    if x.device != prepared.codes.device:  # what a launch would do with memory of another GPU depends on the machine
+        raise RuntimeError(f"The input is on {x.device}, and the weight on {prepared.codes.device}.")
     rows = x.shape[0]
     # What else Triton would look at is the weight's, or freshly allocated.
     key = (experts, rows, x.dtype, *(tensor.data_ptr() % ALIGNED == 0 for tensor in inputs))
@@ -229,7 +231,7 @@ def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
-        if launch.multiply.has_run or _is_capturing(x.device):
+        if launch.multiply.has_run or is_capturing(x.device):
             raise
         _give_up(launch, error)
     return _densely(inputs, prepared, experts)
@@ -237,11 +239,6 @@ def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0
 
 _not_running: set[tuple[Any, ...]] = set()
 """The programs of this process that were started, and could not be."""
-
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: a driver may refuse to load then what it would load else."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _give_up(launch: "Launch", error: Exception) -> None:
