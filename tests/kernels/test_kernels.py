@@ -92,6 +92,13 @@ def test_the_order_of_torchs_int4_packing_may_be_any(monkeypatch):
     cpu._nibble_order.cache_clear()
 
 
+def test_the_gradient_of_float64_is_as_precise():
+    packed = packed_weight(4, 64, True)
+    reference, gradient = KERNELS["reference"], torch.randn(3, OUT, dtype=torch.float64)
+    found = reference.transposed(gradient, reference.prepare(packed))
+    assert relative_error(found, gradient @ packed.columns(0, OUT).double().T) <= 1e-14
+
+
 def test_a_wrong_zero_would_be_noticed():
     """Negative control of the tolerance above."""
     packed = packed_weight(4, 64, True)

@@ -199,7 +199,8 @@ def matmul_dense(x: Tensor, prepared: Prepared, unpack: Unpack) -> Tensor:
 def matmul_transposed(gradient: Tensor, prepared: Prepared, unpack: Unpack) -> Tensor:
     """The gradient towards x: gradient (..., out) -> (..., in) in its dtype, by dequantizing piece by piece."""
     dtype = _arithmetic(gradient)
-    total = torch.zeros(*gradient.shape[:-1], prepared.in_features, dtype=torch.float32, device=gradient.device)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    total = torch.zeros(*gradient.shape[:-1], prepared.in_features, dtype=wide, device=gradient.device)
     for outputs, weight in pieces(prepared, unpack):
         total += gradient[..., outputs].to(dtype) @ weight.to(dtype).T
     return total.to(gradient.dtype)
