@@ -131,6 +131,7 @@ def facts(binary: Any) -> dict[str, Any]:
         for name, stated in {"spills": "vgpr_spill_count", "stack": "private_segment_fixed_size"}.items():
             found[name] = int(re.search(rf"\.{stated}: +(\d+)", binary.asm["amdgcn"])[1])
         return found
+    found["loads_of_counts"] = len(re.findall(r"ld\.global\S*\.b64", binary.asm["ptx"]))  # the only words of 64 bits
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

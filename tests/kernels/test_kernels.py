@@ -3,6 +3,7 @@
 
 import itertools
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -91,6 +92,13 @@ def test_the_order_of_torchs_int4_packing_may_be_any(monkeypatch):
     cpu._nibble_order.cache_clear()
 
 
+def test_the_gradient_of_float64_is_as_precise():
+    packed = packed_weight(4, 64, True)
+    reference, gradient = KERNELS["reference"], torch.randn(3, OUT, dtype=torch.float64)
+    found = reference.transposed(gradient, reference.prepare(packed))
+    assert relative_error(found, gradient @ packed.columns(0, OUT).double().T) <= 1e-14
+
+
 def test_a_wrong_zero_would_be_noticed():
     """Negative control of the tolerance above."""
     packed = packed_weight(4, 64, True)
@@ -108,6 +116,23 @@ def test_leading_dimensions_are_kept():
             x = torch.randn(2, 3, IN).bfloat16()
             assert kernel.matmul(x, prepared).shape == (2, 3, OUT)
             assert kernel.matmul(x[:0], prepared).shape == (0, 3, OUT)
+
+
+@pytest.mark.parametrize("case", [(4, 64, True, "static"), (4, 64, True, "desc_act"), (8, -1, True, "static")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_input_of_another_width_is_refused(case, dtype):
+    """Where columns are gathered, one that is too wide would pass unnoticed, and on GPUs any."""
+    packed = packed_weight(*case)
+    names = [name for name, kernel in KERNELS.items() if kernel.why_not(packed, dtype) is None]
+    for name in [*names, *(["triton"] if find_spec("triton") else [])]:
+        kernel = KERNELS[name]
+        prepared = kernel.prepare(packed)
+        for width in (IN - 32, IN + 64):
+            with pytest.raises(RuntimeError, match=r"features|shapes"):
+                kernel.matmul(torch.ones(3, width, dtype=dtype), prepared)
+        if kernel.grouped_gemm is not None:
+            with pytest.raises(RuntimeError, match="and the layer takes"):
+                kernel.grouped_gemm.matmul(torch.ones(3, 2 * IN).half(), torch.tensor([0, 3]).int(), prepared)
 
 
 def test_outputs_are_padded_where_the_int4_product_wants_multiples_of_16():

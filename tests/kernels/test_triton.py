@@ -22,7 +22,7 @@ from test_kernels import CASES, IN, packed_weight, relative_error
 from conftest import triton_on_cpus
 from optq.checkpoint import PackedWeight, unpack_codes
 from optq.device import triton as triton_devices
-from optq.kernels import KERNELS, choose_kernel, explain, triton_gpu
+from optq.kernels import KERNELS, choose_kernel, explain, selftest, triton_gpu
 from optq.kernels.roofline import H200, Roofline, roofline
 from optq.kernels.tilings import BY_CAPABILITY, ON_ROCM, TILINGS, untuned
 
@@ -286,6 +286,7 @@ def test_compiles_for_gpus_that_are_not_there(sample):
             assert facts["wide_loads"] > 0, facts
             assert facts["loop_instructions"] > 0, facts
             assert facts["loop_waits_for_loads"] == 0, facts  # all are made some turns ahead
+            assert facts["loads_of_counts"] == 0, facts  # every warp loads for itself, and others are counting
             if facts["rows"] == 8:
                 # Memory of an H200 brings a weight of 4 bits in the time of 3.6 instructions. Triton 3.6 takes 3.33.
                 most = {2: 3.2, 3: 4.5, 4: 3.4 if is_old else 3.3, 8: 3.8}[facts["bits"]]
@@ -366,6 +367,27 @@ def test_a_program_that_does_not_run_gives_way_to_dense_products_and_that_is_sai
     assert caplog.text.count("does not run (RuntimeError: out of resource: shared memory)") == 1
     assert error(packed_weight(4, 64, True, out=OUT), torch.float16, 20) <= 2  # by another tiling
     assert caplog.text.count("does not run") == 2
+
+
+@pytest.mark.usefixtures("broken")
+def test_none_gives_way_while_a_graph_is_captured(monkeypatch):
+    """What cannot be loaded then can be later."""
+    prepared, x = triton_gpu.prepare(packed_weight(4, 64, True, out=OUT)), torch.randn(3, IN).half()
+    monkeypatch.setattr(triton_gpu, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="out of resource"):
+        triton_gpu.matmul(x, prepared)
+    assert not triton_gpu._not_running
+    monkeypatch.setattr(selftest, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="out of resource"):  # and no kernel is found unfit for good
+        triton_gpu._why_wrong.__wrapped__(torch.device("cpu"), 4, torch.float16)
+
+
+def test_an_input_on_another_device_is_refused():
+    prepared = triton_gpu.prepare(packed_weight(4, 64, True, out=OUT))
+    for rows in (3, 3):
+        with pytest.raises(RuntimeError, match="The input is on meta, and the weight on cpu"):
+            triton_gpu.matmul(torch.ones(rows, IN, device="meta").half(), prepared)
+        triton_gpu.matmul(torch.ones(rows, IN).half(), prepared)  # which is remembered
 
 
 @pytest.mark.may_give_up

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning without a GPU: times are invented, everything else is real; programs run in Triton's interpreter."""
 
+import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 
 import pytest
 import torch
 from test_kernels import IN, packed_weight
 from transformers import AutoModelForCausalLM
 
+from optq.errors import OutputError
 from optq.kernels import tilings, triton_gpu, tune, tuning
 from optq.kernels.tilings import TILINGS, Problem, problem_of
 
 pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="times are invented here")
 
 OUT = 96
@@ -51,7 +56,7 @@ def is_fastest(tiling):
 
 def seconds(x, layers, tiling):
     if tiling.warps == 4:
-        raise RuntimeError("out of resource: shared memory")
+        raise OutOfResources(2**20, 2**17, "shared memory")  # no RuntimeError
     return 1.0 if is_fastest(tiling) else 2.0
 
 
@@ -128,6 +133,58 @@ def test_a_file_that_is_damaged_or_of_another_version_is_left_out_and_that_is_sa
     assert "is not understood" in caplog.text
     with pytest.raises(ValueError, match="does not name"):
         Problem.of("4 bits and more")
+
+
+HERE, WORDS = "cpu, triton {version}", "3 bits, groups of 32, 64 x 96, bfloat16"
+HOSTILE = [[], 3, None, {HERE: []}, {HERE: None}, {HERE: {WORDS: []}}, {HERE: {WORDS: None}}, {HERE: {WORDS: ["x"]}}]
+HOSTILE += [
+    {HERE: {WORDS: [asdict(TILINGS[0]) | wrong]}}
+    for wrong in (
+        {"rows": 0},
+        {"rows": -8},  # no program would be started, and nothing computed
+        {"rows": "8"},
+        {"rows": 7},
+        {"stages": 1},
+        {"most_rows": "8"},
+        {"parts": 3},
+        {"programs_per_processor": float("nan")},
+        {"registers": [1]},
+    )
+]
+
+
+@pytest.mark.parametrize("content", [*map(json.dumps, HOSTILE), "[" * 100_000])
+def test_nothing_in_the_file_is_taken_that_makes_no_program(content, cache, caplog):
+    cache.parent.mkdir()
+    cache.write_text(content.replace("{version}", version("triton")))
+    with caplog.at_level(logging.WARNING, logger="optq"):
+        assert tilings.remembered(torch.device("cpu")) == {}
+    assert "is not understood" in caplog.text or "cannot be read" in caplog.text
+    tilings.remember(torch.device("cpu"), Problem.of(WORDS), TILINGS)
+    assert tilings.remembered(torch.device("cpu")) == {Problem.of(WORDS): TILINGS}
+
+
+@pytest.mark.usefixtures("only_few_rows")
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OPTQ_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tuning, "_seconds", lambda *given: pytest.fail("it was measured"))
+    with pytest.raises(OutputError, match="OPTQ_CACHE"):
+        tune(Layer())
+
+
+@pytest.mark.usefixtures("only_few_rows", "cache")
+def test_layers_of_one_shape_on_two_gpus_are_not_timed_together(monkeypatch):
+    """A launch on one would read the memory of the other."""
+    timed = []
+    monkeypatch.setattr(tilings, "kind_of", lambda device: "a GPU")
+    monkeypatch.setattr(
+        tuning, "_seconds", lambda x, layers, tiling: timed.extend(layer.codes.device for layer in layers) or 1.0
+    )
+    here, elsewhere = Layer(), Layer()
+    elsewhere.weight = replace(elsewhere.weight, codes=elsewhere.weight.codes.to("meta"))
+    tune(torch.nn.Sequential(here, elsewhere))
+    assert set(timed) == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize("default", TILINGS, ids=lambda tiling: f"{tiling.most_rows} rows")

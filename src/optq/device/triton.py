@@ -34,6 +34,11 @@ def current(device: torch.device) -> Any:
     return torch.get_device_module(device).device(device) if device.type != "cpu" else nullcontext()
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: a driver may refuse then what it does at any other time."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def in_words(error: Exception) -> str:
     """Name an error that a compiler or a driver raised, with the beginning of its message, if it has one."""
     said = (str(error).strip() or "without a message").splitlines()[0][:200]

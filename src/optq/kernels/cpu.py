@@ -22,6 +22,7 @@ from .prepared import (
     Prepared,
     columns_in_order,
     has_bfloat16_instructions,
+    in_kernels_order,
     in_layers_order,
     matmul_dense,
     prepared_from,
@@ -67,7 +68,7 @@ def matmul_int4(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > _most_rows():
         return matmul_dense(x, prepared, unpack_int4)
-    output = int4_product(_gathered(rows, prepared.order), prepared.codes, *prepared.extras)
+    output = int4_product(_gathered(rows, prepared), prepared.codes, *prepared.extras)
     return output[:, : prepared.out_features].to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
 
 
@@ -97,7 +98,7 @@ def matmul_int4_twice(x: Tensor, prepared: Prepared) -> Tensor:
     if rows.shape[0] > _most_rows():
         return matmul_dense(x, prepared, unpack_int4_twice)
     low, high = prepared.extras
-    rows = _gathered(rows, prepared.order)
+    rows = _gathered(rows, prepared)
     output = int4_product(rows, prepared.codes[0], low).float() + int4_product(rows, prepared.codes[1], high)
     return output[:, : prepared.out_features].to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
 
@@ -139,7 +140,7 @@ def matmul_int8(x: Tensor, prepared: Prepared) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] > _most_rows():
         return matmul_dense(x, prepared, unpack_int8)
-    output: Tensor = torch.ops.aten._weight_int8pack_mm(_gathered(rows, None), prepared.codes, *prepared.extras)
+    output: Tensor = torch.ops.aten._weight_int8pack_mm(_gathered(rows, prepared), prepared.codes, *prepared.extras)
     return output.to(x.dtype).reshape(*x.shape[:-1], prepared.out_features)
 
 
@@ -176,9 +177,8 @@ def _recentring(bits: int) -> int:
     return 8 - (1 << (bits - 1))
 
 
-def _gathered(rows: Tensor, order: Tensor | None) -> Tensor:
-    rows = rows.to(torch.bfloat16)
-    return rows.contiguous() if order is None else rows.index_select(1, order)
+def _gathered(rows: Tensor, prepared: Prepared) -> Tensor:
+    return in_kernels_order(rows.to(torch.bfloat16), prepared).contiguous()
 
 
 def _pack_int4(codes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from optq.checkpoint import PackedWeight, pack_codes, unpack_codes
 from optq.device.triton import why_no_triton
 
-from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
+from .prepared import Prepared, columns_in_order, group_width, in_kernels_order, in_layers_order, prepared_from
 from .selftest import why_wrong
 
 MULTIPLE = 32  # of columns per group, and of outputs
@@ -61,7 +61,7 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
     layer = prepared.memo.get(x.dtype)
     if layer is None:
         layer = prepared.memo[x.dtype] = _layer(prepared, x.dtype)
-    output: Tensor = layer(x if prepared.order is None else x.index_select(-1, prepared.order))
+    output: Tensor = layer(in_kernels_order(x, prepared))
     return output
 
 

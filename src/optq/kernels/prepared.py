@@ -145,6 +145,17 @@ def group_width(group_of_column: Tensor) -> int:
     return width if even else 0
 
 
+def in_kernels_order(x: Tensor, prepared: Prepared) -> Tensor:
+    """Activations x (..., in), columns in the layer's order -> (..., in), columns as the codes lie.
+
+    Raises:
+        RuntimeError: x has another number of columns. Programs that are told how many there are would read beyond it.
+    """
+    if x.shape[-1] != prepared.in_features:
+        raise RuntimeError(f"The input has {x.shape[-1]} features, and the layer takes {prepared.in_features}.")
+    return x if prepared.order is None else x.index_select(-1, prepared.order)
+
+
 def in_layers_order(codes: Tensor, order: Tensor | None) -> Tensor:
     """Codes (in, out) with columns in the kernel's order -> (in, out) with columns in the layer's."""
     return codes if order is None else torch.empty_like(codes).index_copy_(0, order, codes)
@@ -188,7 +199,8 @@ def matmul_dense(x: Tensor, prepared: Prepared, unpack: Unpack) -> Tensor:
 def matmul_transposed(gradient: Tensor, prepared: Prepared, unpack: Unpack) -> Tensor:
     """The gradient towards x: gradient (..., out) -> (..., in) in its dtype, by dequantizing piece by piece."""
     dtype = _arithmetic(gradient)
-    total = torch.zeros(*gradient.shape[:-1], prepared.in_features, dtype=torch.float32, device=gradient.device)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    total = torch.zeros(*gradient.shape[:-1], prepared.in_features, dtype=wide, device=gradient.device)
     for outputs, weight in pieces(prepared, unpack):
         total += gradient[..., outputs].to(dtype) @ weight.to(dtype).T
     return total.to(gradient.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optq.checkpoint import PackedWeight
-from optq.device.triton import in_words
+from optq.device.triton import in_words, is_capturing
 from optq.scheme import trivial_groups
 
 from .prepared import Prepared
@@ -60,6 +60,8 @@ def why_wrong(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
+        if is_capturing(device):  # when nothing can be tried
+            raise
         reason = f"its products do not run on this device ({in_words(error)})"
     if reason is not None:
         logger.warning("%s: the kernel %s is not used: %s.", device, kernel, reason)

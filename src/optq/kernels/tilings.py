@@ -17,10 +17,14 @@ from typing import Any
 
 import torch
 
+from optq.errors import OutputError
+
 from .prepared import Prepared
 
 logger = logging.getLogger(__name__)
 
+LEAST = {"stages": 2, "scale_sums": 0, "programs_per_processor": 0, "registers": 0, "split_fully": 0}  # else 1
+POWERS_OF_TWO = ("rows", "outputs", "warps", "parts")
 MOST_ROWS = 1024  # of activations; with more, the weight is dequantized into memory and multiplied by torch
 
 
@@ -169,30 +173,67 @@ def tuned(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
 def remembered(device: torch.device) -> dict[Problem, tuple[Tiling, ...]]:
     """The tilings that were found for this type of GPU and this version of Triton."""
     found: dict[Problem, tuple[Tiling, ...]] = {}
-    for words, tilings in _read().get(_kind_of(device), {}).items():
+    for words, tilings in _read().get(kind_of(device), {}).items():
         try:
-            found[Problem.of(words)] = tuple(Tiling(**tiling) for tiling in tilings)
+            found[Problem.of(words)] = _checked([Tiling(**tiling) for tiling in tilings])
         except (TypeError, ValueError) as error:
             logger.warning("%s: %r is not understood and left out (%s).", _file(), words, error)
     return found
 
 
+def _checked(tilings: list[Tiling]) -> tuple[Tiling, ...]:
+    """Return what was read from a file that anybody may have written to.
+
+    Raises:
+        ValueError: there is nothing, or a number is none of those that programs are made with.
+    """
+    if not tilings:
+        raise ValueError("it has no tilings")
+    for tiling in tilings:
+        for name, value in asdict(tiling).items():
+            least = LEAST.get(name, 1)
+            if not isinstance(value, int) or value < least or (name in POWERS_OF_TWO and value & (value - 1)):
+                power = "a power of two, " if name in POWERS_OF_TWO else ""
+                raise ValueError(f"{name} is {value!r}, and must be {power}an integer of at least {least}")
+    return tuple(tilings)
+
+
+def make_folder() -> None:
+    """Make the folder of the file that `remember` writes.
+
+    Raises:
+        OutputError: there can be none, or nothing can be written to it.
+    """
+    folder = _file().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OutputError(
+            f"What tuning finds is kept in {_file()}, which cannot be written ({error}). "
+            "Let OPTQ_CACHE name a folder that can."
+        ) from error
+
+
 def remember(device: torch.device, problem: Problem, tilings: tuple[Tiling, ...]) -> None:
     content = _read()
-    content.setdefault(_kind_of(device), {})[problem.words] = [asdict(tiling) for tiling in tilings]
+    content.setdefault(kind_of(device), {})[problem.words] = [asdict(tiling) for tiling in tilings]
     file = _file()
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder()
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as temporary:
         json.dump(content, temporary, indent=1)
     os.replace(temporary.name, file)  # all of it or nothing, whoever else writes
 
 
-def _read() -> dict[str, Any]:
+def _read() -> dict[str, dict[str, Any]]:
+    """By kind of device, what `Problem.words` says of a problem, and its tilings as JSON has them."""
     try:
-        content: dict[str, Any] = json.loads(_file().read_text(encoding="utf-8"))
+        content = json.loads(_file().read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not all(isinstance(known, dict) for known in content.values()):
+            raise ValueError("it is not an object of objects")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s cannot be read, so no tuned tilings are used (%s). Delete it.", _file(), error)
         return {}
     return content
@@ -203,6 +244,7 @@ def _file() -> Path:
     return Path(folder, "optq", "tilings.json")
 
 
-def _kind_of(device: torch.device) -> str:
+def kind_of(device: torch.device) -> str:
+    """What tilings depend on beside the problem: the type of GPU, and the version of Triton."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, triton {version('triton')}"

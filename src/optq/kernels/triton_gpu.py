@@ -34,11 +34,11 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from optq.checkpoint import PackedWeight, unpack_codes
-from optq.device.triton import current, in_words, why_no_triton
+from optq.device.triton import current, in_words, is_capturing, why_no_triton
 
 from . import tilings
 from .launches import Program
-from .prepared import Prepared, columns_in_order, group_width, in_layers_order, prepared_from
+from .prepared import Prepared, columns_in_order, group_width, in_kernels_order, in_layers_order, prepared_from
 from .roofline import Roofline, roofline
 from .selftest import why_wrong
 from .tilings import MOST_ROWS, Tiling, problem_of
@@ -146,9 +146,7 @@ def unpack(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 def matmul(x: Tensor, prepared: Prepared) -> Tensor:
     """x (..., in) -> (..., out) in x's dtype, by the fused kernel; float32 and many rows are multiplied densely."""
-    rows = x.reshape(-1, x.shape[-1])
-    if prepared.order is not None:
-        rows = rows.index_select(1, prepared.order)
+    rows = in_kernels_order(x.reshape(-1, x.shape[-1]), prepared)
     many = rows.shape[0] > MOST_REMEMBERED  # else nothing is looked up at every call
     if x.dtype == torch.float32 or (many and rows.shape[0] > _most_rows(prepared, x.dtype)):
         output = product_of_dense(rows, prepared)
@@ -208,14 +206,15 @@ def grouped_gemm(x: Tensor, starts: Tensor, prepared: Prepared) -> Tensor:
     Returns:
         (rows, out of one expert) in x's dtype; undefined for rows beyond the last expert's.
     """
-    if prepared.order is not None:
-        x = x.index_select(1, prepared.order)
+    x = in_kernels_order(x, prepared)
     return _multiplied((starts, x.contiguous()), prepared, starts.shape[0] - 1)
 
 
 def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0) -> Tensor:
     """The product with one weight, or those of some experts, by the launch that is remembered for such inputs."""
     x = inputs[-1]
+    if x.device != prepared.codes.device:  # what a launch would do with memory of another GPU depends on the machine
+        raise RuntimeError(f"The input is on {x.device}, and the weight on {prepared.codes.device}.")
     rows = x.shape[0]
     # What else Triton would look at is the weight's, or freshly allocated.
     key = (experts, rows, x.dtype, *(tensor.data_ptr() % ALIGNED == 0 for tensor in inputs))
@@ -232,7 +231,7 @@ def _multiplied(inputs: tuple[Tensor, ...], prepared: Prepared, experts: int = 0
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler and a driver that nobody has seen yet may raise anything
-        if launch.multiply.has_run:
+        if launch.multiply.has_run or is_capturing(x.device):
             raise
         _give_up(launch, error)
     return _densely(inputs, prepared, experts)
@@ -349,8 +348,9 @@ def _launch(x: Tensor, prepared: Prepared, tiling: Tiling, experts: int = 0) -> 
         "BFLOAT16_SCALES": prepared.scales.dtype == torch.bfloat16,
         "PTX": ptx,
         "UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16,
-        # There, only the thread that counts waits until what it has stored is where other processors find it.
-        "LAST_ADDS": torch.version.hip is None,
+        # On ROCm, only the thread that counts waits until what it has stored is where other processors find it. What
+        # Intel's compiler makes of it nobody has looked at.
+        "LAST_ADDS": torch.version.hip is None and x.device.type != "xpu",
         "EXPERTS": 1 << (experts - 1).bit_length() if experts else 0,
     }
     names = function.arg_names

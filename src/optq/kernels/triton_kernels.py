@@ -266,8 +266,11 @@ def is_last(
     not be shared by two at a time, as streams do, or graphs that were captured one after the other. So a count that is
     under way is told from what memory held before by its upper bits, which nothing else writes; a random word is a
     given count once in 2**64 times.
+
+    What the word holds is learned from the exchange alone, which one thread makes and tells the others. A load is made
+    by every warp: two that load while others count may find different words, and would part ways.
     """
-    known = tl.load(count)
+    known = tl.full([], 0, tl.int64)  # as a launch leaves it
     found = tl.atomic_cas(count, known, with_one_more(known, of), sem="acq_rel", scope="gpu")
     while found != known:
         known = found

@@ -13,6 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from optq.device.triton import current, in_words
+
 from . import tilings, triton_gpu
 from .prepared import Prepared
 from .selftest import MOST_DIFFERENT
@@ -49,20 +51,27 @@ def tune(model: torch.nn.Module) -> dict[str, dict[str, float]]:
 
     Returns:
         By shape and rows, the time with the tiling that was found as a part of that with the one before.
+    Raises:
+        OutputError: what is found cannot be kept; before anything is measured.
     """
-    by_problem: dict[Problem, list[Prepared]] = {}
+    by_problem: dict[tuple[str, Problem], list[Prepared]] = {}
     for module in model.modules():
         products: Iterable[tuple[str, Prepared, torch.dtype]] = getattr(module, "products", tuple)()
         for kernel, prepared, dtype in products:
             if kernel == "triton" and dtype != torch.float32:
-                by_problem.setdefault(problem_of(prepared, dtype), []).append(prepared)
+                kind = tilings.kind_of(prepared.codes.device)
+                by_problem.setdefault((kind, problem_of(prepared, dtype)), []).append(prepared)
     if not by_problem:
         logger.warning("There is nothing to tune: no layer runs the kernel triton with 16-bit activations.")
+        return {}
+    tilings.make_folder()
     gains: dict[str, dict[str, float]] = {}
-    for problem, layers in by_problem.items():
+    for (_, problem), layers in by_problem.items():
         device = layers[0].codes.device
-        known = remembered(device)
-        best, gains[problem.words] = _fastest(problem, layers[:LAYERS], known.get(problem, tilings.untuned(device)))
+        together = [prepared for prepared in layers if prepared.codes.device == device]
+        present = remembered(device).get(problem, tilings.untuned(device))
+        with current(device):  # whose streams a graph is captured from, and timed on
+            best, gains[problem.words] = _fastest(problem, together[:LAYERS], present)
         remember(device, problem, best)
         tilings.tuned.cache_clear()
         for prepared in layers:
@@ -82,8 +91,8 @@ def _fastest(
         for candidate in candidates(tiling)[1:]:
             try:
                 taken = _seconds(x, layers, candidate)
-            except RuntimeError as error:  # more registers or shared memory than there are
-                logger.debug("%s: %s cannot run: %s", problem.words, candidate, error)
+            except Exception as error:  # Triton's own are of no common kind: too little shared memory, or no registers
+                logger.debug("%s: %s cannot run: %s", problem.words, candidate, in_words(error))
                 continue
             if taken < GAIN * least and _agrees(triton_gpu.product(x, layers[0], candidate), expected):
                 best, least = candidate, taken
