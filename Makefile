@@ -9,7 +9,7 @@ AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 # `make gpu` and its steps are for machines that have one.
-.PHONY: demo check dist test test-all test-min test-latest test-versions gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 vllm lint format clean
+.PHONY: demo check dist docs test test-all test-min test-latest test-versions gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -61,6 +61,11 @@ dist:
 	build/dist-try/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build && dist-try/bin/optq --version && dist-try/bin/python ../tests/installed.py
 
+# The documentation as a site, in site/: open site/index.html. Only the packages are downloaded, the first time.
+docs: $(VENV)/.installed-docs
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	! grep -rlE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' site  # nothing is loaded from elsewhere
+
 # A real vLLM for CPUs beside ours, in .cache: 3 GB and 5 minutes the first time.
 vllm: $(VENV)/.installed
 	OPTQ_TEST_VLLM=$$(cd benchmarks && ../$(BIN)/python environments.py vllm) $(BIN)/pytest -m vllm
@@ -73,9 +78,13 @@ format: $(VENV)/.installed
 # this machine's Python or system has no such version of, and what it needs besides, is for the lines after that.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	grep == constraints.txt | xargs -P 2 -n 45 $(BIN)/python -m pip install --quiet --no-compile --no-deps || true
+	sed '/make docs/,$$d' constraints.txt | grep == | xargs -P 2 -n 45 $(BIN)/python -m pip install --quiet --no-compile --no-deps || true
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev,demo]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 # What is not in VERSIONS is as in constraints.txt with the oldest, and the newest that there is with the newest.
@@ -86,4 +95,4 @@ $(VENV)/.installed-versions: constraints.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-min .venv-latest .cache build src/optq.egg-info
+	rm -rf .venv .venv-min .venv-latest .cache build site src/optq.egg-info

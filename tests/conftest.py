@@ -13,9 +13,13 @@ import gc
 import json
 import logging
 import signal
+import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +48,17 @@ if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes starts first, so that two workers end together."""
     items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
+def pytest_collection_finish() -> None:
+    """The million objects of libraries and collected tests outlive every test: no collection looks at them again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # some libraries count at the end what was not freed
 
 
 VOCABULARY = 128
@@ -298,14 +313,45 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def forked(work: Callable[[], object]) -> int:
-    """The number of a child of this process that does some work and ends, without the seconds that imports take."""
+    """The number of a child of this process that does some work and ends, without the seconds that imports take.
+
+    It ends with status 0, or with 1 and the traceback where the work raised.
+    """
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
+            sys.stderr.flush()
+            os._exit(status)
     return child
+
+
+def forked_ranks(work: Callable[[], object], count: int, said: Path) -> None:
+    """Have so many processes do the same work, with what torchrun gives them; their stderr goes to the file `said`.
+
+    Raises:
+        AssertionError: one of them did not end with status 0.
+    """
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    said.touch()
+
+    def process(rank: int) -> None:
+        os.environ |= {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        descriptor = os.open(said, os.O_WRONLY | os.O_APPEND)
+        os.dup2(descriptor, 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        warnings.simplefilter("default")  # no errors, and nobody who listens: as in a process that no test has begun
+        logging.getLogger().handlers.clear()
+        work()
+
+    children = [forked(partial(process, rank)) for rank in range(count)]
+    assert [os.waitpid(child, 0)[1] for child in children] == count * [0], said.read_text()[-3000:]
 
 
 Planted = Callable[..., ModuleType]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README is short, its table is made from the benchmarks' JSON, and its links lead somewhere."""
+"""The README is short, its table is made from the benchmarks' JSON, and pages say how optq is installed as it is."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -22,19 +21,6 @@ def test_is_at_most_150_lines():
 
 def test_the_tables_are_what_the_benchmarks_measured():
     subprocess.run([sys.executable, str(ROOT / "benchmarks/tables.py"), "--check"], check=True)
-
-
-def test_the_code_parses_and_names_what_exists():
-    import optq
-
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and node.module == "optq":
-                assert all(hasattr(optq, alias.name) for alias in node.names)
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "optq":
-                assert hasattr(optq, node.attr)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -88,10 +74,3 @@ def test_names_that_are_linked_to_a_file_are_defined_in_it(page):
     for name, target in re.findall(r"\[`(\w+)`\]\(([^)#:]+\.py)\)", path.read_text(encoding="utf-8")):
         source = (path.parent / target).read_text(encoding="utf-8")
         assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.*=", source, re.MULTILINE), f"{page}: {name}, {target}"
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_to_files_lead_somewhere(page):
-    path = ROOT / page
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), f"{page}: {target}"

