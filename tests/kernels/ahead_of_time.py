@@ -2,7 +2,8 @@
 """Compiles the Triton programs for GPUs that need not be there, and prints what became of them, one JSON line each.
 
     python tests/kernels/ahead_of_time.py           # every tiling, bits and architecture
-    python tests/kernels/ahead_of_time.py --quick   # a few of them, as the tests do
+    python tests/kernels/ahead_of_time.py --quick   # a few of them, as `make test-all` does
+    python tests/kernels/ahead_of_time.py --quick --half   # and half of these, as `make test` does
     python tests/kernels/ahead_of_time.py --loops   # NVIDIA's, groups of 128, bfloat16: for benchmarks/instructions.py
 
 A program of its own, because the interpreter and the compiler cannot be used in one process.
@@ -15,7 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +181,7 @@ def tilings_of(target: Any) -> tuple[Any, ...]:
     return TILINGS if target.backend == "hip" else BY_CAPABILITY.get(target.arch // 10, TILINGS)
 
 
-def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
+def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
     others = () if quick else (89, 100, 120)
     targets = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, *others)} | {
         "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -197,7 +199,7 @@ def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
                 continue
             what = {"target": name, "program": "product", "bits": bits, "dtype": dtype, "group": group}
             what |= {"rows": tiling.rows, "weights_per_thread": weights_per_thread(bits, tiling)}
-            yield what, product(bits, dtype, group, tiling, target)
+            yield what, partial(product, bits, dtype, group, tiling, target)
         for bits, dtype, group, tiling in every:
             at = tilings.index(tiling)
             own_one = at == 1 if name == "gfx942" else at % 2 == (name == "sm_90")
@@ -205,24 +207,25 @@ def cases(quick: bool) -> Iterator[tuple[dict[str, Any], Any]]:
                 continue
             what = {"target": name, "program": "grouped_product", "bits": bits, "dtype": dtype, "group": group}
             what |= {"rows": tiling.rows, "weights_per_thread": weights_per_thread(bits, tiling)}
-            yield what, product(bits, dtype, group, tiling, target, EXPERTS)
+            yield what, partial(product, bits, dtype, group, tiling, target, EXPERTS)
         for bits, dtype in zip(PLANES, itertools.cycle(TYPES), strict=False):
             if quick and (name != "sm_90" if bits in (3, 8) else name == "sm_90" or (name == "gfx942" and bits == 2)):
                 continue
             what = {"target": name, "program": "dequantize", "bits": bits, "dtype": dtype, "group": 128}
-            yield what, dequantize(bits, dtype, 128, target)
+            yield what, partial(dequantize, bits, dtype, 128, target)
         for program in LOOPS:
-            yield {"target": name, "program": program}, loop(program, target)
+            yield {"target": name, "program": program}, partial(loop, program, target)
 
 
-def loops() -> Iterator[tuple[dict[str, Any], Any]]:
+def loops() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
     for target in [GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)]:
         for bits, tiling in itertools.product(PLANES, tilings_of(target)):
             what = {"target": f"sm_{target.arch}", "bits": bits, "rows": tiling.rows, "most_rows": tiling.most_rows}
             what |= {"weights_per_thread": weights_per_thread(bits, tiling)}
-            yield what, product(bits, "bfloat16", 128, tiling, target)
+            yield what, partial(product, bits, "bfloat16", 128, tiling, target)
 
 
 if __name__ == "__main__":
-    for what, binary in loops() if "--loops" in sys.argv else cases("--quick" in sys.argv):
-        print(json.dumps(what | facts(binary)), flush=True)
+    every = loops() if "--loops" in sys.argv else cases("--quick" in sys.argv)
+    for what, compiles in itertools.islice(every, 0, None, 2 if "--half" in sys.argv else 1):
+        print(json.dumps(what | facts(compiles())), flush=True)

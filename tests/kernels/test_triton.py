@@ -269,10 +269,11 @@ def test_a_copied_layer_remembers_no_launches():
 
 
 @pytest.mark.minutes
-def test_compiles_for_gpus_that_are_not_there():
+@pytest.mark.parametrize("sample", [["--half"], pytest.param([], marks=pytest.mark.long)], ids=["some", "more"])
+def test_compiles_for_gpus_that_are_not_there(sample):
     """Without spills, with loads of 128 bits and the tensor cores' instructions, in the memory of small GPUs."""
     script, is_old = Path(__file__).with_name("ahead_of_time.py"), Version(version("triton")) < Version("3.9")
-    ran = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, script, "--quick", *sample], capture_output=True, text=True, check=True)
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     assert {facts["target"] for facts in found} == {"sm_80", "sm_90", "gfx942"}
     for facts in found:
