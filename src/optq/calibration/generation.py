@@ -55,12 +55,6 @@ def write_samples(
     done = list(written)
     began = time.monotonic()
     bar = tqdm(total=samples * length, initial=len(done) * length, desc="Writing text", unit=" tokens", disable=None)
-
-    def show(ids: Tensor, scores: Any) -> Tensor:
-        """A criterion of `generate` that stops nothing: it is asked after every token."""
-        bar.update(len(ids))
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad(), bar:
         while len(done) < samples:
             torch.manual_seed(random.Random(f"{seed}, {len(done)}").getrandbits(63))  # whatever was before this part
@@ -75,7 +69,7 @@ def write_samples(
                 attention_mask=torch.ones_like(start),
                 max_new_tokens=length - start.shape[1],
                 use_cache=True,
-                stopping_criteria=[show],
+                stopping_criteria=[_shown_on(bar)],
             )
             done += ids.tolist()
             keep(done)
@@ -87,3 +81,13 @@ def write_samples(
                 time.monotonic() - began,
             )
     return done
+
+
+def _shown_on(bar: Any) -> Callable[[Tensor, Any], Tensor]:
+    """A criterion of `generate` that stops nothing: it is asked after every token of each sample."""
+
+    def asked(ids: Tensor, scores: Any) -> Tensor:
+        bar.update(len(ids))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    return asked
