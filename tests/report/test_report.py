@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -21,6 +22,7 @@ from optq import GPTQConfig
 from optq.checkpoint import find_quantized_linears, read_headers
 from optq.errors import OutputError, QualityError, ReportError
 from optq.events import LOG_NAME
+from optq.report import page as page_module
 from optq.report import read_run, report
 from optq.version import how_to_install
 
@@ -139,6 +141,82 @@ def test_the_figures_on_the_page_are_those_of_the_checkpoint_and_the_log(finishe
     stored += sum(32 * torch.Size(linear.headers["qzeros"].shape).numel() for linear in packed)
     assert f"{stored / weights:.2f}" in page.text.partition("bits per weight")[2][:20]
     assert page.row("group_size")[1] == "32"
+
+
+def contrast(*colours):
+    """The ratio of WCAG 2.2 between two colours, which are #rgb or #rrggbb."""
+    luminances = []
+    for colour in colours:
+        digits = colour.lstrip("#")
+        digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+        parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
+
+
+def test_text_is_readable_on_light_and_dark_screens_and_the_page_is_as_wide_as_the_screen():
+    source = Path(page_module.__file__).with_name("page.html").read_text(encoding="utf-8")
+    assert 'name="viewport" content="width=device-width' in source
+    light, dark = (dict(re.findall(r"--(\w+): (#\w+)", found)) for found in re.findall(r":root \{(.*?)\}", source))
+    assert "@media screen and (prefers-color-scheme: dark)" in source
+    assert light.keys() == dark.keys() and set(re.findall(r"var\(--(\w+)\)", source)) == light.keys()
+    for scheme in (light, dark):
+        for ground in ("page", "panel"):
+            assert min(contrast(scheme["ink"], scheme[ground]), contrast(scheme["soft"], scheme[ground])) >= 4.5
+    assert contrast(light["page"], dark["page"]) > 10
+    assert contrast("#777", "#fff") < 4.5 < contrast("#767676", "#fff")  # as WCAG's examples have it
+
+
+def drawn(monkeypatch, draw, *arguments):
+    """The figure that `draw` would save."""
+    kept = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file: kept.append(figure))
+    draw(*arguments)
+    (figure,) = kept
+    return figure
+
+
+def test_every_kind_of_linear_has_its_own_scale_in_the_heat_map(finished, tmp_path, monkeypatch):
+    from optq.report.figures import draw_loss
+
+    def scaled(kind, block, factor):
+        def change(lines):
+            for event in lines:
+                if event["event"] == "linear" and re.search(f"{block}.*{kind}", event["linear"]):
+                    event["relative_loss"] *= factor
+            return lines
+
+        log = edited(finished, tmp_path / f"{kind}{block}", change)
+        axes = drawn(monkeypatch, draw_loss, read_run(log), tmp_path / "never").axes[1]
+        return axes.images[0].get_array().data, [label.get_text() for label in axes.get_yticklabels()]
+
+    (before, names), (after, renamed), (other, _) = (
+        scaled(*asked) for asked in (("no", "", 1), ("v_proj", "", 9), ("v_proj", "layers.1", 9))
+    )
+    assert after == pytest.approx(before) and other != pytest.approx(before)
+    assert [name.split()[0] for name, new in zip(names, renamed, strict=True) if name != new] == ["self_attn.v_proj"]
+
+
+def test_how_a_linear_stands_in_its_kind_is_in_the_table(finished, tmp_path):
+    run = read_run(finished)
+    worst = max(run.linears, key=lambda linear: linear.relative_loss)
+    kind = [linear.relative_loss for linear in run.linears if linear.kind == worst.kind]
+    page = Page(report([finished], tmp_path).page)
+    assert page.row(worst.linear)[2] == f"{worst.relative_loss / statistics.median(kind):.1f}"
+
+
+def test_different_models_are_not_compared_on_one_axis(finished, tmp_path, monkeypatch):
+    from optq.report.figures import draw_comparison
+
+    def another(lines):
+        lines[0]["model"] = "another/model"
+        return lines
+
+    runs = [read_run(finished), read_run(edited(finished, tmp_path / "log", another)), read_run(finished)]
+    axes = drawn(monkeypatch, draw_comparison, runs, tmp_path / "never").axes
+    assert [found.get_title(loc="left") for found in axes] == [runs[0].model, "another/model"]
+    assert [[text.get_text() for text in found.texts] for found in axes] == [["1", "3"], ["2"]]
 
 
 def test_a_log_that_says_otherwise_gives_another_page(finished, tmp_path):
@@ -314,7 +392,7 @@ def test_without_matplotlib_the_package_to_install_is_named(finished, tmp_path, 
 
 
 FRAMES = """<!DOCTYPE html><body><script>
-const pages = PAGES, widths = [1280, 400];
+const pages = PAGES, widths = [1280, 500, 400];
 for (const [name, source] of Object.entries(pages)) for (const width of widths) {
   const frame = document.createElement("iframe");
   frame.style.cssText = `width: ${width}px; height: 800px; border: 0`;
@@ -337,7 +415,7 @@ def browse(address, *options):
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_in_a_browser_nothing_overflows_on_a_screen_or_a_phone(finished, mixture, tmp_path):
+def test_in_a_browser_nothing_overflows_on_a_screen_or_a_phone_and_dark_is_dark(finished, mixture, tmp_path):
     from PIL import Image
 
     page = report([finished, mixture], tmp_path).page
@@ -349,10 +427,16 @@ def test_in_a_browser_nothing_overflows_on_a_screen_or_a_phone(finished, mixture
         r"(\w+) (\d+): (\d+) of (\d+)", browse(frames.as_uri(), "--dump-dom").rpartition("</script>")[2]
     )
     measured = {(name, int(width)): (int(content), int(window)) for name, width, content, window in found}
-    assert measured.keys() == {(name, width) for name in pages for width in (1280, 400)}
+    assert measured.keys() == {(name, width) for name in pages for width in (1280, 500, 400)}
     for (name, _), (content, window) in measured.items():
         assert (content <= window) == (name == "page")
-    browse(page.as_uri(), f"--screenshot={tmp_path / 'screen.png'}", "--window-size=1280,2000")
-    with Image.open(Path(tmp_path, "screen.png")) as screen:
-        colours = screen.convert("RGB").getcolors(1 << 24)
-    assert len(colours) > 100  # the pictures are there
+    corners = set()
+    for scheme in (0, 1):  # Chromium's numbers of dark and light
+        file = tmp_path / f"{scheme}.png"
+        asked = f"--blink-settings=preferredColorScheme={scheme}"
+        browse(page.as_uri(), asked, f"--screenshot={file}", "--window-size=1280,2000")
+        with Image.open(file) as image:
+            screen = image.convert("RGB")
+        assert len(screen.getcolors(1 << 24)) > 100  # the pictures are there
+        corners.add(screen.getpixel((2, 2)))
+    assert corners == {(0x15, 0x18, 0x1C), (255, 255, 255)}

@@ -44,7 +44,7 @@ STYLE: dict[str, Any] = {
 WIDTH = 9.0  # inches
 MOST_TICKS = 32
 NUMBERED = 5  # worst cells
-SHOWN_DECADES = 1.5  # of the loss: what is smaller does not hurt, and would take the contrast from what does
+LEAST_SHOWN, MOST_AT_LEAST = 0.5, 2.0  # times the kind's median loss: what is lower does not hurt; noise is not bright
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +144,11 @@ def _log_ticks(axis: Axis, format_value: Callable[[float], str]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _log_norm(values: Iterable[float], decades: float = 9) -> LogNorm:
-    """Up to the largest value, from the smallest positive one; half a decade at least, `decades` at most."""
+def _log_norm(values: Iterable[float]) -> LogNorm:
+    """Up to the largest value, from the smallest positive one; half a decade at least, nine at most."""
     positive = [value for value in values if value > 0] or [1.0]
     highest = max(positive)
-    return LogNorm(min(max(min(positive), highest / 10**decades), highest / 3), highest)
+    return LogNorm(min(max(min(positive), highest / 10**9), highest / 3), highest)
 
 
 def _kinds(run: Run) -> list[str]:
@@ -160,6 +160,7 @@ def draw_loss(run: Run, file: Path) -> Picture:
     blocks, kinds = run.blocks, _kinds(run)
     losses = _table(run.linears, lambda found: fmean(linear.relative_loss for linear in found))
     worst = sorted(losses, key=lambda cell: -losses[cell])[:NUMBERED]
+    ratios = {cell: loss / run.median_loss[cell[0]] for cell, loss in losses.items() if loss}
     with _drawing(file, 2.9 + 0.24 * len(kinds)) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=(1.5, 0.24 * len(kinds)))
         for attribute, name, style in (
@@ -177,16 +178,16 @@ def draw_loss(run: Run, file: Path) -> Picture:
         above.set_ylabel("relative loss")
         above.set_title("Mean over the linears of each block")
         above.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
-        below.set_title("Every kind of linear; the worst are numbered")
+        below.set_title("Every kind of linear against its own median, at the left; those that lose most are numbered")
         _heat_map(
             below,
-            {cell: loss or math.nan for cell, loss in losses.items()},
+            ratios,
             kinds,
             blocks,
-            _log_norm(losses.values(), SHOWN_DECADES),
-            label="relative loss",
-            format_value=_share,
+            LogNorm(LEAST_SHOWN, max(MOST_AT_LEAST, *ratios.values())),
+            label="times the median",
         )
+        below.set_yticks(range(len(kinds)), [f"{kind}  {percent(run.median_loss.get(kind, 0))}" for kind in kinds])
         for number, (kind, block) in enumerate(worst, 1):
             _number_cell(below, blocks.index(block), kinds.index(kind), number, 8 if len(blocks) < 48 else 5)
         _label_blocks(below, blocks)
@@ -198,7 +199,8 @@ def draw_loss(run: Run, file: Path) -> Picture:
         + "; ".join(f"{kind} in {block}, {percent(losses[kind, block])}" for kind, block in worst)
         + ".",
         caption="Relative loss: the energy of the error that rounding makes in a linear's outputs, over the energy of "
-        "these outputs, on the calibration data. Bright cells hurt. Experts are averaged.",
+        "these outputs, on the calibration data. Bright cells lose more than others of their kind, whose median is "
+        "beside its name; the darkest lose half of it or less. Experts are averaged.",
     )
 
 
@@ -384,26 +386,36 @@ def draw_time_and_memory(run: Run, file: Path) -> Picture:
 
 
 def draw_comparison(runs: Sequence[Run], file: Path) -> Picture:
-    """Draw quality against bits per weight, for the runs that were compared; runs are numbered from 1."""
-    points = [(number, *run.standing) for number, run in enumerate(runs, 1) if run.standing is not None]
-    with _drawing(file, 4) as figure:
-        axes = figure.subplots()
-        for number, bits, divergence in points:
-            axes.plot(bits, divergence, "o", color=BLUE, markersize=15, markeredgecolor="white")
-            axes.annotate(
-                str(number), (bits, divergence), ha="center", va="center_baseline", color="white", fontweight="bold"
-            )
-        axes.set_yscale("log")
-        axes.margins(0.1)
-        _log_ticks(axes.yaxis, "{:g}".format)
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-        axes.set_xlabel("stored bits per weight")
-        axes.set_ylabel("KL divergence from the original, nats per token")
+    """Draw quality against bits per weight, each model on axes of its own; runs are numbered from 1."""
+    points: dict[str, list[tuple[int, float, float]]] = {}
+    for number, run in enumerate(runs, 1):
+        if run.standing is not None:
+            points.setdefault(run.model, []).append((number, *run.standing))
+    with _drawing(file, 1 + 3 * len(points)) as figure:
+        drawn = np.atleast_1d(figure.subplots(len(points), sharex=True))
+        for axes, (model, standings) in zip(drawn, points.items(), strict=True):
+            for number, bits, divergence in standings:
+                axes.plot(bits, divergence, "o", color=BLUE, markersize=15, markeredgecolor="white")
+                axes.annotate(
+                    str(number), (bits, divergence), ha="center", va="center_baseline", color="white", weight="bold"
+                )
+            axes.set_title(model)
+            axes.set_yscale("log")
+            axes.margins(0.1)
+            _log_ticks(axes.yaxis, "{:g}".format)
+            axes.grid(color="#DDDDDD", linewidth=0.6)
+            axes.set_ylabel("KL divergence, nats per token")
+        drawn[-1].set_xlabel("stored bits per weight")
     return Picture(
         file=file,
         title="Quality against bits per weight",
         alt="Scatter plot: "
-        + "; ".join(f"run {number}, {bits:.2f} bits per weight, {loss:.4f} nats" for number, bits, loss in points)
+        + "; ".join(
+            f"run {number} of {model}, {bits:.2f} bits per weight, {loss:.4f} nats"
+            for model, standings in points.items()
+            for number, bits, loss in standings
+        )
         + ".",
-        caption="Lower is closer to the original; further left is smaller. Numbers are those of the table.",
+        caption="KL divergence from the original: lower is closer to it; further left is smaller. Numbers are those "
+        "of the table. Every model has its own scale of divergence.",
     )

@@ -118,11 +118,21 @@ def _facts(run: Run, pictures: list["Picture"]) -> dict[str, Any]:
         "tiles": _tiles(run),
         "notes": notes_on(run),
         "pictures": pictures,
-        "worst_columns": ["linear", "relative loss", "rounded to nearest", "bits", "group", "damping", "tokens"],
+        "worst_columns": [
+            "linear",
+            "relative loss",
+            "times its kind's median",
+            "rounded to nearest",
+            "bits",
+            "group",
+            "damping",
+            "tokens",
+        ],
         "worst": [
             [
                 linear.linear,
                 percent(linear.relative_loss),
+                _times_its_kind(run, linear),
                 percent(linear.rtn_relative_loss),
                 linear.bits,
                 linear.group_size,
@@ -169,14 +179,19 @@ def _verdict(run: Run) -> dict[str, str]:
 
 def _hurting(run: Run) -> str:
     """The one linear to look at first."""
-    losses = {linear.linear: linear.relative_loss for linear in run.linears if linear.relative_loss}
-    if not losses:
+    if not run.median_loss:
         return ""
-    worst = max(losses, key=lambda name: losses[name])
+    worst = max(run.linears, key=lambda linear: linear.relative_loss)
     return (
-        f"{worst} hurts most: rounding changes {percent(losses[worst])} of the energy of its outputs, "
-        f"{losses[worst] / median(losses.values()):.1f} times the median of all {counted(len(run.linears), 'linear')}."
+        f"{worst.linear} hurts most: rounding changes {percent(worst.relative_loss)} of the energy of its outputs, "
+        f"{_times_its_kind(run, worst)} times the median of its kind."
     )
+
+
+def _times_its_kind(run: Run, linear: LinearQuantized) -> str:
+    """How far the linear's loss is from the median of the same kind in all blocks."""
+    usual = run.median_loss.get(linear.kind)
+    return _or_dash(usual and linear.relative_loss / usual, "{:.1f}")
 
 
 def _tiles(run: Run) -> list[tuple[str, str]]:

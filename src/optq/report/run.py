@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 from optq.device.memory import GIB
@@ -73,6 +74,15 @@ class Run:
     def linears(self) -> tuple[LinearQuantized, ...]:
         """The quantized linears, in the order in which they were solved."""
         return tuple(self.events_of(LinearQuantized))
+
+    @cached_property
+    def median_loss(self) -> dict[str, float]:
+        """The relative loss of each kind of linear that lost anything: the median over blocks, experts averaged."""
+        losses: dict[str, dict[str, list[float]]] = {}
+        for linear in self.linears:
+            if linear.relative_loss:
+                losses.setdefault(linear.kind, {}).setdefault(linear.block, []).append(linear.relative_loss)
+        return {kind: median(fmean(found) for found in of_block.values()) for kind, of_block in losses.items()}
 
     @property
     def blocks(self) -> list[str]:
