@@ -12,7 +12,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import gc
 import json
 import logging
+import runpy
 import signal
+import subprocess
 import sys
 import traceback
 import warnings
@@ -352,6 +354,25 @@ def forked_ranks(work: Callable[[], object], count: int, said: Path) -> None:
 
     children = [forked(partial(process, rank)) for rank in range(count)]
     assert [os.waitpid(child, 0)[1] for child in children] == count * [0], said.read_text()[-3000:]
+
+
+def two_ranks(script: Path, *arguments: str, said: Path) -> None:
+    """Have two processes run a script together. Forks, unless torch is built for GPUs: its autograd may refuse them.
+
+    Raises:
+        AssertionError: one of them did not end with status 0.
+    """
+
+    def run() -> None:
+        sys.argv = [str(script), *arguments]
+        runpy.run_path(str(script), run_name="__main__")
+
+    if torch.version.cuda is None:
+        forked_ranks(run, 2, said)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments]
+    with said.open("w") as stderr:
+        assert subprocess.run(command, stderr=stderr, check=False).returncode == 0, said.read_text()[-3000:]
 
 
 Planted = Callable[..., ModuleType]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import optq
 import optq.distributed
-from conftest import forked_ranks, tiny_llama_config
+from conftest import forked_ranks, tiny_llama_config, two_ranks
 from optq import GPTQConfig
 from optq.checkpoint import unpack_codes
 from optq.errors import OptqError, RankError
@@ -34,12 +34,18 @@ SETTINGS = {
 """Runs by name, each with its model and data beside it; what is not "mixtral" quantizes the tiny llama."""
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import optq
 from optq import GPTQConfig
+from optq.errors import OptqError
 
-source, output, settings = json.loads(sys.argv[1])
-optq.quantize(source, GPTQConfig(**settings), output_dir=output)
+for source, output, settings in json.loads(sys.argv[1]):
+    changes = settings.pop("only_in_process_1", {})
+    settings |= changes if os.environ["RANK"] == "1" else {}
+    try:
+        optq.quantize(source, GPTQConfig(**settings), output_dir=output)
+    except OptqError as error:
+        print(f"<{os.environ['RANK']}: {type(error).__name__}: {error}>", file=sys.stderr)
 """
 
 
@@ -54,24 +60,15 @@ def mixtral(tmp_path_factory):
     return folder
 
 
-def started(folder, source, output, settings):
-    """torchrun with two processes that quantize together."""
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = json.dumps((source, output, settings), default=str)
-    return subprocess.Popen([*command, script, run], stderr=subprocess.DEVNULL)
+def script_in(folder):
+    (folder / "script.py").write_text(SCRIPT)
+    return folder / "script.py"
 
 
-def quantize_all(runs):
-    """The same in a process that is one of several."""
-    for source, output, settings in runs:
-        changes = settings.get("only_in_process_1", {}) if os.environ["RANK"] == "1" else {}
-        asked = {name: value for name, value in settings.items() if name != "only_in_process_1"} | changes
-        try:
-            optq.quantize(source, GPTQConfig(**asked), output_dir=output)
-        except OptqError as error:
-            print(f"<{os.environ['RANK']}: {type(error).__name__}: {error}>", file=sys.stderr)
+def started(folder, *runs):
+    """torchrun with two processes that do the runs together, each a source, an output folder and settings."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script_in(folder)]
+    return subprocess.Popen([*command, json.dumps(runs, default=str)], stderr=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +84,7 @@ def lost(deep, token_rows, tmp_path_factory):
     """A run of which one process was killed, as arguments of `started`; and what became of it, the exit status."""
     folder = tmp_path_factory.mktemp("lost")
     settings = {**SETTINGS["default"], "dataset": token_rows, "batch_size": 1}
-    run = started(folder, deep, folder / "out", settings)
+    run = started(folder, (deep, folder / "out", settings))
     while not list((folder / "out").rglob("block-00003.safetensors")):
         assert run.poll() is None
         time.sleep(0.01)
@@ -113,7 +110,7 @@ def by_two(tiny_llama, mixtral, deep, lost, token_rows, tmp_path_factory):
         (tiny_llama, refused / "few", {**settings, "batch_size": 16}),
         (tiny_llama, refused, settings),
     ]
-    forked_ranks(lambda: quantize_all([*runs, *others]), 2, folder / "stderr")
+    two_ranks(script_in(folder), json.dumps([*runs, *others], default=str), said=folder / "stderr")
     return folder, runs, (folder / "stderr").read_text()
 
 

@@ -2,8 +2,6 @@
 """Tensor parallelism: two processes, as torchrun starts them, compute with half of every packed linear each."""
 
 import json
-import runpy
-import sys
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Phi3Config
 
 import optq
-from conftest import forked_ranks, tiny_llama_config
+from conftest import tiny_llama_config, two_ranks
 from optq import GPTQConfig
 from optq.errors import ConfigError
 from optq.integrations.tensor_parallel import ParallelLinear, groups_of_columns, make_ready
@@ -207,12 +205,9 @@ def folder(tmp_path_factory):
     write_expected(folder / "groups", "expected.bfloat16", dtype=torch.bfloat16)
     script = folder / "script.py"
     script.write_text(SCRIPT)
-
-    def compute():
-        sys.argv = [str(script), str(folder), *map(json.dumps, (list(CASES), list(REFUSED), FAULTS, OWN_PLAN))]
-        runpy.run_path(str(script))
-
-    forked_ranks(compute, 2, folder / "said")
+    two_ranks(
+        script, str(folder), *map(json.dumps, (list(CASES), list(REFUSED), FAULTS, OWN_PLAN)), said=folder / "said"
+    )
     return folder
 
 
