@@ -181,6 +181,28 @@ def instructions() -> str:
     return "\n".join(lines)
 
 
+def programs() -> str:
+    """What all Triton programs use."""
+    content = read("programs")
+    results = content["results"]
+    lines = [
+        f"By Triton {content['environment']['triton']}, {content['settings']['programs']}:",
+        "",
+        f"| | {' | '.join(results)} |",
+        f"|---|{'---|' * len(results)}",
+    ]
+    words = {
+        "programs": "programs",
+        "with spills": "with registers in memory",
+        "without matrix products": "products without the matrix cores",
+    }
+    lines += [
+        f"| {told} | {' | '.join(str(found[key]) for found in results.values())} |" for key, told in words.items()
+    ]
+    shared = " | ".join(f"{found['most shared bytes'] / 1024:.0f}" for found in results.values())
+    return "\n".join([*lines, f"| most shared memory, KiB | {shared} |"])
+
+
 def generate() -> str:
     """Tokens per second, loading time, memory."""
     content = read("generate-cpu")
@@ -498,6 +520,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "second_family": second_family,
     "kernels": kernels,
     "instructions": instructions,
+    "programs": programs,
     "generate": generate,
     "memory": memory,
     "duration": duration,
