@@ -24,7 +24,7 @@ from optq.model import put_split
 from optq.quantization.cost_estimate import Duration, estimate
 from optq.quantization.plan import Plan, Target
 from optq.quantization.run import Run
-from optq.runs.budget import Budget, dense_bytes
+from optq.runs.budget import Budget, dense_bytes, whole_bytes
 from optq.runs.preparation import prepare, vocabulary_of
 from optq.runs.readers import as_linears, refused_by, said_of_readers
 from optq.runs.validation import check_kernels, check_request
@@ -149,7 +149,6 @@ def plan(
     targets = planned.all_targets
     stored = _stored_bits(config, prepared.budget, targets)
     weights = sum(math.prod(target.view.shape) for target in targets)
-    dense = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # each once, however often it is tied
     left = dense_bytes(model, planned)
     memory = _memory(model, planned, calibration, device)
     activations, (on_device, _) = memory["activations"], config.activation_limits(device)
@@ -165,7 +164,7 @@ def plan(
         weaknesses=calibration.weak_for(planned.widest),
         bits_per_weight=stored / weights,
         checkpoint_gib=(stored / 8 + group_indices + left) / GIB,
-        dense_gib=sum(dense.values()) / GIB,
+        dense_gib=whole_bytes(model) / GIB,
         memory_gib={part: size / GIB for part, size in memory.items()},
         elsewhere_gib=max(0, activations - on_device) / GIB,
         free_gib=free_bytes(device) / GIB,

@@ -117,7 +117,6 @@ def _fitting(model: Any, config: GPTQConfig, plan: Plan, cache: Cache, least: in
         least: bits of the smallest schemes.
     """
     memory = bytes_of(config.fit)
-    whole = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # each once, however often it is tied
     parts = {
         "not quantized: embeddings, norms, head": dense_bytes(model, plan),
         "indices of groups": sum(4 * target.view.shape[1] for target in plan.all_targets),
@@ -132,7 +131,7 @@ def _fitting(model: Any, config: GPTQConfig, plan: Plan, cache: Cache, least: in
             f"them are {_listed(parts)}. fit='{needed}MiB' has room for all. Ask for that, for a shorter "
             "context_length, or for larger groups; serving= and dynamic may forbid smaller schemes."
         )
-    original = sum(whole.values()) + cache.size + int(SPARE * memory)
+    original = whole_bytes(model) + cache.size + int(SPARE * memory)
     return Budget(bits=8 * left, parts=parts | {"left for quantized weights": left}, original=original)
 
 
@@ -142,6 +141,11 @@ def _listed(parts: dict[str, int]) -> str:
 
 def _sized(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"
+
+
+def whole_bytes(model: Any) -> int:
+    """Bytes of all parameters, each once, however often it is tied; `model` may be on the meta device."""
+    return sum({id(p): p.numel() * p.element_size() for p in model.parameters()}.values())
 
 
 def dense_bytes(model: Any, plan: Plan) -> int:
