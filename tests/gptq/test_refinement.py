@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from optq.gptq import InputDrift, output_energy, solve
+from optq.gptq import Drift, output_energy, solve
 from optq.gptq.refinement import Attempt, refine, refit_scales, sweep_codes
 from optq.scheme import LayerScheme
 
@@ -129,11 +129,12 @@ def test_propagation_moves_the_outputs_towards_the_originals():
     originals = torch.randn(4000, IN, generator=generator) @ mixing
     inputs = 0.9 * originals + 0.1 * torch.randn(4000, IN, generator=generator) @ mixing
     weight = torch.randn(OUT, IN, generator=generator)
-    drift = InputDrift(IN, "cpu")
-    drift.add(originals[:1000].view(2, 500, IN), inputs[:1000].view(2, 500, IN))
+    drift = Drift(IN, "cpu")
+    first = inputs[:1000].view(2, 500, IN)
+    drift.add(originals[:1000].view(2, 500, IN), first, first)
     keep = torch.arange(3002) < 3000  # the last two rows are padding
     padded = torch.cat([inputs[1000:], torch.full((2, IN), 1e6)])
-    drift.add(torch.cat([originals[1000:], torch.zeros(2, IN)]), padded, keep)
+    drift.add(torch.cat([originals[1000:], torch.zeros(2, IN)]), padded, padded, keep)
     torch.testing.assert_close(drift.mean(), (originals - inputs).T @ inputs / 4000, rtol=1e-3, atol=1e-4)
     hessian = inputs.T @ inputs / 4000
     errors = []
@@ -144,3 +145,26 @@ def test_propagation_moves_the_outputs_towards_the_originals():
     assert errors[0] > errors[1] > errors[2]
     best = torch.linalg.lstsq(inputs, originals @ weight.T).solution
     assert errors[2] == pytest.approx(float((originals @ weight.T - inputs @ best).square().mean()), rel=0.1)
+
+
+def test_the_error_of_the_residual_stream_is_compensated_as_well():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(IN, IN, generator=generator) / IN**0.5
+    originals = torch.randn(4000, IN, generator=generator) @ mixing
+    inputs = 0.9 * originals + 0.1 * torch.randn(4000, IN, generator=generator) @ mixing
+    weight = torch.randn(OUT, IN, generator=generator)
+    streams = originals @ torch.randn(OUT, IN, generator=generator).T
+    ours = streams + 0.1 * inputs @ torch.randn(OUT, IN, generator=generator).T
+    drift, residual_drift = Drift(IN, "cpu"), Drift(IN, "cpu", rows=OUT)
+    drift.add(originals, inputs, inputs)
+    residual_drift.add(streams, ours, inputs)
+    torch.testing.assert_close(residual_drift.mean(), (streams - ours).T @ inputs / 4000, rtol=1e-3, atol=1e-4)
+    errors = []
+    for propagation, residual in ((1.0, None), (0.5, residual_drift.mean()), (1.0, residual_drift.mean())):
+        scheme = LayerScheme(bits=8, group_size=16, damping=1e-4, propagation=propagation)
+        solved = solve(weight, inputs.T @ inputs / 4000, scheme, drift=drift.mean(), residual_drift=residual)
+        wanted = streams + originals @ weight.T
+        errors.append(float((wanted - ours - inputs @ solved.quantized.decode().T).square().mean()))
+    assert errors[0] > errors[1] > errors[2]
+    best = torch.linalg.lstsq(inputs, wanted - ours).solution
+    assert errors[2] == pytest.approx(float((wanted - ours - inputs @ best).square().mean()), rel=0.15)

@@ -47,7 +47,7 @@ def setting():
         ]
         targets = tuple(Target(view=view, scheme=SCHEME) for view in find_linears(block).values())
         report = BlockReport(block="block", targets=targets, log=RunLog(bar=False), device=torch.device("cpu"))
-        runner = BlockRunner(block, ActivationStore(), report)
+        runner = BlockRunner(block, block, ActivationStore(), report)
         solved = [
             Solved(
                 view=target.view,

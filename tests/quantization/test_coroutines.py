@@ -103,7 +103,7 @@ def test_stages_are_the_linears_that_share_an_input(model, batches):
         fed = []
         later = []
         stages[3].views[0].module.register_forward_pre_hook(lambda *_: later.append(1))
-        feed_stages([stages[0], stages[2]], run, lambda stage, x: fed.append((stage.name, x.shape)))
+        feed_stages([stages[0], stages[2]], run, lambda stage, found: fed.append((stage.name, found[0].shape)))
         assert fed == [("q_proj+k_proj+v_proj", (2, 10, 64)), ("gate_proj+up_proj", (2, 10, 64))]
         assert not later  # the forward was cut off once all was seen
 

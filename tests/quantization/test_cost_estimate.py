@@ -11,7 +11,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 import optq
 from conftest import VOCABULARY
 from optq import GPTQConfig
-from optq.gptq import Hessian, InputDrift, SolvingWork, work_of
+from optq.gptq import Drift, Hessian, SolvingWork, work_of
 from optq.quantization import bit_allocation as allocation
 from optq.quantization import block, stage_solver
 from optq.quantization import cost_estimate as duration
@@ -41,9 +41,9 @@ def counted(monkeypatch):
 
         return counting
 
-    def counting_solve(weight, hessian, scheme, *, drift=None, name=""):
+    def counting_solve(weight, hessian, scheme, *, drift=None, name="", **others):
         found["solved"].append((*weight.shape, scheme, drift is not None))
-        return solve(weight, hessian, scheme, drift=drift, name=name)
+        return solve(weight, hessian, scheme, drift=drift, name=name, **others)
 
     def counting_search(weight, hessian, scheme, *, name=""):
         found["searched"].append((*weight.shape, scheme, False))
@@ -51,7 +51,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(nn.Linear, "forward", counting_forward)
     monkeypatch.setattr(Hessian, "add", adding(Hessian))
-    monkeypatch.setattr(InputDrift, "add", adding(InputDrift))
+    monkeypatch.setattr(Drift, "add", adding(Drift))
     monkeypatch.setattr(stage_solver, "solve", counting_solve)
     monkeypatch.setattr(allocation, "solve", counting_search)
     monkeypatch.setattr(block, "reconstruct", unreconstructed)

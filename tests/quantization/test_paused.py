@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forwards that wait inside a block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -32,10 +34,10 @@ def test_a_forward_sees_the_weights_that_were_written_while_it_waited():
         paused.start(7, lambda: block(x))
         assert 7 in paused
         assert len(paused) == 1
-        assert paused.inputs_of(7, [first])[first] is x
+        assert paused.inputs_of(7, [first])[first][0] is x
         block.first.weight.zero_()
         expected = block.first(x).relu()
-        assert torch.equal(paused.inputs_of(7, [second])[second], expected)
+        assert torch.equal(paused.inputs_of(7, [second])[second][0], expected)
         block.second.weight.mul_(2)
         assert torch.equal(paused.output_of(7), block(x))
         assert 7 not in paused
@@ -73,3 +75,15 @@ def test_leaving_ends_the_forwards_and_removes_the_hooks():
         paused.start(1, fail)
     assert not waiting_forwards()
     assert not block.first._forward_pre_hooks
+
+
+def test_the_residual_stream_is_seen_with_the_inputs_of_its_stage():
+    block, x = Block(), torch.randn(3, 4)
+    first, second = stages(block)
+    second = replace(second, residual=block.first)
+    with torch.no_grad(), PausedForwards([[first], [second]]) as paused:
+        paused.start(0, lambda: block(x))
+        paused.start(1, lambda: block(-x))
+        assert paused.inputs_of(0, [first])[first][1] is None
+        assert torch.equal(paused.inputs_of(1, [second])[second][1], -x)
+        assert torch.equal(paused.inputs_of(0, [second])[second][1], x)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a fixed seed writes does not change as the code is moved about: digests of tiny models' packed tensors.
 
-Floating-point sums differ in their last bits between processors and versions of torch, so the digests hold for one
-kind of processor and one torch; anywhere, the same call must give the same digest twice.
+Floating-point sums differ in their last bits between processors and versions of torch, so the digests hold for some
+kinds of processor and one torch; anywhere, the same call must give the same digest twice.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ import optq
 from conftest import tiny_llama_config
 from optq import GPTQConfig, kernels
 
-MEASURED_ON = ("x86_64", "AVX2", "float32", "2.13.0")
+MEASURED_ON = {("x86_64", "AVX2", "2.13.0"), ("x86_64", "AVX512", "2.13.0")}
+WITH_GRADIENTS = "max effort"  # which are rounded to bfloat16 on some processors; the digest is of those
 
 
 def llama() -> PreTrainedModel:
@@ -45,15 +46,15 @@ def albert() -> PreTrainedModel:
 
 
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]] = {
-    "default effort": (llama, {"bits": 4}, "966cb0bb607d0fc5"),
+    "default effort": (llama, {"bits": 4}, "520383e3c164b420"),
     "fast effort, asymmetric": (llama, {"bits": 3, "effort": "fast", "sym": False}, "9e426be098ef1b3d"),
-    "max effort": (llama, {"bits": 2, "effort": "max", "batch_size": 4}, "b1a6d50265d2eb80"),
-    "activation order on disk": (llama, {"bits": 8, "desc_act": True, "format": "gptq_v2"}, "ae2f7e4c03c78172"),
-    "groups in activation order": (llama, {"bits": 4, "act_group_aware": True, "grid": "minmax"}, "6af605bdd8609338"),
+    "max effort": (llama, {"bits": 2, "effort": "max", "batch_size": 4}, "24c594078aa83a66"),
+    "activation order on disk": (llama, {"bits": 8, "desc_act": True, "format": "gptq_v2"}, "75e80e751804ae41"),
+    "groups in activation order": (llama, {"bits": 4, "act_group_aware": True, "grid": "minmax"}, "0271cfdfde85f422"),
     "a budget, and the output head": (
         llama,
         {"bits": 4, "target_bits_per_weight": 4.5, "lm_head": True},
-        "201e9d837142eac4",
+        "88de876449e2b639",
     ),
     "a mixture of experts": (mixtral, {"bits": 4}, "cf11ce58156e6564"),
     "a block that is called repeatedly": (albert, {"bits": 4}, "3442a56363817930"),
@@ -81,11 +82,9 @@ def quantized(case: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_fixed_seed_writes_the_bytes_that_it_wrote_before(case: str) -> None:
-    rounded = "bfloat16" if kernels.has_bfloat16_instructions() else "float32"  # gradients are, at maximal effort
-    version = torch.__version__.partition("+")[0]
-    here = (platform.machine(), torch.backends.cpu.get_cpu_capability(), rounded, version)
-    if here != MEASURED_ON:
-        pytest.skip(f"the digests were taken on {' '.join(MEASURED_ON)}, this is {' '.join(here)}")
+    here = (platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.__version__.partition("+")[0])
+    if here not in MEASURED_ON or (case == WITH_GRADIENTS and not kernels.has_bfloat16_instructions()):
+        pytest.skip(f"the digest of {case} was not taken on such a processor: {' '.join(here)}")
     assert digest(quantized(case)) == CASES[case][2]
 
 

@@ -8,8 +8,8 @@ from .cost import work_of as work_of
 from .grid import Grid as Grid
 from .grid import fit_grid as fit_grid
 from .grid import stored_scales as stored_scales
+from .hessian import Drift as Drift
 from .hessian import Hessian as Hessian
-from .hessian import InputDrift as InputDrift
 from .hessian import output_energy as output_energy
 from .solver import Solution as Solution
 from .solver import round_to_nearest as round_to_nearest

@@ -50,17 +50,18 @@ def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 class _TokenMean:
-    """A running float32 sum of one (features, features) product per token.
+    """A running float32 sum of one (rows, features) product per token.
 
     Args:
         features: width of the inputs.
         device: where the sum lives and the products are made.
+        rows: width of what they are multiplied with; by default as many.
     """
 
-    def __init__(self, features: int, device: torch.device | str) -> None:
+    def __init__(self, features: int, device: torch.device | str, rows: int | None = None) -> None:
         self.features = features
         self.tokens = 0
-        self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(rows or features, features, dtype=torch.float32, device=device)
 
     def all_reduce(self, ranks: Ranks) -> None:
         """Add what the other processes have summed."""
@@ -116,24 +117,27 @@ class Hessian(_TokenMean):
         return mean
 
 
-class InputDrift(_TokenMean):
-    """The mean of (x - x̃)·x̃ᵀ over calibration tokens, with x from the original model, x̃ from the quantized one.
+class Drift(_TokenMean):
+    """The mean of (y - ỹ)·x̃ᵀ over calibration tokens: y in the original model; ỹ, and the linear's input x̃, in ours.
 
-    Arai & Ichikawa, "Quantization Error Propagation" (arXiv:2504.09629).
+    With y = x, Arai & Ichikawa, "Quantization Error Propagation" (arXiv:2504.09629); with y the residual stream that
+    the linear's output is added to, LoaQ (arXiv:2509.06297).
     """
 
-    def add(self, originals: Tensor, inputs: Tensor, keep: Tensor | None = None) -> None:
+    def add(self, originals: Tensor, ours: Tensor, inputs: Tensor, keep: Tensor | None = None) -> None:
         """Add a batch: the same tokens seen by the original model and by the quantized one.
 
         Args:
-            originals, inputs: (..., features), any float dtype, of equal shape.
+            originals, ours: y and ỹ, (..., rows), any float dtype.
+            inputs: x̃, (..., features), any float dtype.
             keep: as in `Hessian.add`.
         """
         rows = _rows(inputs, keep)
         self.tokens += rows.shape[0]
+        ours_in_rows = rows if ours is inputs else _rows(ours, keep)
         with _fast_products(inputs):
-            self._sum.addmm_((_rows(originals, keep) - rows).T, rows)
+            self._sum.addmm_((_rows(originals, keep) - ours_in_rows).T, rows)
 
     def mean(self) -> Tensor:
-        """The (features, features) float32 mean over all tokens added so far; not symmetric."""
+        """The (rows, features) float32 mean over all tokens added so far; not symmetric."""
         return self._sum / max(self.tokens, 1)

@@ -70,6 +70,7 @@ def solve(
     scheme: LayerScheme,
     *,
     drift: Tensor | None = None,
+    residual_drift: Tensor | None = None,
     column_block: int | None = None,
     name: str = "this layer",
 ) -> Solution:
@@ -81,6 +82,8 @@ def solve(
         hessian: mean of x·xᵀ over calibration tokens, (in, in) float32. Not modified.
         drift: mean of (x in the original model - x)·xᵀ, (in, in) float32; with it, `scheme.propagation` of what
             earlier layers' errors change in the outputs is compensated.
+        residual_drift: mean of (h in the original model - h)·xᵀ, (out, in) float32, with h the residual stream that
+            the outputs are added to: as much of its error is compensated as well. Needs `drift`.
         column_block: columns whose updates are applied eagerly; speed only. None: what suits the device.
         name: for error messages.
     Raises:
@@ -94,12 +97,17 @@ def solve(
     order, group_of_column = _order_and_groups(energy, scheme)
     inverted = _invert(hessian, dead, order, scheme.damping, name)
     columns = _Columns(hessian, inverted, order, group_of_column, scheme, column_block)
-    parts = []
+    parts, done = [], 0
     for rows in weight.split(rows_at_once(weight.shape[0], weight.shape[1], weight.device)):
         original = target = rows.float()
         if drift is not None and scheme.propagation:
-            # E[W x] = E[W' x̃] in the least-squares sense for W' = W (I + drift · H⁻¹); eq. 6 of arXiv:2504.09629.
-            target = original + scheme.propagation * (original @ drift) @ inverted.inverse
+            # h + W x = h̃ + W' x̃ in the least-squares sense for W' = W + (W · drift + residual_drift) · H⁻¹; eq. 6 of
+            # arXiv:2504.09629, and arXiv:2509.06297.
+            missing = original @ drift
+            if residual_drift is not None:
+                missing += residual_drift[done : done + len(rows)]
+            target = original + scheme.propagation * missing @ inverted.inverse
+        done += len(rows)
         best, rounded = columns.solve(original, target)
         parts.append(
             Solution(

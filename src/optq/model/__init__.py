@@ -16,6 +16,7 @@ from .linears import is_linear as is_linear
 from .outputs import fitting_mask as fitting_mask
 from .outputs import hidden_states as hidden_states
 from .outputs import relative_error as relative_error
+from .residuals import watching_sums as watching_sums
 from .stages import Stage as Stage
 from .stages import feed_stages as feed_stages
 from .stages import independent_groups as independent_groups

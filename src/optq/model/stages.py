@@ -22,11 +22,14 @@ class Stage:
         views: in the order in which the block calls them.
         calls: calls of the first of them per forward of the block.
         rows: rows of the input while the stages were observed.
+        residual: the module whose input, the residual stream, the output of the stage's only linear is added to; None
+            if there is none, or it is not known.
     """
 
     views: tuple[LinearView, ...]
     calls: int
     rows: int
+    residual: nn.Module | None = None
 
     @property
     def in_features(self) -> int:
@@ -132,22 +135,35 @@ def independent_groups(stages: list[Stage]) -> list[list[Stage]]:
 
 
 def feed_stages(
-    stages: list[Stage], run: Callable[[], Any], feed: Callable[[Stage, Tensor], None], *, to_the_end: bool = False
+    stages: list[Stage],
+    run: Callable[[], Any],
+    feed: Callable[[Stage, tuple[Tensor, Tensor | None]], None],
+    *,
+    to_the_end: bool = False,
 ) -> Any:
-    """Hand the inputs of `stages`, (..., in) each, to `feed(stage, input)` while `run` executes the block.
+    """Hand the inputs of `stages` to `feed(stage, (input, residual))` while `run` executes the block.
 
-    Unless `to_the_end`, the forward is cut off as soon as the last of these inputs has been seen, and None returned
-    instead of what `run` returns.
+    An input is (..., in), the residual stream (..., out), or None where the stage has none. Unless `to_the_end`, the
+    forward is cut off as soon as the last of these inputs has been seen, and None returned instead of what `run`
+    returns.
     """
     stage_of = {stage.views[0].module: stage for stage in stages}
     due = {stage.views[0].module: stage.calls for stage in stages}
+    residuals: dict[nn.Module, Tensor | None] = {
+        stage.residual: None for stage in stages if stage.residual is not None
+    }
 
     def seen(module: nn.Module, x: Tensor) -> None:
-        feed(stage_of[module], x)
+        if module in residuals:
+            residuals[module] = x
+        if module not in due:
+            return
+        stage = stage_of[module]
+        feed(stage, (x, None if stage.residual is None else residuals[stage.residual]))
         due[module] -= 1
         if not to_the_end and not any(due.values()):
             raise _StageReached
 
-    with _watching(list(stage_of), seen), suppress(_StageReached):
+    with _watching(list({**due, **residuals}), seen), suppress(_StageReached):
         return run()
     return None

@@ -21,7 +21,7 @@ from optq.calibration import Calibration, MicroBatch
 from optq.checkpoint import pack
 from optq.device.memory import reuse_of_free_memory
 from optq.evaluation import Comparer
-from optq.gptq import Hessian, InputDrift, SolvingWork, round_to_nearest, seconds_of, work_of
+from optq.gptq import Drift, Hessian, SolvingWork, round_to_nearest, seconds_of, work_of
 from optq.gptq import measured as measured_solving
 from optq.model import LinearView, Stage, hidden_states, independent_groups
 from optq.scheme import LayerScheme
@@ -131,7 +131,8 @@ def estimate(
         seconds[FORWARDS] += seen.forward / seen.tokens * runs
         for stage in seen.stages:
             drift = follows and not repeats and stage.family is None
-            seconds[HESSIANS] += _products(stage, seen, own) * (speed.hessian + drift * speed.drift)
+            wide = 1 + (stage.views[0].shape[0] / stage.in_features if stage.residual is not None else 0.0)
+            seconds[HESSIANS] += _products(stage, seen, own) * (speed.hessian + drift * wide * speed.drift)
             seconds[SOLVING] += _solving(stage, seen.scheme_of, speed, drift=drift)
         stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets) / 8
         seconds[READING] += sum(target.view.weight.numel() for target in targets) * speed.packing
@@ -317,12 +318,12 @@ def _bytes_of(block: nn.Module) -> int:
 def _speed(scheme: LayerScheme, device: torch.device, threads: int) -> _Speed:
     """Measure the speed of this machine; `threads` are those that torch uses."""
     states = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
-    hessian, drift = Hessian(WIDTH, device), InputDrift(WIDTH, device)
+    hessian, drift = Hessian(WIDTH, device), Drift(WIDTH, device)
     nearest = round_to_nearest(states, scheme)
     return _Speed(
         solving=measured_solving(scheme, device),
         hessian=seconds_of(lambda: hessian.add(states), device) / (TOKENS * WIDTH**2),
-        drift=seconds_of(lambda: drift.add(states, states), device) / (TOKENS * WIDTH**2),
+        drift=seconds_of(lambda: drift.add(states, states, states), device) / (TOKENS * WIDTH**2),
         packing=seconds_of(lambda: pack(nearest, "gptq"), device) / states.numel(),
         disk=seconds_of(_write, torch.device("cpu")) / DISK_BYTES,
         device=device,

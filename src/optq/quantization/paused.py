@@ -38,12 +38,18 @@ class PausedForwards:
         self._groups = groups
         self._forwards: dict[int, Coroutine[_AtGroup]] = {}
         self._reached: dict[int, _AtGroup | Finished] = {}
+        self._residuals: dict[tuple[int, nn.Module], Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "PausedForwards":
         for index, group in enumerate(self._groups):
             module, _ = group[0].stop
             self._handles.append(module.register_forward_pre_hook(self._hook(index), with_kwargs=True))
+        # Ahead of those that pause: the residual stream's module may be a stage's own.
+        residuals = {stage.residual for group in self._groups for stage in group if stage.residual is not None}
+        for module in residuals:
+            handle = module.register_forward_pre_hook(self._keep_residual, with_kwargs=True, prepend=True)
+            self._handles.append(handle)
         return self
 
     def __exit__(
@@ -71,9 +77,13 @@ class PausedForwards:
             forward.abandon()
         self._forwards.clear()
         self._reached.clear()
+        self._residuals.clear()
 
-    def inputs_of(self, number: int, group: list[Stage]) -> dict[Stage, Tensor]:
-        """Run a forward up to a group of stages: their inputs, (..., in) each; stages without tokens are left out."""
+    def inputs_of(self, number: int, group: list[Stage]) -> dict[Stage, tuple[Tensor, Tensor | None]]:
+        """Run a forward up to a group of stages: their inputs, (..., in), and residual streams, (..., out) or None.
+
+        Stages without tokens are left out. A residual stream is handed out once.
+        """
         wanted = self._groups.index(group)
         while isinstance(reached := self._reached[number], _AtGroup) and reached.index < wanted:
             self._run_on(number)
@@ -81,7 +91,11 @@ class PausedForwards:
             return {}
         places = {stage: stage.stop[1] for stage in group}
         inputs = {stage: reached.x if place is None else reached.x[place] for stage, place in places.items()}
-        return {stage: x for stage, x in inputs.items() if isinstance(x, Tensor) and x.numel()}
+        return {
+            stage: (x, None if stage.residual is None else self._residuals.pop((number, stage.residual), None))
+            for stage, x in inputs.items()
+            if isinstance(x, Tensor) and x.numel()
+        }
 
     def output_of(self, number: int) -> Any:
         """Run a forward to its end, and return the block's output."""
@@ -94,6 +108,10 @@ class PausedForwards:
     def _run_on(self, number: int) -> None:
         del self._reached[number]  # and with it the input that has been seen
         self._reached[number] = self._forwards[number].wait()
+
+    def _keep_residual(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (running := Coroutine.current(self)) is not None:
+            self._residuals[running.index, module] = first_input(args, kwargs)
 
     def _hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,18 +3,19 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from optq.checkpoint import PackedWeight, unpack
 from optq.device.memory import all_finite, release_free_memory
 from optq.device.placement import placed, tensors_of, working_dtype
 from optq.errors import CalibrationError, ModelError
-from optq.model import LinearView, Stage, hidden_states, observe_stages
+from optq.model import LinearView, Stage, hidden_states, observe_stages, watching_sums
 
 from .activations import ActivationStore
 from .coroutines import BlockCall, SuspendedForwards
@@ -30,7 +31,8 @@ class BlockRunner:
     """Runs one block on the device where it is quantized.
 
     Args:
-        forward: the block's own forward.
+        block: the block.
+        forward: its own forward.
         store: keeps the arguments of the block's calls, and what the run has given up for want of memory.
         report: has the block's name and its linears to quantize.
     Attributes:
@@ -38,8 +40,10 @@ class BlockRunner:
         paused: forwards that wait inside the block, or None.
     """
 
-    def __init__(self, forward: Callable[..., Any], store: ActivationStore, report: BlockReport) -> None:
-        self.forward, self.store, self.report = forward, store, report
+    def __init__(
+        self, block: nn.Module, forward: Callable[..., Any], store: ActivationStore, report: BlockReport
+    ) -> None:
+        self.forward, self.store, self.report, self._block = forward, store, report, block
         self.targets, self.device = report.targets, report.device
         self.originals = {target.view: target.view.parameter.data for target in report.targets}
         self.part = slice(None)
@@ -102,11 +106,18 @@ class BlockRunner:
         """Run the block once: which of its linears share an input, and what it returns."""
         views, output = [target.view for target in self.targets], None
 
-        def run() -> None:
-            nonlocal output
-            output = self.run(call)
+        def attempt() -> list[Stage]:
+            with watching_sums(self._block, {view.module for view in views}) as sums:
 
-        return self.with_room(lambda: observe_stages(views, run)), output
+                def run() -> None:
+                    nonlocal output
+                    output = self.run(call)
+                    sums.ended(output)
+
+                stages = observe_stages(views, run)
+            return [replace(stage, residual=sums.residual_of(stage)) for stage in stages]
+
+        return self.with_room(attempt), output
 
     def check_inputs(self, calls: list[BlockCall]) -> None:
         """Refuse inputs that are not finite.
@@ -190,4 +201,4 @@ def at_block(
     forward = block if plan.targets[name] and plan.targets[name][0].view.module is block else None
     with placed(tensors_of(block), run.device, working_dtype(run.device)):
         report = BlockReport(block=name, targets=plan.targets[name], log=run.log, device=run.device)
-        yield BlockRunner(forward or forwards.original_forwards[index], forwards.store, report)
+        yield BlockRunner(block, forward or forwards.original_forwards[index], forwards.store, report)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from optq.distributed import Ranks
-from optq.gptq import Hessian, InputDrift
+from optq.gptq import Drift, Hessian
 from optq.model import Stage, feed_stages, fitting_mask
 
 from .coroutines import BlockCall
@@ -35,11 +35,20 @@ class CalibrationCalls:
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatistics:
-    """A stage's Hessian and drift over the calibration data of all processes; drift is None if not compared."""
+    """A stage's Hessian over the calibration data of all processes, and how far the models differ there.
+
+    Args:
+        drift: of its inputs; None if not compared.
+        residual_drift: of the residual stream; None if not compared, or there is none.
+    """
 
     stage: Stage
     hessian: Hessian
-    drift: InputDrift | None
+    drift: Drift | None
+    residual_drift: Drift | None
+
+
+Inputs = tuple[Tensor, Tensor | None]  # of a stage, (..., in), and the residual stream, (..., out)
 
 
 def collect(
@@ -60,7 +69,12 @@ def collect(
     hessians = {stage: Hessian(stage.in_features, runner.device) for stage in stages}
     # The original model may route a token to another expert, so that experts' inputs cannot be compared.
     compared = [stage for stage in stages if data.references and stage.family is None]
-    drifts = {stage: InputDrift(stage.in_features, runner.device) for stage in compared}
+    drifts = {stage: Drift(stage.in_features, runner.device) for stage in compared}
+    residual_drifts = {
+        stage: Drift(stage.in_features, runner.device, rows=stage.views[0].shape[0])
+        for stage in compared
+        if stage.residual is not None
+    }
 
     def needs(call: BlockCall) -> Any:
         """None where a forward waits inside the block, and has it."""
@@ -76,16 +90,27 @@ def collect(
             outputs[reference.batch] = runner.store.take(output)
         mask = data.masks[call.batch]
         for stage, inputs in of_stages.items():
-            for number, (part, x) in enumerate(inputs):
+            for number, (part, (x, residual)) in enumerate(inputs):
                 keep = fitting_mask(None if mask is None else mask[part], x)
                 hessians[stage].add(x, keep)
                 if stage in drifts:
-                    drifts[stage].add(originals[stage][number], x, keep)
-    for statistics in (*hessians.values(), *drifts.values()):
+                    original, original_residual = originals[stage][number]
+                    drifts[stage].add(original, x, x, keep)
+                    if residual is not None and original_residual is not None:
+                        residual_drifts[stage].add(original_residual, residual, x, keep)
+    for statistics in (*hessians.values(), *drifts.values(), *residual_drifts.values()):
         statistics.all_reduce(ranks)
     _support_starved(hessians, runner)
     runner.report.observing_seconds += time.monotonic() - started
-    return [StageStatistics(stage=stage, hessian=hessians[stage], drift=drifts.get(stage)) for stage in stages]
+    return [
+        StageStatistics(
+            stage=stage,
+            hessian=hessians[stage],
+            drift=drifts.get(stage),
+            residual_drift=residual_drifts.get(stage),
+        )
+        for stage in stages
+    ]
 
 
 def _inputs_of(
@@ -96,27 +121,27 @@ def _inputs_of(
     reference: BlockCall | None,
     *,
     to_the_end: bool,
-) -> tuple[dict[Stage, list[tuple[slice, Tensor]]], dict[Stage, list[Tensor]], Any]:
+) -> tuple[dict[Stage, list[tuple[slice, Inputs]]], dict[Stage, list[Inputs]], Any]:
     """The inputs of `stages` on one micro-batch, with the samples that they belong to; those of `compared` in the
     original model, in the same order; and what the original block returns, if it runs to the end.
     """
-    originals: dict[Stage, list[Tensor]] = {stage: [] for stage in compared}
-    inputs: dict[Stage, list[tuple[slice, Tensor]]] = {stage: [] for stage in stages}
+    originals: dict[Stage, list[Inputs]] = {stage: [] for stage in compared}
+    inputs: dict[Stage, list[tuple[slice, Inputs]]] = {stage: [] for stage in stages}
     in_parts = runner.store.parts > 1  # then the stages are reached once per part
 
-    def feed(one: BlockCall, wanted: list[Stage], keep: Callable[[Stage, Tensor], None], to_the_end: bool) -> Any:
+    def feed(one: BlockCall, wanted: list[Stage], keep: Callable[[Stage, Inputs], None], to_the_end: bool) -> Any:
         if runner.paused is None or one.batch not in runner.paused:
             return feed_stages(wanted, partial(runner.run, one), keep, to_the_end=to_the_end or in_parts)
         if wanted:
-            for stage, x in runner.paused.inputs_of(one.batch, wanted).items():
-                keep(stage, x)
+            for stage, found in runner.paused.inputs_of(one.batch, wanted).items():
+                keep(stage, found)
         return runner.paused.output_of(one.batch) if to_the_end else None
 
     output = None
     if reference is not None:
         with runner.original_weights():
-            output = feed(reference, compared, lambda stage, x: originals[stage].append(x), to_the_end)
-    feed(call, stages, lambda stage, x: inputs[stage].append((runner.part, x)), False)
+            output = feed(reference, compared, lambda stage, found: originals[stage].append(found), to_the_end)
+    feed(call, stages, lambda stage, found: inputs[stage].append((runner.part, found)), False)
     return inputs, originals, output
 
 
