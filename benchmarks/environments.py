@@ -41,7 +41,7 @@ def environment_of(tool: str) -> Path | None:
         return python
     print(f"installing {tool} …", file=sys.stderr, flush=True)
     venv.create(folder, with_pip=True, clear=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
     try:
         if tool != WITHOUT_TORCH:
             subprocess.run([*pip, TORCH], check=True)  # first, so that nothing pulls another build
