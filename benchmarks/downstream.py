@@ -170,6 +170,7 @@ def main() -> None:
         measured_at = {**record.measured_at(), "with": quality.made_with(tool)}
         row = {**judged(questions, original, found), "measured_at": measured_at}
         results.setdefault(name, {})[row_name] = row
+        results[name] = {each: results[name][each] for each in quality.rows() if each in results[name]}
         print(name, row_name, row["all"], flush=True)
         settings = {
             "tasks": {task: len(asked) for task, asked in questions.items()},

@@ -124,6 +124,27 @@ def spread(row: dict[str, Any], figure: str) -> str:
     return f"{row['mean'][figure]:{form}}" + (f" ({low} … {high})" if len(seeds) > 1 else "")
 
 
+def downstream() -> str:
+    """What was measured with downstream.py: all tasks together."""
+    if not (ROOT / "benchmarks/results/downstream.json").exists():
+        return "Not measured yet: `python benchmarks/downstream.py --data FOLDER` fills this table."
+    content = read("downstream")
+    settings = content["settings"]
+    tasks = ", ".join(f"{task} ({count})" for task, count in settings["tasks"].items())
+    text = f"Tasks and their questions: {tasks}. In brackets: {settings['intervals']}."
+    lines = [textwrap.fill(text, WIDTH), "", "| model | weights | same answer | KL of the answers | accuracy |"]
+    lines.append("|---|---|---|---|---|")
+    forms = {"agreement": ".1%", "divergence": ".4f", "accuracy": ".1%"}
+    for model, rows in content["results"].items():
+        for name, row in rows.items():
+            cells = []
+            for figure, form in forms.items():
+                mean, (low, high) = row["all"][figure]["mean"], row["all"][figure]["interval"]
+                cells.append(f"{mean:{form}} ({low:{form}} … {high:{form}})")
+            lines.append(f"| {model} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tries() -> str:
     """What each piece is worth."""
     if not (ROOT / "benchmarks/results/tries-smollm2.json").exists():
@@ -590,6 +611,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "names": names,
     "calibration": calibration,
+    "downstream": downstream,
     "tries": tries,
     "second_family": second_family,
     "kernels": kernels,

@@ -215,3 +215,17 @@ def test_tables_show_what_was_measured_and_leave_out_what_was_not(monkeypatch):
     assert f"| {name} | 0.3000 (0.2000 … 0.4000) | 2 | 1 | 7 |" in page
     assert "| original | 0.9800 | 50.0% |  |  |  |" in page
     assert page.count("lowest … highest") == 1  # only where there are several
+
+
+def test_answers_have_a_table_once_there_are_some(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.downstream().startswith("Not measured yet")
+    original = [torch.tensor([0.2, 0.5, 0.3]).double().log(), torch.tensor([0.4, 0.6]).double().log()]
+    row = downstream.judged({"a": QUESTIONS}, {"a": original}, {"a": original})
+    assert row["tasks"]["a"] == row["all"]
+    file = tmp_path / "benchmarks/results/downstream.json"
+    file.parent.mkdir(parents=True)
+    settings = {"tasks": {"a": 2}, "intervals": "95 %"}
+    file.write_text(json.dumps({"settings": settings, "results": {"m": {"original": row}}}))
+    line = "| m | original | 100.0% (100.0% … 100.0%) | 0.0000 (0.0000 … 0.0000) | 50.0% (0.0% … 100.0%) |"
+    assert tables.downstream().splitlines()[-1] == line
