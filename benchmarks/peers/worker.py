@@ -41,9 +41,9 @@ def gptqmodel(model: str, rows: list[list[int]], output: str, settings: dict[str
 
 def auto_round(model: str, rows: list[list[int]], output: str, settings: dict[str, Any]) -> None:
     from auto_round import AutoRound
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    dense = load(model)
     with measured():
         rounding = AutoRound(
             dense,
@@ -52,6 +52,7 @@ def auto_round(model: str, rows: list[list[int]], output: str, settings: dict[st
             group_size=settings["group_size"],
             sym=settings["sym"],
             iters=settings["iters"],
+            enable_alg_ext=settings.get("alg_ext", False),
             dataset=[torch.tensor([row]) for row in rows],
             nsamples=len(rows),
             seqlen=len(rows[0]),
@@ -67,9 +68,8 @@ def llmcompressor(model: str, rows: list[list[int]], output: str, settings: dict
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
 
-    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    dense = load(model)
     weights = QuantizationArgs(
         num_bits=settings["bits"], group_size=settings["group_size"], symmetric=settings["sym"], strategy="group"
     )
@@ -84,10 +84,19 @@ def llmcompressor(model: str, rows: list[list[int]], output: str, settings: dict
             num_calibration_samples=len(rows),
         )
     tensors = {
-        name: tensor.contiguous() for name, tensor in dense.state_dict().items() if name.endswith("proj.weight")
+        f"{name}.weight": module.weight.contiguous()
+        for name, module in dense.named_modules()
+        if hasattr(module, "quantization_scheme")
     }
     Path(output).mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(Path(output, "dense.safetensors")))
+
+
+def load(model: str) -> Any:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    embeds = AutoConfig.from_pretrained(model).architectures[0].endswith("Model")
+    return (AutoModel if embeds else AutoModelForCausalLM).from_pretrained(model, dtype=torch.float32)
 
 
 class measured:  # noqa: N801
