@@ -262,6 +262,7 @@ def test_a_scheme_is_the_fields_that_its_name_says(name):
     for made in (
         GPTQConfig(scheme=name),
         GPTQConfig(scheme=name.lower(), bits=bits, sym=sym),
+        GPTQConfig(scheme=name, bits=None, group_size=None, sym=None),  # as scripts pass what they were not given
         GPTQConfig.from_stock({"scheme": name}),
         GPTQConfig.from_dict({"bits": 8, "group_size": 32}, scheme=name),
     ):

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, field
+from numbers import Number
 from typing import TYPE_CHECKING, Any, Literal
 
 from optq.errors import ConfigError
@@ -393,8 +394,8 @@ def as_options(fields: Fields) -> list[str]:
         elif known.kind in (dict, list):
             found += [flag, json.dumps(value, default=str)]
         else:
-            named = isinstance(value, (str, os.PathLike, int, float))
-            unit = "B" if known.fits is _is_size and isinstance(value, int) else ""
+            named = isinstance(value, (str, os.PathLike, Number))
+            unit = "B" if known.fits is _is_size and isinstance(value, Number) else ""
             found += [flag, f"{value}{unit}" if named else name.upper()]
     return found
 
@@ -412,7 +413,7 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     preset = PRESETS[scheme.upper()]
     budgets = dict.fromkeys(BUDGETS)  # they choose the bits
     for name, value in {**preset, **budgets}.items():
-        if name in given and given[name] != value:
+        if given.get(name) is not None and given[name] != value:
             said = ", ".join(f"{key}={stated!r}" for key, stated in preset.items())
             raise ConfigError(
                 f"scheme={scheme!r} stands for {said}, but {name}={short(given[name])} was asked for as well. Leave "
