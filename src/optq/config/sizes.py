@@ -14,7 +14,7 @@ def bytes_of(size: Any) -> int:
     Raises:
         ValueError: it is none of these.
     """
-    if isinstance(size, Integral) and not isinstance(size, bool) and size >= 0:
+    if not isinstance(size, bool) and isinstance(size, Integral) and int(size) >= 0:
         return int(size)
     found = SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if found is None:
