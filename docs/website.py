@@ -18,7 +18,7 @@ OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANG
 """Files of the repository that are pages of the site, and their names there."""
 
 FENCED = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\[\]]*\])+)\]\(([^()\s]+)\)")
+LINK = re.compile(r"\[((?:[^\[\]]|\[[^\[\]]*\])+)\]\(([^()\s]+)\)")
 HELP_COLUMNS = 100
 MEMBERS = {"optq.GPTQConfig": ("from_dict", "from_stock", "to_dict"), "optq.QuantLinear": ("kernel_name", "dense")}
 """What classes have that is for users."""

@@ -193,8 +193,9 @@ def test_links_out_of_the_site_become_words_and_those_between_pages_stay(website
         '[a](cli.md#b) [Questions](faq.md) <span title="src/c.py">c</span> [`d`](index.md) [e](https://e) [f](#f)\n'
         "```\n[g](../g.py)\n```\n![h](h.png)"
     )
-    assert website.with_links_of_the_site("[docs/cli.md](docs/cli.md) [b](LICENSE)", "", "https://host/me/optq/") == (
-        "[Command line](cli.md) [b](https://host/me/optq/blob/main/LICENSE)"
+    page = "[docs/cli.md](docs/cli.md) [b](LICENSE) ![i](docs/i.png)"
+    assert website.with_links_of_the_site(page, "", "https://host/me/optq/") == (
+        "[Command line](cli.md) [b](https://host/me/optq/blob/main/LICENSE) ![i](i.png)"
     )
 
 

@@ -217,6 +217,11 @@ def suffix_of(path: Path) -> str:
 def no_such_source(source: str) -> str:
     close = difflib.get_close_matches(source, (SELF, *DATASETS), n=2)
     name, colon, weight = source.rpartition(":")
+    kinds = ", ".join(FILE_SUFFIXES)
+    if os.path.isdir(source):
+        return f"dataset={source[:200]!r} is a folder without files of text ({kinds}) or a saved dataset."
+    if os.path.exists(source):
+        return f"dataset={source[:200]!r} is a file of a kind that is not read; {kinds} are, and each as .gz."
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     if colon and _exists(name):
         hint = f" {name!r} exists, but its weight {weight!r} is not a number."

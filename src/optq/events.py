@@ -9,6 +9,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -239,11 +240,16 @@ class Quality(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
-    """All blocks are done."""
+    """All blocks are done.
+
+    Args:
+        bits_per_weight: of all linears that are packed now, those of earlier sessions as well.
+    """
 
     event = "finished"
     seconds: float
     peak_gib: float | None = None
+    bits_per_weight: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,11 +400,20 @@ class RunLog:
         file: JSON lines are appended here as they happen, or None.
         bar: show a progress bar (it disables itself where there is no terminal).
         run: what tells this run from others; it stands in the event "started".
+        follow: is called with every event of the run.
     """
 
-    def __init__(self, file: Path | None = None, *, bar: bool = True, run: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        file: Path | None = None,
+        *,
+        bar: bool = True,
+        run: dict[str, Any] | None = None,
+        follow: Callable[[Event], None] | None = None,
+    ) -> None:
         self.events: list[Event] = []
         self._file = file
+        self._follow = follow
         self._show_bar = bar
         self._run = run
         self._bar: tqdm[Any] | None = None
@@ -416,6 +431,7 @@ class RunLog:
                 with suppress(OutputError):  # the error itself says more
                     self.emit(Failed(error=f"{type(error).__name__}: {error}"))
         finally:
+            self._follow = None  # the model keeps its log, and may be copied with it
             if self._bar is not None:
                 self._bar.close()
 
@@ -427,6 +443,8 @@ class RunLog:
         self.events.append(event)
         if self._file is not None:
             _append(self._file, json.dumps(to_dict(event)))
+        if self._follow is not None:
+            self._follow(event)
 
     def expect(self, loads: dict[str, Load]) -> None:
         """Start the bar over blocks, by name, in their order."""

@@ -296,7 +296,7 @@ def test_empty_rows_separate_paragraphs_in_one_document_and_are_no_samples_elsew
 
 def test_without_a_connection_the_way_out_is_named(prepare):
     pytest.importorskip("datasets")
-    with pytest.raises(CalibrationError, match=r"could not be read from the Hub.*dataset='self'"):
+    with pytest.raises(CalibrationError, match=r"could not be read from the Hub: .*[^.]\. Without .*dataset='self'"):
         prepare("wikitext2")
 
 

@@ -165,6 +165,7 @@ def test_underscores_are_taken_for_hyphens(run, monkeypatch):
     ("option", "words"),
     [
         ("--group-szie", "there is no such option. Did you mean --group-size?"),
+        ("-bits", "there is no such option. Did you mean --bits?"),
         ("--seqlen=64", "another tool's name. Here it is --model-seqlen"),
         ("--nsamples", "another tool's name. Here it is --num-samples"),
         ("--cache-examples-on-gpu", "Here it is --activation-memory"),
@@ -242,6 +243,26 @@ def test_a_wrong_path_is_not_taken_for_a_fault_of_the_network(run, tiny_llama, t
         assert code == MODEL
         assert has_one_line(words, err)
         assert ("models/tiny-llama'?" in err) == ("models" in path)
+
+
+def test_a_file_or_nothing_where_a_folder_is_expected_is_named(run, tiny_llama, text, tmp_path):
+    for model, words in ((text, "text.txt' is a file. Name a model's folder"), ("", "'' is no name. Name a model's")):
+        for command in (("plan", "--model"), ("inspect",), ("bench",)):
+            code, _, err = run(*command, model)
+            assert code == MODEL
+            assert has_one_line(words, err)
+    code, _, err = run("quantize", "--model", tiny_llama, "", "--dataset", text)
+    assert code == RESOURCES
+    assert has_one_line("output_dir='' names no folder", err)
+
+
+def test_a_dataset_that_is_there_but_not_read_is_not_called_missing(run, tiny_llama, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    for name, words in {"empty": "is a folder without files of text", "weights.bin": "of a kind that is not"}.items():
+        code, _, err = run("plan", "--model", tiny_llama, "--dataset", tmp_path / name)
+        assert code == USAGE
+        assert has_one_line(words, err)
 
 
 def test_dynamic_must_be_json(run, tiny_llama, tmp_path):

@@ -61,6 +61,7 @@ WRONG_BY_NAME = {
         ),
         *DICTS,
     ),
+    "report_to": ("", " ", [], ["wandb", ""], ["wandb", 1], b"wandb", 5, 0, True, False, {"wandb": 1}, object()),
     "quant_method": (*TEXTS, "awq", "gptq_v2", None),
     "fit": (
         "",
@@ -178,6 +179,7 @@ RIGHT = {
     "device": ("cpu", torch.device("cuda", 1)),
     "activation_memory": ({}, {0: "8GiB"}, {"0": 0, "cpu": "1.5GB"}, {"cuda:1": 5}),
     "log_file": ("run.jsonl", Path("run.jsonl")),
+    "report_to": ("none", "trackio,wandb", ["tensorboard"], ("mlflow", "all")),
     "scheme": ("W4A16",),
     "target_bits_per_weight": (4, 3.5),
     "target_size_gib": (0.5,),
@@ -260,6 +262,7 @@ def test_a_scheme_is_the_fields_that_its_name_says(name):
     for made in (
         GPTQConfig(scheme=name),
         GPTQConfig(scheme=name.lower(), bits=bits, sym=sym),
+        GPTQConfig(scheme=name, bits=None, group_size=None, sym=None),  # as scripts pass what they were not given
         GPTQConfig.from_stock({"scheme": name}),
         GPTQConfig.from_dict({"bits": 8, "group_size": 32}, scheme=name),
     ):
@@ -301,6 +304,14 @@ def test_a_scheme_in_a_file_is_another_tools():
         GPTQConfig.from_dict({"scheme": "W4A16"})
 
 
+def test_a_context_length_in_a_file_is_another_tools_unless_it_says_fit_as_well():
+    found = GPTQConfig.from_dict({"bits": 4, "context_length": 4096})
+    assert found.context_length is None and found.to_dict()["context_length"] == 4096
+    assert GPTQConfig.from_dict({"bits": 4, "fit": "8GiB", "context_length": 4096}).context_length == 4096
+    with pytest.raises(ConfigError, match="but fit was not given"):
+        GPTQConfig.from_dict({"bits": 4}, context_length=4096)
+
+
 def test_without_bits_the_error_names_the_scheme():
     with pytest.raises(ConfigError, match="bits=None was asked for; allowed are 2, 3, 4, 8, or scheme='W4A16'"):
         GPTQConfig()
@@ -328,6 +339,7 @@ SET = {
     "activation_memory": {"cpu": "1GiB"},
     "serving": "vllm",
     "quality_gate": "raise",
+    "report_to": "wandb",
 }
 
 
@@ -361,7 +373,7 @@ def test_what_a_checkpoint_says_is_this_list():
 def test_what_may_change_while_a_run_goes_on_is_this_list():
     assert {name for name, field in FIELDS.items() if not field.decisive} == {
         *("tokenizer", "dataset", "backend", "device", "activation_memory", "log_file", "quality_gate"),
-        *("max_perplexity_ratio", "checkpoint_format", "scheme"),
+        *("max_perplexity_ratio", "checkpoint_format", "scheme", "report_to"),
     }
     changed = GPTQConfig(bits=4, log_file="x", quality_gate="off", backend="reference")
     assert changed.settings() == GPTQConfig(bits=4).settings() != GPTQConfig(bits=4, seed=1).settings()

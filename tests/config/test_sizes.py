@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 
 from optq.config.sizes import bytes_of
@@ -14,6 +15,7 @@ from optq.config.sizes import bytes_of
         ("7B", 7),
         ("2kB", 2000),
         (5, 5),
+        (np.int64(5), 5),
     ],
 )
 def test_a_size_is_bytes(size, bytes_):

@@ -94,3 +94,4 @@ def test_options_say_what_a_config_asks_for():
     assert options == [
         *("--bits", "3", "--dataset", "DATASET", "--no-true-sequential", "--dynamic", '{"-:a": {}}', "--lm-head")
     ]
+    assert as_options(GPTQConfig(bits=4, fit=2**33)) == ["--bits", "4", "--fit", f"{2**33}B"]  # a size has a unit

@@ -109,6 +109,17 @@ def test_a_longer_text_takes_more_where_all_of_it_is_kept():
     assert cache_bytes(llama, 1) == cache_bytes(llama, 8192) / 8192
 
 
+def test_a_model_that_keeps_states_alone_is_not_run_through_a_long_text():
+    with torch.device("meta"):
+        mamba = AutoModelForCausalLM.from_config(ARCHITECTURES["nothing but states"])
+    read = []
+    with torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: read.append(given[0].shape[1]) if isinstance(module, torch.nn.Embedding) else None
+    ):
+        assert cache_bytes(mamba, 2**40) == cache_bytes(mamba, 1) > 0
+    assert max(read) == 64
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [

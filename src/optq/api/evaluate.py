@@ -182,6 +182,7 @@ def bench(
         runs: number of repetitions, whose medians are reported.
         device, kwargs: see `compare`.
     """
+    model_config_of(place_of(model), kwargs)  # says what is not there
     loaded = _load(place_of(model), execution_device(device), kwargs)
     generator = torch.Generator().manual_seed(0)
     prompt = _room(loaded, prompt, new)

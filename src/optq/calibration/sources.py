@@ -327,7 +327,7 @@ def _read_named(
         rows = list(islice(rows, most))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise CalibrationError(
-            f"{named.path} could not be read from the Hub: {error} "
+            f"{named.path} could not be read from the Hub: {str(error).rstrip('.')}. "
             "Without a connection, pass a local file, or dataset='self' for text that the model writes itself."
         ) from error
     found = [_sample(row, named) for row in rows]

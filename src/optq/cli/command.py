@@ -107,7 +107,7 @@ def _read_options_leniently(parser: argparse.ArgumentParser) -> None:
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
         found, rest = parse(list(map(with_hyphens, sys.argv[1:] if args is None else args)), namespace)
-        for option in (part.partition("=")[0] for part in rest if part.startswith("--")):
+        for option in (part.partition("=")[0] for part in rest if re.match("--|-[a-z]", part)):
             parser.error(f"{option} was given; {why_unknown(option, known, 'option', known.__getitem__)}")
         return found, rest
 

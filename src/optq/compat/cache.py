@@ -19,6 +19,9 @@ COMPUTED = torch.bfloat16  # the one dtype in which grouped products have shapes
 HOLDERS = ("past_key_values", "cache_params")
 """What outputs call the cache."""
 
+FEW = (1, 64)
+"""Tokens of two texts: a model that keeps as much of the one as of the other keeps no more of any."""
+
 
 class _WithoutData(TorchDispatchMode):
     """Answers what a forward asks of numbers that there are none of: a maximum is 0, and no expert is hit."""
@@ -44,17 +47,25 @@ def cache_bytes(model: Any, tokens: int) -> int:
     try:
         with torch.device("meta"), torch.no_grad(), _WithoutData():
             alike = type(model)(copy.deepcopy(model.config)).to(COMPUTED)
-            output = alike(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True)
+            kept, more = (_kept(alike, few, model.dtype) for few in FEW)
+            # What keeps states alone may go through a text token by token, which takes minutes.
+            return kept if kept == more else _kept(alike, tokens, model.dtype)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{type(model).__name__} does not run without its weights: {error}") from error
+
+
+def _kept(model: Any, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the cache that a forward of so many tokens returns, if what is computed were of `dtype`."""
+    output = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True)
     held = [cache for name in HOLDERS if (cache := getattr(output, name, None)) is not None]
     layers = getattr(held[0], "layers", None) if held else None
     if not layers:
         raise ModelError(f"{type(model).__name__} returns no cache")
     kept = {id(tensor): tensor for layer in layers for tensor in _tensors_in(vars(layer).values())}
     return sum(
-        tensor.numel() * (model.dtype if tensor.dtype == COMPUTED else tensor.dtype).itemsize
-        for tensor in kept.values()
+        tensor.numel() * (dtype if tensor.dtype == COMPUTED else tensor.dtype).itemsize for tensor in kept.values()
     )
 
 

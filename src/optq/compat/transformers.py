@@ -328,7 +328,8 @@ def load_tokenizer(tokenizer: Any, model: str, where: Mapping[str, Any]) -> Any:
     except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
         folder = f", subfolder {told['subfolder']!r}" if told.get("subfolder") else ""
         raise CalibrationError(
-            f"The calibration data is text, but no tokenizer could be loaded from {source!r}{folder}: {error} "
+            f"The calibration data is text, but no tokenizer could be loaded from {source!r}{folder}: "
+            f"{str(error).rstrip('.')}. "
             "Pass tokenizer= with an object, a model id or a folder, or pass token ids."
         ) from error
 

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, field
+from numbers import Number
 from typing import TYPE_CHECKING, Any, Literal
 
 from optq.errors import ConfigError
@@ -107,6 +108,13 @@ MEMORY = {
 SIZE = {
     "fits": _is_size,
     "wanted": "it is a size such as '8GiB', '8GB' or '8192MiB'",
+}
+TRACKERS = {
+    "fits": lambda value: (
+        is_text(value) or (isinstance(value, (list, tuple)) and bool(value) and all(map(is_text, value)))
+    ),
+    "wanted": "it is the name of a tracker such as 'tensorboard' or 'wandb', several of them, all or none",
+    **HERE,
 }
 FACTS = {
     "fits": lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
@@ -291,6 +299,12 @@ class Fields:
     log_file: os.PathLike[str] | str | None = declared(
         RUNNING, "to which the run's events are appended as JSON lines", None, "one in the output folder", **PATH
     )
+    report_to: str | list[str] | None = declared(
+        RUNNING,
+        "trackers that show the run while it goes on, such as `tensorboard`, `trackio` or `wandb`; all, or none",
+        None,
+        **TRACKERS,
+    )
     scheme: str | None = declared(
         CHECKPOINT,
         "`bits`, `group_size` and `sym` by their usual name, such as W4A16: 4 bits, groups of 128, symmetric",
@@ -380,8 +394,9 @@ def as_options(fields: Fields) -> list[str]:
         elif known.kind in (dict, list):
             found += [flag, json.dumps(value, default=str)]
         else:
-            named = isinstance(value, (str, os.PathLike, int, float))
-            found += [flag, str(value) if named else name.upper()]
+            named = isinstance(value, (str, os.PathLike, Number))
+            unit = "B" if known.fits is _is_size and isinstance(value, Number) else ""
+            found += [flag, f"{value}{unit}" if named else name.upper()]
     return found
 
 
@@ -398,7 +413,7 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     preset = PRESETS[scheme.upper()]
     budgets = dict.fromkeys(BUDGETS)  # they choose the bits
     for name, value in {**preset, **budgets}.items():
-        if name in given and given[name] != value:
+        if given.get(name) is not None and given[name] != value:
             said = ", ".join(f"{key}={stated!r}" for key, stated in preset.items())
             raise ConfigError(
                 f"scheme={scheme!r} stands for {said}, but {name}={short(given[name])} was asked for as well. Leave "
@@ -448,4 +463,6 @@ def read_file(stated: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
             logger.warning("In the quantization_config, %s It is left aside.", reason)
         else:
             values[name] = known.from_json(value)
+    if "context_length" in values and values.get("fit") is None:  # of another tool: ours says nothing without `fit`
+        unknown["context_length"] = values.pop("context_length")
     return values, unknown

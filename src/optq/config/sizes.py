@@ -2,6 +2,7 @@
 """Sizes of memory as people write them."""
 
 import re
+from numbers import Integral
 from typing import Any
 
 SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) ?(|[KMGT])(I?)B", re.IGNORECASE)
@@ -13,8 +14,8 @@ def bytes_of(size: Any) -> int:
     Raises:
         ValueError: it is none of these.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
+    if not isinstance(size, bool) and isinstance(size, Integral) and int(size) >= 0:
+        return int(size)
     found = SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if found is None:
         raise ValueError(f"{size!r} is no size such as '8GiB'")

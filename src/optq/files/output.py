@@ -166,6 +166,8 @@ def place_for(output_dir: str | os.PathLike[str]) -> Path:
     Raises:
         OutputError: no folder can have that name, or no file in it the names that it would get.
     """
+    if not os.fspath(output_dir):
+        raise OutputError(f"output_dir={output_dir!r} names no folder. Name one that does not exist or is empty.")
     output = Path(output_dir).absolute()
     inside = output / PARTIAL / f"work-{'0' * 16}" / "model-00000-of-00000.safetensors"
     for path in (inside, *(Path(output.anchor, part) for part in output.parts[1:])):  # of which none may be there yet

@@ -70,6 +70,11 @@ def model_config_of(source: str, kwargs: dict[str, Any], *, as_data: bool = Fals
     """
     keys = (*WHERE, "trust_remote_code")
     folder = Path(source, kwargs.get("subfolder") or "")
+    if not source.strip() or folder.is_file():
+        found = "a file" if source.strip() else "no name"
+        raise ModelError(
+            f"{source!r} is {found}. Name a model's folder, or its id on the Hub; of GGUF, optq.convert makes one."
+        )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json, so it is no model. Name a model's folder, or its id on the Hub."

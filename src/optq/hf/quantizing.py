@@ -6,7 +6,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from optq.distributed import ALONE
 from optq.distributed import join as join_others
 from optq.errors import CalibrationError, ModelError, QualityError
 from optq.evaluation import Comparison, is_good, judge
-from optq.events import Dequantized, Gate, RunLog
+from optq.events import Dequantized, Event, Gate, RunLog
 from optq.files.source import forget_nested_quantization
 from optq.integrations.tensor_parallel import refuse_to_quantize
 from optq.layers import QuantLinear
@@ -37,6 +37,7 @@ from optq.runs.own_text import why_not_loaded_again, write_own_text
 from optq.runs.preparation import Preparation, prepare
 from optq.runs.readers import as_linears, say_readers
 from optq.runs.summary import say_summary
+from optq.runs.trackers import trackers_of, tracking
 from optq.runs.validation import check_dtype, check_kernels, check_placement, check_request
 
 from .bases import check_dense, check_parts, method_of
@@ -147,8 +148,14 @@ class QuantizingLoad:
             CalibrationError, ModelError, SolveError: as of `quantize_model`.
             QualityError: the result is too far from the original, and quality_gate is "raise".
         """
-        assert self._decided is not None
         _check_loaded(model)
+        names = trackers_of(self.config.report_to) if self._ranks.is_first else []
+        with tracking(names, {"model": model.name_or_path, **self.config.settings()}) as follow:
+            self._quantize(model, quantizer, follow)
+
+    def _quantize(self, model: Any, quantizer: Any, follow: Callable[[Event], None]) -> None:
+        """As `after`, whose trackers `follow` the events."""
+        assert self._decided is not None
         config, ranks, plan, experts = self.config, self._ranks, self._decided.plan, self._decided.experts
         compat.cast(model, self._dtypes)
         if (calibration := self._decided.calibration) is None:
@@ -163,7 +170,7 @@ class QuantizingLoad:
             ranks.broadcast(partial(quantizer.journal.open, description))
         log_file = Path(config.log_file) if config.log_file and ranks.is_first else None
         told = json.loads(json.dumps({**description, "options": as_options(config)}, default=str))
-        quantizer.log = RunLog(log_file, bar=ranks.is_first, run=told)
+        quantizer.log = RunLog(log_file, bar=ranks.is_first, run=told, follow=follow)
         self._complete(model, self._decided)
         run = self._run(quantizer)
         with run.log:

@@ -10,6 +10,7 @@ Beside it the original model runs on the same data, through the same blocks with
 far the inputs of every stage have drifted, and at the end, on rows kept apart, how good the quantized model is.
 """
 
+import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -79,7 +80,13 @@ def quantize_model(model: nn.Module, plan: Plan, calibration: Calibration, run: 
             bound_free_memory()
     if comparison is not None:
         run.log.emit(Quality(held_out=calibration.truly_held_out, **comparison.facts()))
-    run.log.emit(RunFinished(seconds=round(time.monotonic() - started, 3), peak_gib=rounded(peak_gib(run.device))))
+    run.log.emit(
+        RunFinished(
+            seconds=round(time.monotonic() - started, 3),
+            peak_gib=rounded(peak_gib(run.device)),
+            bits_per_weight=rounded(_bits_per_weight(model, plan)),
+        )
+    )
     return comparison
 
 
@@ -131,6 +138,13 @@ def _quantize_block(
         run.source.drop(name)
     runner.report.finished(solved, time.monotonic() - started)
     return comparison
+
+
+def _bits_per_weight(model: nn.Module, plan: Plan) -> float:
+    """Of the linears that are packed; NaN without any."""
+    packed = [x for x in plan.all_targets if isinstance(model.get_submodule(x.view.name), QuantLinear)]
+    stored = sum(target.scheme.stored_bits(*target.view.shape) for target in packed)
+    return stored / sum(math.prod(target.view.shape) for target in packed) if packed else math.nan
 
 
 def _say_started(model: nn.Module, plan: Plan, calibration: Calibration, run: Run) -> None:

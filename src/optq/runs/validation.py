@@ -23,6 +23,8 @@ from optq.model import LinearView
 from optq.quantization.plan import Plan
 from optq.scheme import LayerScheme, trivial_groups
 
+from .trackers import trackers_of
+
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of device_map with which transformers chooses among the devices that are there."""
 
@@ -64,6 +66,7 @@ def check_request(
     execution_device(config.device)
     _check_written(config)
     _check_log_file(config.log_file, output)
+    trackers_of(config.report_to)
     _check_devices(device_map)
     if "disk" in _places(device_map) and offload_folder is not None:
         _check_folder("offload_folder", Path(offload_folder))
