@@ -140,7 +140,8 @@ def bounds(log: list[dict[str, Any]], tokens: int, streams: int, scheme: Any, de
         if (place := (event["linear"].rpartition(".")[0], stage)) not in inputs:
             inputs.add(place)
             found["solving"] += work.cubes / solving
-            drift = streams > 1 and not expert
+            by_outputs = rows <= columns  # as weight_of_drift has it for o and down
+            drift = (2 * rows / columns if by_outputs else 1) if streams > 1 and not expert else 0
             found["Hessians"] += event["tokens"] * columns**2 * (0.5 + drift) / hessian
     return found
 

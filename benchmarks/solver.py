@@ -40,7 +40,7 @@ def seconds(weight: Any, hessian: Any, scheme: Any) -> float:
     from optq.gptq import solve
 
     started = time.perf_counter()
-    solve(weight, hessian, scheme, drift=hessian / 100)
+    solve(weight, hessian, scheme, drift=weight @ hessian / 100)
     if weight.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started

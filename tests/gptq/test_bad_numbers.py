@@ -164,7 +164,7 @@ def test_drift_of_other_sizes_than_the_inputs_is_finite(effort):
     for inputs in ("one token", "all zero", "1e-8", "1e8"):
         _, hessian = made(inputs, "ordinary", 8, 64, seed=0)
         for times in (0, 1e-8, 1, 1e8):
-            solution = solve(weight, hessian, scheme, drift=times * hessian)
+            solution = solve(weight, hessian, scheme, drift=times * weight @ hessian)
             assert solution.quantized.decode().isfinite().all()
             assert (solution.loss <= solution.rtn_loss * (1 + 1e-4)).all()
             pack(solution.quantized)

@@ -42,7 +42,8 @@ def problem():
 
 
 def solved(problem, scheme):
-    return solve(*problem, scheme, drift=problem[1] / 50).quantized
+    weight, hessian = problem
+    return solve(weight, hessian, scheme, drift=weight @ hessian / 50).quantized
 
 
 @pytest.mark.slow

@@ -131,16 +131,17 @@ def test_propagation_moves_the_outputs_towards_the_originals():
     weight = torch.randn(OUT, IN, generator=generator)
     drift = Drift(IN, "cpu")
     first = inputs[:1000].view(2, 500, IN)
-    drift.add(originals[:1000].view(2, 500, IN), first, first)
+    drift.add(originals[:1000].view(2, 500, IN), first)
     keep = torch.arange(3002) < 3000  # the last two rows are padding
     padded = torch.cat([inputs[1000:], torch.full((2, IN), 1e6)])
-    drift.add(torch.cat([originals[1000:], torch.zeros(2, IN)]), padded, padded, keep)
-    torch.testing.assert_close(drift.mean(), (originals - inputs).T @ inputs / 4000, rtol=1e-3, atol=1e-4)
+    drift.add(torch.cat([originals[1000:], torch.zeros(2, IN)]), padded, keep=keep)
+    expected = weight @ (originals - inputs).T @ inputs / 4000
+    torch.testing.assert_close(drift.of_outputs(weight), expected, rtol=1e-3, atol=1e-3)
     hessian = inputs.T @ inputs / 4000
     errors = []
     for propagation in (0.0, 0.5, 1.0):
         scheme = LayerScheme(bits=8, group_size=16, damping=1e-4, propagation=propagation)
-        decoded = solve(weight, hessian, scheme, drift=drift.mean()).quantized.decode()
+        decoded = solve(weight, hessian, scheme, drift=drift.of_outputs(weight)).quantized.decode()
         errors.append(float((originals @ weight.T - inputs @ decoded.T).square().mean()))
     assert errors[0] > errors[1] > errors[2]
     best = torch.linalg.lstsq(inputs, originals @ weight.T).solution
@@ -155,15 +156,16 @@ def test_the_error_of_the_residual_stream_is_compensated_as_well():
     weight = torch.randn(OUT, IN, generator=generator)
     streams = originals @ torch.randn(OUT, IN, generator=generator).T
     ours = streams + 0.1 * inputs @ torch.randn(OUT, IN, generator=generator).T
-    drift, residual_drift = Drift(IN, "cpu"), Drift(IN, "cpu", rows=OUT)
-    drift.add(originals, inputs, inputs)
-    residual_drift.add(streams, ours, inputs)
-    torch.testing.assert_close(residual_drift.mean(), (streams - ours).T @ inputs / 4000, rtol=1e-3, atol=1e-4)
+    alone, with_stream = Drift(IN, "cpu", weight), Drift(IN, "cpu", weight)
+    alone.add(originals, inputs)
+    with_stream.add(originals, inputs, (streams, ours))
+    wanted, hessian = streams + originals @ weight.T, inputs.T @ inputs / 4000
+    expected = (wanted - ours - inputs @ weight.T).T @ inputs / 4000
+    torch.testing.assert_close(with_stream.of_outputs(weight), expected, rtol=1e-3, atol=1e-3)
     errors = []
-    for propagation, residual in ((1.0, None), (0.5, residual_drift.mean()), (1.0, residual_drift.mean())):
+    for propagation, drift in ((1.0, alone), (0.5, with_stream), (1.0, with_stream)):
         scheme = LayerScheme(bits=8, group_size=16, damping=1e-4, propagation=propagation)
-        solved = solve(weight, inputs.T @ inputs / 4000, scheme, drift=drift.mean(), residual_drift=residual)
-        wanted = streams + originals @ weight.T
+        solved = solve(weight, hessian, scheme, drift=drift.of_outputs(weight))
         errors.append(float((wanted - ours - inputs @ solved.quantized.decode().T).square().mean()))
     assert errors[0] > errors[1] > errors[2]
     best = torch.linalg.lstsq(inputs, wanted - ours).solution

@@ -35,8 +35,9 @@ def counted(monkeypatch):
         add = kind.add
 
         def counting(self, *inputs):
-            rows = inputs[0].reshape(-1, self.features).shape[0]
-            found["hessians"] += rows * self.features**2
+            tokens = inputs[0].reshape(-1, self.features).shape[0]
+            weight = getattr(self, "_weight", None)
+            found["hessians"] += tokens * (self.features**2 if weight is None else 2 * weight.numel())
             add(self, *inputs)
 
         return counting

@@ -55,7 +55,7 @@ class SolvingWork:
 
 
 def work_of(rows: int, columns: int, scheme: LayerScheme, *, drift: bool, device: torch.device = CPU) -> SolvingWork:
-    """Count the operations of `solve` for a (rows, columns) weight on `device`; `drift`: whether it is given one."""
+    """Count the operations of `solve` for a (rows, columns) weight on `device`; `drift`: with making it."""
     weights, rounds = rows * columns, scheme.refinement
     solves, chunks = 1 + rounds, -(-rows // solver.rows_at_once(rows, columns, device))
     # An attempt each: the first solution, the nearest ones, every step of a round. Three energies. In a round, strips
@@ -106,8 +106,15 @@ def measured(scheme: LayerScheme, device: torch.device) -> SolvingWork:
 
     def solving(rows: int, columns: int) -> tuple[SolvingWork, float]:
         states = normal(2 * columns, columns)
-        drift = normal(columns, columns) / columns
-        call = partial(solver.solve, normal(rows, columns), states.T @ states / len(states), scheme, drift=drift)
+        weight, drift, hessian = (
+            normal(rows, columns),
+            normal(columns, columns) / columns,
+            states.T @ states / len(states),
+        )
+
+        def call() -> None:
+            solver.solve(weight, hessian, scheme, drift=weight @ drift)
+
         return work_of(rows, columns, scheme, drift=True, device=device), seconds(call)
 
     work, took = solving(*SMALL)

@@ -118,26 +118,47 @@ class Hessian(_TokenMean):
 
 
 class Drift(_TokenMean):
-    """The mean of (y - ỹ)·x̃ᵀ over calibration tokens: y in the original model; ỹ, and the linear's input x̃, in ours.
+    """How far what a linear computes has drifted from the original model, as a mean of products with its inputs x̃.
 
-    With y = x, Arai & Ichikawa, "Quantization Error Propagation" (arXiv:2504.09629); with y the residual stream that
-    the linear's output is added to, LoaQ (arXiv:2509.06297).
+    It is E[(W x + h - W x̃ - h̃) x̃ᵀ], with x and h of the original model: x the linear's inputs (Arai & Ichikawa,
+    "Quantization Error Propagation", arXiv:2504.09629), h the residual stream that its outputs are added to (LoaQ,
+    arXiv:2509.06297). Linears that share x have E[(x - x̃) x̃ᵀ] in common, from which each makes its own.
+
+    Args:
+        features: width of the inputs.
+        device: where the sum lives and the products are made.
+        weight: W, (out, features), any float dtype; None for what several linears have in common.
     """
 
-    def add(self, originals: Tensor, ours: Tensor, inputs: Tensor, keep: Tensor | None = None) -> None:
+    def __init__(self, features: int, device: torch.device | str, weight: Tensor | None = None) -> None:
+        super().__init__(features, device, rows=None if weight is None else weight.shape[0])
+        self._weight = None if weight is None else weight.float()
+
+    def add(
+        self,
+        originals: Tensor,
+        inputs: Tensor,
+        residuals: tuple[Tensor, Tensor] | None = None,
+        keep: Tensor | None = None,
+    ) -> None:
         """Add a batch: the same tokens seen by the original model and by the quantized one.
 
         Args:
-            originals, ours: y and ỹ, (..., rows), any float dtype.
-            inputs: x̃, (..., features), any float dtype.
+            originals, inputs: x and x̃, (..., features), any float dtype.
+            residuals: h and h̃, (..., out), any float dtype; only with a weight. None: there is no such stream.
             keep: as in `Hessian.add`.
         """
         rows = _rows(inputs, keep)
         self.tokens += rows.shape[0]
-        ours_in_rows = rows if ours is inputs else _rows(ours, keep)
+        drift = _rows(originals, keep) - rows
         with _fast_products(inputs):
-            self._sum.addmm_((_rows(originals, keep) - ours_in_rows).T, rows)
+            if self._weight is not None:
+                drift = drift @ self._weight.T
+                if residuals is not None:
+                    drift += _rows(residuals[0], keep) - _rows(residuals[1], keep)
+            self._sum.addmm_(drift.T, rows)
 
-    def mean(self) -> Tensor:
-        """The (rows, features) float32 mean over all tokens added so far; not symmetric."""
-        return self._sum / max(self.tokens, 1)
+    def of_outputs(self, weight: Tensor) -> Tensor:
+        """The (out, features) float32 mean over all tokens, for the linear of this weight (out, features)."""
+        mean = self._sum / max(self.tokens, 1)
+        return mean if self._weight is not None else weight.float() @ mean

@@ -70,7 +70,6 @@ def solve(
     scheme: LayerScheme,
     *,
     drift: Tensor | None = None,
-    residual_drift: Tensor | None = None,
     column_block: int | None = None,
     name: str = "this layer",
 ) -> Solution:
@@ -80,10 +79,8 @@ def solve(
         weight: (out, in), any float dtype, on the device where the work should happen. Not modified. Rows are
             independent, so matrices that share an input may be stacked.
         hessian: mean of x·xᵀ over calibration tokens, (in, in) float32. Not modified.
-        drift: mean of (x in the original model - x)·xᵀ, (in, in) float32; with it, `scheme.propagation` of what
-            earlier layers' errors change in the outputs is compensated.
-        residual_drift: mean of (h in the original model - h)·xᵀ, (out, in) float32, with h the residual stream that
-            the outputs are added to: as much of its error is compensated as well. Needs `drift`.
+        drift: mean of (outputs in the original model - outputs)·xᵀ, (out, in) float32, with all that the outputs are
+            added to (`Drift`); with it, `scheme.propagation` of what earlier layers' errors change is compensated.
         column_block: columns whose updates are applied eagerly; speed only. None: what suits the device.
         name: for error messages.
     Raises:
@@ -97,17 +94,14 @@ def solve(
     order, group_of_column = _order_and_groups(energy, scheme)
     inverted = _invert(hessian, dead, order, scheme.damping, name)
     columns = _Columns(hessian, inverted, order, group_of_column, scheme, column_block)
-    parts, done = [], 0
-    for rows in weight.split(rows_at_once(weight.shape[0], weight.shape[1], weight.device)):
+    parts = []
+    at_once = rows_at_once(weight.shape[0], weight.shape[1], weight.device)
+    drifts = [None] * len(weight.split(at_once)) if drift is None else drift.split(at_once)
+    for rows, drifted in zip(weight.split(at_once), drifts, strict=True):
         original = target = rows.float()
-        if drift is not None and scheme.propagation:
-            # h + W x = h̃ + W' x̃ in the least-squares sense for W' = W + (W · drift + residual_drift) · H⁻¹; eq. 6 of
-            # arXiv:2504.09629, and arXiv:2509.06297.
-            missing = original @ drift
-            if residual_drift is not None:
-                missing += residual_drift[done : done + len(rows)]
-            target = original + scheme.propagation * missing @ inverted.inverse
-        done += len(rows)
+        if drifted is not None and scheme.propagation:
+            # What is missing in the outputs, by least squares; eq. 6 of arXiv:2504.09629.
+            target = original + scheme.propagation * drifted @ inverted.inverse
         best, rounded = columns.solve(original, target)
         parts.append(
             Solution(

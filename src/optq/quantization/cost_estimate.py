@@ -34,6 +34,7 @@ from .plan import Plan
 from .report import Solved
 from .run import Run
 from .runner import BlockRunner, at_block
+from .statistics import weight_of_drift
 
 LONGEST_FORWARD = 0.5  # seconds, about, of the one that is timed: of as many tokens as that allows
 FEWEST_TOKENS = 16
@@ -131,8 +132,9 @@ def estimate(
         seconds[FORWARDS] += seen.forward / seen.tokens * runs
         for stage in seen.stages:
             drift = follows and not repeats and stage.family is None
-            wide = 1 + (stage.views[0].shape[0] / stage.in_features if stage.residual is not None else 0.0)
-            seconds[HESSIANS] += _products(stage, seen, own) * (speed.hessian + drift * wide * speed.drift)
+            weight = weight_of_drift(stage)
+            drifts = drift * (1 if weight is None else 2 * weight.shape[0] / weight.shape[1])
+            seconds[HESSIANS] += _products(stage, seen, own) * (speed.hessian + drifts * speed.drift)
             seconds[SOLVING] += _solving(stage, seen.scheme_of, speed, drift=drift)
         stored = sum(target.scheme.stored_bits(*target.view.shape) for target in targets) / 8
         seconds[READING] += sum(target.view.weight.numel() for target in targets) * speed.packing
@@ -323,7 +325,7 @@ def _speed(scheme: LayerScheme, device: torch.device, threads: int) -> _Speed:
     return _Speed(
         solving=measured_solving(scheme, device),
         hessian=seconds_of(lambda: hessian.add(states), device) / (TOKENS * WIDTH**2),
-        drift=seconds_of(lambda: drift.add(states, states, states), device) / (TOKENS * WIDTH**2),
+        drift=seconds_of(lambda: drift.add(states, states), device) / (TOKENS * WIDTH**2),
         packing=seconds_of(lambda: pack(nearest, "gptq"), device) / states.numel(),
         disk=seconds_of(_write, torch.device("cpu")) / DISK_BYTES,
         device=device,

@@ -53,22 +53,14 @@ def _solve_stage(
     """The stage's linears, or only one of so many parts of their rows; on the CPU if they are to be sent."""
     with found_in(", ".join(view.name for view in statistics.stage.views)):
         hessian = statistics.hessian.mean()
-    drift, residual_drift = (
-        None if one is None else one.mean() for one in (statistics.drift, statistics.residual_drift)
-    )
     found = []
     for scheme, views in _by_scheme(statistics.stage, runner).items():
         started = time.monotonic()
-        rows = torch.cat([view.weight for view in views]).tensor_split(parts)[part]
+        weight = torch.cat([view.weight for view in views])
+        rows = weight.tensor_split(parts)[part]
+        drift = None if statistics.drift is None else statistics.drift.of_outputs(weight).tensor_split(parts)[part]
         try:
-            solution = solve(
-                rows,
-                hessian,
-                scheme,
-                drift=drift,
-                residual_drift=None if residual_drift is None else residual_drift.tensor_split(parts)[part],
-                name=views[0].name,
-            )
+            solution = solve(rows, hessian, scheme, drift=drift, name=views[0].name)
         except ModelError as error:  # of weights that are too large
             largest = max(views, key=lambda view: float(view.weight.abs().max()))
             raise ModelError(f"{largest.name}: {error}") from error
