@@ -361,15 +361,17 @@ def measure_rows(name: str, data: Path, seeds: list[int], wanted: list[str], mis
     for seed in seeds:
         calibration = calibration_file(name, data, seed)
         for row_name in wanted:
-            uncalibrated = rows()[row_name]["tool"] in UNCALIBRATED
-            known = record.read(f"quality-{name}").get(row_name, {"seeds": {}})["seeds"]
-            if (uncalibrated and seed != seeds[0]) or (missing and str(seed) in known):
+            tool = rows()[row_name]["tool"]
+            seed_measured = 0 if tool in UNCALIBRATED else seed
+            before = record.read(f"quality-{name}").get(row_name, {"seeds": {}})["seeds"].get(str(seed_measured))
+            known = missing and before is not None and before["measured_at"]["with"] == made_with(tool)
+            if known or (tool in UNCALIBRATED and seed != seeds[0]):
                 continue
             if (found := measure(name, row_name, data, calibration)) is None:
                 continue
             # Others may have written in the meantime: several runs can share the work.
             results = record.read(f"quality-{name}")
-            results[row_name] = with_seed(results.get(row_name), 0 if uncalibrated else seed, found)
+            results[row_name] = with_seed(results.get(row_name), seed_measured, found)
             print(row_name, seed, found, flush=True)
             write(name, results)
 
@@ -380,7 +382,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="stretches of the calibration text")
     parser.add_argument("--only", nargs="+", default=DEFAULT_ROWS, help="patterns of row names")
-    parser.add_argument("--missing", action="store_true", help="only what has no figures yet")
+    parser.add_argument("--missing", action="store_true", help="only what has no figures of this src/ or version yet")
     parser.add_argument("--tools", nargs="+", choices=("optq", "peers"), default=["optq"])
     parser.add_argument("--quantize", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--evaluate", nargs=2, help=argparse.SUPPRESS)

@@ -105,6 +105,27 @@ def test_a_rows_seeds_were_all_measured_with_the_same():
     assert list(quality.with_seed(row, 1, seed_of(0.2, "src b"))["seeds"]) == ["1"]
 
 
+def test_missing_is_what_this_version_has_not_measured(monkeypatch, tmp_path, data):
+    source, calls = ["src a"], []
+
+    def measure(name, row_name, data, calibration):
+        calls.append((row_name, calibration))
+        return seed_of(0.5, source[0])
+
+    monkeypatch.setattr(quality, "measure", measure)
+    monkeypatch.setattr(quality, "calibration_file", lambda name, data, seed: seed)
+    monkeypatch.setattr(quality.record, "source", lambda: source[0])
+    monkeypatch.setattr(quality.record, "RESULTS", tmp_path)
+    names = ["original", "3-bit g64 sym, optq default"]
+    quality.measure_rows("minilm", data, [1, 2], names, missing=False)
+    assert calls == [(names[0], 1), (names[1], 1), (names[1], 2)]
+    for now, seeds in (("src a", [3]), ("src b", [1, 2, 3])):
+        source[0], calls[:] = now, []
+        quality.measure_rows("minilm", data, [1, 2, 3], names[1:], missing=True)
+        assert calls == [(names[1], seed) for seed in seeds]
+    assert list(quality.record.read("quality-minilm")) == names
+
+
 def test_checkpoints_are_made_again_when_what_they_depend_on_changed(monkeypatch, tmp_path, data):
     calibration, calls, source = tmp_path / "0" / "calibration.json", [], ["src a"]
     calibration.parent.mkdir()

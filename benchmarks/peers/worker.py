@@ -79,7 +79,7 @@ def llmcompressor(model: str, rows: list[list[int]], output: str, settings: dict
         oneshot(
             model=dense,
             dataset=examples,
-            info=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
+            recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
             max_seq_length=len(rows[0]),
             num_calibration_samples=len(rows),
         )
