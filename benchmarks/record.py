@@ -34,7 +34,7 @@ def read(name: str) -> dict[str, Any]:
 def measured_at() -> dict[str, Any]:
     """What a single row says of its circumstances, where rows are measured one by one."""
     here = environment()
-    return {key: here[key] for key in ("date", "commit", "threads")}
+    return {key: here[key] for key in ("date", "commit", "threads", "device")}
 
 
 def source() -> str:

@@ -74,7 +74,7 @@ def headlines() -> str:
     environment = models[0]["environment"]
     text = (
         f"Calibrated and judged on WikiText-2, in float32 with dequantized weights; torch {environment['torch']}, "
-        f"transformers {environment['transformers']} on a CPU. {notes(models)}"
+        f"transformers {environment['transformers']} on a CPU. {processors(models[:1])} {notes(models)}"
     )
     return "\n\n".join([textwrap.fill(text, WIDTH), "\n".join(headline_table(models)), textwrap.fill(speed, WIDTH)])
 
@@ -87,13 +87,41 @@ def headline_table(models: list[dict[str, Any]]) -> list[str]:
         if content is models[0]:
             shown = ["perplexity", *shown, "cpu_seconds"]
         heads += [f"{short_name(content)}: {HEADS[figure]}" for figure in shown]
-        columns += [(content["results"], figure) for figure in shown]
+        columns += [(content, figure) for figure in shown]
     lines = [f"| weights | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name in HEADLINES:
-        cells = [spread(results[name], figure) if name in results else "" for results, figure in columns]
+        cells = [cell(content, name, figure) for content, figure in columns]
         if any(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def cell(content: dict[str, Any], name: str, figure: str) -> str:
+    """A figure of a row; nothing where there is none."""
+    row = content["results"].get(name)
+    if row is None:
+        return ""
+    return spread(row, figure) + (elsewhere(content, row) if figure == "cpu_seconds" else "")
+
+
+def elsewhere(content: dict[str, Any], row: dict[str, Any]) -> str:
+    """A mark for CPU seconds that were taken on another processor than the latest rows'."""
+    devices = {seed["measured_at"]["device"] for seed in row["seeds"].values() if "cpu_seconds" in seed}
+    return "\\*" if devices - {content["environment"]["device"]} else ""
+
+
+def processors(models: list[dict[str, Any]]) -> str:
+    """Which processors the CPU seconds are of."""
+    devices = {
+        seed["measured_at"]["device"]
+        for content in models
+        for row in content["results"].values()
+        for seed in row["seeds"].values()
+        if "cpu_seconds" in seed
+    }
+    here = models[0]["environment"]["device"]
+    others = ", ".join(sorted(devices - {here}))
+    return f"CPU-s are of {here}, those with * of {others}: not to be compared." if others else f"CPU-s are of {here}."
 
 
 def quality() -> str:
@@ -212,7 +240,7 @@ def caption(content: dict[str, Any]) -> str:
     text = (
         f"Calibrated on {settings['calibration']}; judged on {settings['evaluation']} (compared with the original on "
         f"{compared}), in float32 with dequantized weights; torch {environment['torch']}, transformers "
-        f"{environment['transformers']} on a CPU. {notes([content])}"
+        f"{environment['transformers']} on a CPU. {processors([content])} {notes([content])}"
     )
     return textwrap.fill(text, WIDTH)
 
@@ -226,7 +254,7 @@ def accuracy_table(content: dict[str, Any]) -> list[str]:
         cells = [spread(row, figure) for figure in shown]
         calibrated = [seed for seed in row["seeds"].values() if "cpu_seconds" in seed]
         peak = max((seed["peak_rss_mb"] for seed in calibrated), default="")
-        cells += [str(len(calibrated) or ""), spread(row, "cpu_seconds"), str(peak)]
+        cells += [str(len(calibrated) or ""), spread(row, "cpu_seconds") + elsewhere(content, row), str(peak)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

@@ -93,7 +93,12 @@ def test_seeds_have_no_token_in_common_and_windows_have_their_special_tokens(tin
 
 
 def seed_of(divergence, version):
-    return {"divergence": divergence, "cpu_seconds": 1.0, "peak_rss_mb": 7, "measured_at": {"with": version}}
+    return {
+        "divergence": divergence,
+        "cpu_seconds": 1.0,
+        "peak_rss_mb": 7,
+        "measured_at": {"with": version, "device": "elsewhere"},
+    }
 
 
 def test_a_rows_seeds_were_all_measured_with_the_same():
@@ -216,13 +221,17 @@ def test_questions_have_big_benchs_form():
 
 def content(title, rows):
     settings = {"model": title, "note": "A note.", "calibration": "c", "evaluation": "e", "compared_windows": 1}
-    return {"settings": settings, "results": rows, "environment": {"torch": "2", "transformers": "5"}}
+    return {
+        "settings": settings,
+        "results": rows,
+        "environment": {"torch": "2", "transformers": "5", "device": "here"},
+    }
 
 
 def test_tables_show_what_was_measured_and_leave_out_what_was_not(monkeypatch):
     name = "3-bit g64 sym, optq default"
     several = quality.with_seed(quality.with_seed(None, 0, seed_of(0.2, "a")), 1, seed_of(0.4, "a"))
-    embedding = {"cosine": 0.98, "neighbours": 0.5, "measured_at": {"with": "a"}}
+    embedding = {"cosine": 0.98, "neighbours": 0.5, "measured_at": {"with": "a", "device": "elsewhere"}}
     models = [
         content("One (float32)", {name: several}),
         content("Two (float32)", {"original": quality.with_seed(None, 0, embedding)}),
@@ -230,10 +239,11 @@ def test_tables_show_what_was_measured_and_leave_out_what_was_not(monkeypatch):
     monkeypatch.setattr(tables, "qualities", lambda: models)
     lines = tables.headlines().splitlines()
     assert "| weights | One: perplexity | One: KL divergence | One: CPU-s | Two: same ten nearest |" in lines
-    assert f"| {name} |  | 0.3000 (0.2000 … 0.4000) | 1 |  |" in lines
+    assert f"| {name} |  | 0.3000 (0.2000 … 0.4000) | 1\\* |  |" in lines
     assert "| original |  |  |  | 50.0% |" in lines
     page = tables.quality()
-    assert f"| {name} | 0.3000 (0.2000 … 0.4000) | 2 | 1 | 7 |" in page
+    assert f"| {name} | 0.3000 (0.2000 … 0.4000) | 2 | 1\\* | 7 |" in page
+    assert "those with * of elsewhere" in " ".join(page.split())
     assert "| original | 0.9800 | 50.0% |  |  |  |" in page
     assert page.count("lowest … highest") == 1  # only where there are several
 
