@@ -390,7 +390,7 @@ def test_damaged_files_are_refused(prepare, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CalibrationError, match="not a valid Parquet"):
         prepare(str(tmp_path / "bad.parquet"))
-    with pytest.raises(CalibrationError, match="readable file or folder"):
+    with pytest.raises(CalibrationError, match="is a folder without files of text"):
         prepare(str(tmp_path / "empty"))
     with pytest.raises(CalibrationError, match="not valid JSONL"):
         prepare(str(tmp_path / "bad.jsonl"))

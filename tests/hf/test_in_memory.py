@@ -100,7 +100,7 @@ def test_what_counts_is_in_memory_not_in_the_folder(tiny_llama, config, quantize
         model.model.layers[1].mlp.down_proj.weight.mul_(2)
     optq.quantize(model, config)
     ours, folders = (m.model.layers[1].mlp.down_proj.scales for m in (model, quantized))
-    torch.testing.assert_close(ours.float(), 2 * folders.float(), rtol=0.05, atol=0)
+    torch.testing.assert_close(ours.float(), 2 * folders.float(), rtol=0.1, atol=0)
 
 
 def test_a_model_that_has_no_folder(config, tmp_path, probe_ids):

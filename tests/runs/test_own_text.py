@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from huggingface_hub.utils import tqdm
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,

@@ -182,8 +182,9 @@ def bench(
         runs: number of repetitions, whose medians are reported.
         device, kwargs: see `compare`.
     """
+    device = execution_device(device)
     model_config_of(place_of(model), kwargs)  # says what is not there
-    loaded = _load(place_of(model), execution_device(device), kwargs)
+    loaded = _load(place_of(model), device, kwargs)
     generator = torch.Generator().manual_seed(0)
     prompt = _room(loaded, prompt, new)
     ids = torch.randint(vocabulary_of(loaded), (1, prompt), generator=generator, device="cpu")

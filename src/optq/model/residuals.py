@@ -41,7 +41,7 @@ class Sums:
 
     def __init__(self) -> None:
         self._inputs: list[tuple[nn.Module | None, _Excerpt]] = []  # in the order of calls
-        self._outputs: dict[nn.Module, tuple[int, _Excerpt]] = {}  # of linears; and how many inputs came before
+        self._outputs: dict[nn.Module, list[tuple[int, _Excerpt]]] = {}  # of linears; and how many inputs came before
 
     def called(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook for all modules; of the block itself, None, it wants the output."""
@@ -51,7 +51,7 @@ class Sums:
 
     def returned(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """A hook for linears; `output` is (..., out)."""
-        self._outputs[module] = len(self._inputs), _Excerpt.of(output)
+        self._outputs.setdefault(module, []).append((len(self._inputs), _Excerpt.of(output)))
 
     def ended(self, output: Any) -> None:
         """To be called with what the block returned."""
@@ -62,19 +62,18 @@ class Sums:
 
         None where there is no such sum: where a norm or a factor lies in between.
         """
-        linear = stage.views[0].module
-        if len(stage.views) > 1 or stage.calls > 1 or stage.family is not None or linear not in self._outputs:
+        outputs = self._outputs.get(stage.views[0].module, [])
+        if len(stage.views) > 1 or len(outputs) != 1 or stage.family is not None:
             return None
-        position, output = self._outputs[linear]
-        if not output.rows.any():  # then the sum would be the input itself
-            return None
+        ((position, output),) = outputs
         calls = Counter(module for module, _ in self._inputs)
-        for module, x in self._inputs[:position]:
-            if calls[module] == 1 and x.like(output):
-                total = x.rows + output.rows
-                if any(y.like(output) and torch.equal(y.rows, total) for _, y in self._inputs[position:]):
-                    return module
-        return None
+        before = [(module, x) for module, x in self._inputs[:position] if calls[module] == 1 and x.like(output)]
+        after = [y.rows for _, y in self._inputs[position:] if y.like(output)]
+        if not before or not after:
+            return None
+        sums = torch.stack([x.rows + output.rows for _, x in before])[:, None]
+        equal = (sums == torch.stack(after)).flatten(2).all(2).any(1) & output.rows.any()  # 0 added: the input itself
+        return next((module for (module, _), found in zip(before, equal.tolist(), strict=True) if found), None)
 
 
 @contextmanager
