@@ -34,12 +34,10 @@ HEADLINES = (
     "original",
     "4-bit g64 sym, round to nearest",
     "4-bit g64 sym, GPTQModel",
-    "4-bit g64 sym, GPTQModel + GPTAQ",
     "4-bit g64 sym, AutoRound",
     "4-bit g64 sym, optq plain GPTQ",
     "4-bit g64 sym, optq default",
     "3-bit g64 sym, GPTQModel",
-    "3-bit g64 sym, GPTQModel + GPTAQ",
     "3-bit g64 sym, AutoRound",
     "3-bit g64 sym, optq default",
     "2-bit g64 asym, optq default",
@@ -119,8 +117,10 @@ def processors(models: list[dict[str, Any]]) -> str:
         for seed in row["seeds"].values()
         if "cpu_seconds" in seed
     }
-    here = models[0]["environment"]["device"]
-    others = ", ".join(sorted(devices - {here}))
+    here, others = (
+        ", ".join(sorted(device.partition(" (avx")[0] for device in some))  # without its instructions
+        for some in ({models[0]["environment"]["device"]}, devices - {models[0]["environment"]["device"]})
+    )
     return f"CPU-s are of {here}, those with * of {others}: not to be compared." if others else f"CPU-s are of {here}."
 
 
