@@ -123,12 +123,18 @@ def test_a_group_of_zeros_keeps_its_scale(problem):
     assert torch.equal(refitted.scales[:, 0], quantized.scales[:, 0])
 
 
-def test_propagation_moves_the_outputs_towards_the_originals():
+def drifted():
+    """Inputs in the original model, in ours, a weight, and what makes more random numbers."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(IN, IN, generator=generator) / IN**0.5
     originals = torch.randn(4000, IN, generator=generator) @ mixing
     inputs = 0.9 * originals + 0.1 * torch.randn(4000, IN, generator=generator) @ mixing
     weight = torch.randn(OUT, IN, generator=generator)
+    return originals, inputs, weight, generator
+
+
+def test_propagation_moves_the_outputs_towards_the_originals():
+    originals, inputs, weight, _ = drifted()
     drift = Drift(IN, "cpu")
     first = inputs[:1000].view(2, 500, IN)
     drift.add(originals[:1000].view(2, 500, IN), first)
@@ -149,11 +155,7 @@ def test_propagation_moves_the_outputs_towards_the_originals():
 
 
 def test_the_error_of_the_residual_stream_is_compensated_as_well():
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(IN, IN, generator=generator) / IN**0.5
-    originals = torch.randn(4000, IN, generator=generator) @ mixing
-    inputs = 0.9 * originals + 0.1 * torch.randn(4000, IN, generator=generator) @ mixing
-    weight = torch.randn(OUT, IN, generator=generator)
+    originals, inputs, weight, generator = drifted()
     streams = originals @ torch.randn(OUT, IN, generator=generator).T
     ours = streams + 0.1 * inputs @ torch.randn(OUT, IN, generator=generator).T
     alone, with_stream = Drift(IN, "cpu", weight), Drift(IN, "cpu", weight)

@@ -158,7 +158,13 @@ class Drift(_TokenMean):
                     drift += _rows(residuals[0], keep) - _rows(residuals[1], keep)
             self._sum.addmm_(drift.T, rows)
 
-    def of_outputs(self, weight: Tensor) -> Tensor:
-        """The (out, features) float32 mean over all tokens, for the linear of this weight (out, features)."""
+    def of_outputs(self, weight: Tensor, part: int = 0, parts: int = 1) -> Tensor:
+        """The (out, features) float32 mean over all tokens, for the linear of this weight (out, features).
+
+        Args:
+            part, parts: only one of so many parts of the rows, as `tensor_split` makes them.
+        """
         mean = self._sum / max(self.tokens, 1)
-        return mean if self._weight is not None else weight.float() @ mean
+        if self._weight is not None:
+            return mean.tensor_split(parts)[part]
+        return weight.tensor_split(parts)[part].float() @ mean

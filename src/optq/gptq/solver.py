@@ -9,6 +9,7 @@ Frantar et al., "OPTQ", ICLR 2023 (arXiv:2210.17323), Algorithm 1.
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -96,8 +97,8 @@ def solve(
     columns = _Columns(hessian, inverted, order, group_of_column, scheme, column_block)
     parts = []
     at_once = rows_at_once(weight.shape[0], weight.shape[1], weight.device)
-    drifts = [None] * len(weight.split(at_once)) if drift is None else drift.split(at_once)
-    for rows, drifted in zip(weight.split(at_once), drifts, strict=True):
+    drifts = repeat(None) if drift is None else drift.split(at_once)
+    for rows, drifted in zip(weight.split(at_once), drifts, strict=False):
         original = target = rows.float()
         if drifted is not None and scheme.propagation:
             # What is missing in the outputs, by least squares; eq. 6 of arXiv:2504.09629.

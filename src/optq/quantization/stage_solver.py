@@ -58,7 +58,9 @@ def _solve_stage(
         started = time.monotonic()
         weight = torch.cat([view.weight for view in views])
         rows = weight.tensor_split(parts)[part]
-        drift = None if statistics.drift is None else statistics.drift.of_outputs(weight).tensor_split(parts)[part]
+        drift = None
+        if statistics.drift is not None and scheme.propagation:
+            drift = statistics.drift.of_outputs(weight, part, parts)
         try:
             solution = solve(rows, hessian, scheme, drift=drift, name=views[0].name)
         except ModelError as error:  # of weights that are too large
