@@ -2,6 +2,7 @@
 """Blocks are read when their turn comes, and nothing else changes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,12 @@ def quantize(folder, rows, **settings):
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
+def mappings():
+    """How many safetensors files are mapped into memory; 0 where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    return maps.read_text().count(".safetensors") if maps.exists() else 0
+
+
 @pytest.fixture
 def reads(monkeypatch):
     """What `StreamedBlocks.read` was asked for, with what it did."""
@@ -53,7 +60,9 @@ def reads(monkeypatch):
     read = StreamedBlocks.read
 
     def watched(self, name):
+        before = mappings()
         read(self, name)
+        assert mappings() <= before, "a file stays mapped, and what is read of it in memory"
         if name not in self._blocks:
             return
         block = self._model.get_submodule(name)

@@ -23,10 +23,10 @@ from transformers import (
 
 import optq
 from conftest import tiny_llama_config
-from optq import GPTQConfig, kernels
+from optq import GPTQConfig
+from optq.quantization import block_reconstruction
 
 MEASURED_ON = {("x86_64", "AVX2", "2.13.0"), ("x86_64", "AVX512", "2.13.0")}
-WITH_GRADIENTS = "max effort"  # which are rounded to bfloat16 on some processors; the digest is of those
 
 
 def llama() -> PreTrainedModel:
@@ -46,18 +46,18 @@ def albert() -> PreTrainedModel:
 
 
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]] = {
-    "default effort": (llama, {"bits": 4}, "520383e3c164b420"),
-    "fast effort, asymmetric": (llama, {"bits": 3, "effort": "fast", "sym": False}, "9e426be098ef1b3d"),
-    "max effort": (llama, {"bits": 2, "effort": "max", "batch_size": 4}, "24c594078aa83a66"),
-    "activation order on disk": (llama, {"bits": 8, "desc_act": True, "format": "gptq_v2"}, "75e80e751804ae41"),
-    "groups in activation order": (llama, {"bits": 4, "act_group_aware": True, "grid": "minmax"}, "0271cfdfde85f422"),
+    "default effort": (llama, {"bits": 4}, "e46b562901933cbb"),
+    "fast effort, asymmetric": (llama, {"bits": 3, "effort": "fast", "sym": False}, "d030f94592be3556"),
+    "max effort": (llama, {"bits": 2, "effort": "max", "batch_size": 4}, "9e2e0e4bc3e3bbf3"),
+    "activation order on disk": (llama, {"bits": 8, "desc_act": True, "format": "gptq_v2"}, "fde937fd61c8dfba"),
+    "groups in activation order": (llama, {"bits": 4, "act_group_aware": True, "grid": "minmax"}, "e07b5fa14bc6e5b7"),
     "a budget, and the output head": (
         llama,
         {"bits": 4, "target_bits_per_weight": 4.5, "lm_head": True},
-        "88de876449e2b639",
+        "ff83648e9862326f",
     ),
-    "a mixture of experts": (mixtral, {"bits": 4}, "cf11ce58156e6564"),
-    "a block that is called repeatedly": (albert, {"bits": 4}, "3442a56363817930"),
+    "a mixture of experts": (mixtral, {"bits": 4}, "0717f5cfd4372041"),
+    "a block that is called repeatedly": (albert, {"bits": 4}, "55a4f5408e0a9e19"),
 }
 
 
@@ -81,10 +81,12 @@ def quantized(case: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_fixed_seed_writes_the_bytes_that_it_wrote_before(case: str) -> None:
+def test_a_fixed_seed_writes_the_bytes_that_it_wrote_before(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = (platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.__version__.partition("+")[0])
-    if here not in MEASURED_ON or (case == WITH_GRADIENTS and not kernels.has_bfloat16_instructions()):
+    if here not in MEASURED_ON:
         pytest.skip(f"the digest of {case} was not taken on such a processor: {' '.join(here)}")
+    # Gradients in bfloat16 differ from one processor with such instructions to the next.
+    monkeypatch.setattr(block_reconstruction, "has_bfloat16_instructions", lambda: False)
     assert digest(quantized(case)) == CASES[case][2]
 
 

@@ -12,7 +12,6 @@ A symmetric grid has one more step on one side of its zero: codes - zero run fro
 the group gets it is the sign of the scale, so both signs are tried.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +27,10 @@ SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; a scale of 0 would l
 
 FEW_BITS = 3
 ELEMENTS_AT_ONCE = 1 << 18  # of the weight while grids are searched on a CPU: what its caches hold
-SHRINK_FACTORS = tuple(1.1 - 0.02 * step for step in range(41))  # 1.1 … 0.3 of the span
-LEAST_OF_2_BITS = 0.6  # of the span; docs/accuracy.md says why
+LARGEST_FACTOR, SMALLEST_FACTOR = 1.1, 0.3  # of a group's span
+SMALLEST_OF_2_BITS = 0.6  # docs/accuracy.md says why
+COARSE = 0.06  # between the factors that are tried first
+FINE = (-0.04, -0.02, 0.02, 0.04)  # tried around the best of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,8 @@ def fit_grid(weight: Tensor, group_of_column: Tensor, scheme: LayerScheme, impor
         weight: (out, in) float32.
         group_of_column: (in,) int32, values 0 … groups - 1.
         importance: (in,) float32, what a squared error of each column costs; the grid that minimises the weighted sum
-            is searched among `shrink_factors` of the group's span. None: the whole span.
+            is searched among spans of 1.1 to 0.3 times the group's, first in steps of 0.06, then of 0.02. None: the
+            whole span.
     Returns:
         A `Grid` with float16-representable scales, never zero, and negative ones among the symmetric. Symmetric zeros
         are 2 ** (bits - 1); asymmetric ones lie in [1, max_code], because a zero of 0 cannot be stored safely in v1
@@ -81,14 +83,37 @@ def _fit(grouped: Tensor, costs: Tensor | None, scheme: LayerScheme) -> tuple[Te
     # Zero is always inside the span, so that it is represented exactly.
     low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
     scales, zeros = _spanning(low, high, scheme)
-    if costs is not None:
-        best = _cost(grouped, costs, scales, zeros, scheme)
-        for tried_scales, tried_zeros in _candidates(low, high, scheme):
-            cost = _cost(grouped, costs, tried_scales, tried_zeros, scheme)
-            better = cost < best  # False for the NaN of a scale that overflows
-            best = torch.where(better, cost, best)
-            scales, zeros = torch.where(better, tried_scales, scales), torch.where(better, tried_zeros, zeros)
-    return scales, zeros
+    if costs is None:
+        return scales, zeros
+    # The best so far: its cost, scales and zeros, and how it was tried: a factor of the span, a sign, a shift of zero.
+    one = torch.ones_like(low)
+    best: tuple[Tensor, ...] = (_cost(grouped, costs, scales, zeros, scheme), scales, zeros, one, one, one - one)
+    least = SMALLEST_OF_2_BITS if scheme.bits == 2 else SMALLEST_FACTOR
+
+    def better_of(best: tuple[Tensor, ...], factor: Tensor, sign: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        scales, zeros = _spanning(low * factor, high * factor, scheme)
+        scales, zeros = scales * sign, (zeros + shift).clamp_(1, scheme.max_code)
+        cost = _cost(grouped, costs, scales, zeros, scheme)
+        better = cost < best[0]  # False for the NaN of a scale that overflows
+        tried = (cost, scales, zeros, factor, sign, shift)
+        return tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
+
+    for step in range(1 + int((LARGEST_FACTOR - least) / COARSE)):
+        for variant in _variants(scheme):
+            tried = [low.new_tensor(value) for value in (LARGEST_FACTOR - COARSE * step, *variant)]
+            best = better_of(best, *tried)
+    _, _, _, factor, sign, shift = best
+    for change in FINE:
+        best = better_of(best, (factor + change).clamp_(least, LARGEST_FACTOR), sign, shift)
+    return best[1], best[2]
+
+
+def _variants(scheme: LayerScheme) -> tuple[tuple[float, float], ...]:
+    """What is tried with each span: the scale's sign, and how far zero is from where the span's ends have it."""
+    if scheme.symmetric:
+        return (1, 0), (-1, 0)
+    # With few levels zero may be better one step to either side.
+    return ((1, 0), (1, -1), (1, 1)) if scheme.bits <= FEW_BITS else ((1, 0),)
 
 
 def _grouped(weight: Tensor, group_of_column: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -105,24 +130,6 @@ def _grouped(weight: Tensor, group_of_column: Tensor, importance: Tensor | None)
         filling = groups * width - weight.shape[1]
         weight, costs = pad(weight, (0, filling)), pad(costs, (0, filling))
     return weight.reshape(-1, groups, width), costs.reshape(groups, width)
-
-
-def shrink_factors(bits: int) -> tuple[float, ...]:
-    """The factors by which a group's span is scaled in the search for its grid."""
-    return tuple(factor for factor in SHRINK_FACTORS if bits > 2 or factor > LEAST_OF_2_BITS - 0.01)
-
-
-def _candidates(low: Tensor, high: Tensor, scheme: LayerScheme) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales and zeros to try."""
-    for factor in shrink_factors(scheme.bits):
-        scales, zeros = _spanning(low * factor, high * factor, scheme)
-        yield scales, zeros
-        if scheme.symmetric:
-            yield -scales, zeros
-        elif scheme.bits <= FEW_BITS:
-            # A span's ends say where zero should be, but with few levels one step to either side may be better.
-            for shift in (-1, 1):
-                yield scales, (zeros + shift).clamp_(1, scheme.max_code)
 
 
 def _cost(grouped: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: LayerScheme) -> Tensor:

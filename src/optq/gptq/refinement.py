@@ -65,16 +65,19 @@ class Attempt:
 def refine(
     target: Tensor, hessian: Tensor, present: Attempt, rounds: int, solve_again: Callable[[Attempt], QuantizedWeight]
 ) -> Attempt:
-    """Alternate `refit_scales`, `solve_again` and `sweep_codes`; rows that a step does not improve keep what they had.
+    """Alternate `refit_scales` and `sweep_codes`; rows that a step does not improve keep what they had.
+
+    In the first round GPTQ runs again in between; in later ones that gains nothing over codes that are already swept.
 
     Args:
         target: (out, in) float32, what the rounded weights should compute.
         hessian: (in, in) float32, damped.
-        rounds: of all three steps; 0 returns `present` itself.
+        rounds: how often; 0 returns `present` itself.
         solve_again: runs GPTQ on the grids of the attempt that it is given.
     """
-    for _ in range(rounds):
-        for step in (partial(refit_scales, hessian), solve_again, partial(sweep_codes, hessian)):
+    refit, sweep = partial(refit_scales, hessian), partial(sweep_codes, hessian)
+    for number in range(rounds):
+        for step in (refit, sweep) if number else (refit, solve_again, sweep):
             present = present.or_better(Attempt.of(target, hessian, step(present)))
     return present
 

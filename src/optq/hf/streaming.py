@@ -82,6 +82,8 @@ class StreamedBlocks:
         put_fused(self._model, experts)
         with _opened(self._keys[name]) as slices:
             compat.load_tensors(self._model, slices, self._base)
+        for tensor in (*block.parameters(), *block.buffers()):
+            tensor.data = tensor.data.clone()  # what lies in the mapped file would keep all of it mapped, for one norm
         compat.initialise_buffers(self._model, name)
         missing = [key for key, tensor in block.state_dict(keep_vars=True).items() if tensor.is_meta]
         if missing:
