@@ -190,6 +190,28 @@ def tries() -> str:
     return "\n".join(lines)
 
 
+def tokens() -> str:
+    """Divergence against the number of calibration tokens."""
+    if not (ROOT / "benchmarks/results/tokens.json").exists():
+        return "Not measured yet: `python benchmarks/tokens.py --data FOLDER` fills this table."
+    content = read("tokens")
+    settings, results = content["settings"], content["results"]
+    text = f"{settings['model']}, {settings['grid']['bits']} bits, groups of {settings['grid']['group_size']}. "
+    text += f"KL divergence on {settings['evaluation']}."
+    lines = [
+        textwrap.fill(text, WIDTH),
+        "",
+        "| calibration | tokens | on itself | on other validation text | on test text | CPU-s | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in results.items():
+        found = row["divergence"]
+        cells = [f"{found[text]:.4f}" for text in ("calibration", "other", "test")]
+        figures = [row["tokens"], *cells, round(row["cpu_seconds"]), row["peak_rss_mb"]]
+        lines.append(f"| {name} | {' | '.join(map(str, figures))} |")
+    return "\n".join(lines)
+
+
 def second_family() -> str:
     """KL divergence of every effort with either calibration text."""
     results = read("second-family")["results"]
@@ -640,6 +662,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "names": names,
     "calibration": calibration,
     "downstream": downstream,
+    "tokens": tokens,
     "tries": tries,
     "second_family": second_family,
     "kernels": kernels,
