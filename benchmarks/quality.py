@@ -55,7 +55,7 @@ def rows() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"original": {"tool": "original"}}
     for name, grid in grids().items():
         found[f"{name}, round to nearest"] = {"tool": "nearest", **grid}
-        plain = {"effort": "fast", "grid": "minmax"}
+        plain = {"effort": "fast", "grid": "minmax", "refinement": 0}
         efforts = {"plain GPTQ": plain, "fast": {"effort": "fast"}, "default": {}, "max": {"effort": "max"}}
         for effort, settings in efforts.items():
             found[f"{name}, optq {effort}"] = {"tool": "optq", **grid, **settings}

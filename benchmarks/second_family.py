@@ -22,7 +22,7 @@ import record
 WINDOW, ROWS, HELD_OUT_WINDOWS, SEED = 256, 96, 80, 0
 HIDDEN, LAYERS, BATCH = 256, 6, 16
 SETTINGS: dict[str, dict[str, Any]] = {
-    "plain GPTQ": {"effort": "fast", "grid": "minmax"},
+    "plain GPTQ": {"effort": "fast", "grid": "minmax", "refinement": 0},
     "fast": {"effort": "fast"},
     "default": {},
     "max": {"effort": "max"},

@@ -40,6 +40,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "propagation 1": {"propagation": 1.0},
     "no refinement": {"refinement": 0},
     "1 round of refinement": {"refinement": 1},
+    "2 rounds of refinement": {"refinement": 2},
     "4 rounds of refinement": {"refinement": 4},
     "damping 0.03": {"damp_percent": 0.03},
     "damping 0.3": {"damp_percent": 0.3},

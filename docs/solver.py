@@ -18,7 +18,7 @@ STEPS = {
     "GPTQ, left to right": PLAIN,
     "important columns first": replace(PLAIN, act_order="static"),
     "searched grids": replace(PLAIN, act_order="static", grid="weighted"),
-    "two rounds of refinement": replace(PLAIN, act_order="static", grid="weighted", refinement=2),
+    "three rounds of refinement": replace(PLAIN, act_order="static", grid="weighted", refinement=3),
 }
 BITS = (4, 3)
 

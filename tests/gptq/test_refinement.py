@@ -27,10 +27,6 @@ def start(problem, **scheme):
     return solve(weight, hessian, LayerScheme(damping=0.01, **{"bits": 3, "group_size": 16, **scheme})).quantized
 
 
-def unchanged(present):
-    return present.quantized
-
-
 def loss(problem, quantized):
     weight, hessian = problem
     return output_energy(weight - quantized.decode(), hessian)
@@ -78,18 +74,18 @@ def test_no_row_ends_above_where_it_started(problem, bits, symmetric, group_size
     quantized = start(problem, bits=bits, symmetric=symmetric, group_size=group_size)
     before = loss(problem, quantized)
     for rounds in (1, 3):
-        refined = refine(*problem, Attempt.of(*problem, quantized), rounds, unchanged)
+        refined = refine(*problem, Attempt.of(*problem, quantized), rounds)
         after = refined.loss
         torch.testing.assert_close(after, loss(problem, refined.quantized))
         torch.testing.assert_close(refined.pull, (problem[0] - refined.quantized.decode()) @ problem[1])
         assert (after <= before).all()
         assert after.sum() < before.sum()
         before = after
-    assert refine(*problem, Attempt.of(*problem, quantized), 0, unchanged).quantized is quantized
+    assert refine(*problem, Attempt.of(*problem, quantized), 0).quantized is quantized
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_solving_again_on_refitted_grids_helps(correlated_problem, bits):
+def test_every_round_helps(correlated_problem, bits):
     weight, hessian = correlated_problem(64, IN)
     losses = []
     for refinement in (0, 1, 3):
@@ -109,7 +105,7 @@ def test_no_row_ends_above_rounding_to_nearest(correlated_problem, refinement):
 
 def test_refined_scales_are_storable(problem):
     first = Attempt.of(*problem, start(problem, bits=2, symmetric=False))
-    refined = refine(*problem, first, 2, unchanged).quantized
+    refined = refine(*problem, first, 2).quantized
     assert torch.equal(refined.scales.half().float(), refined.scales)
     assert (refined.scales > 0).all()
     assert ((refined.zeros >= 1) & (refined.zeros <= 3)).all()

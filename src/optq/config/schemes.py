@@ -22,9 +22,9 @@ class _Pieces:
 
 
 EFFORTS: dict[str, _Pieces] = {
-    "fast": _Pieces(propagation=0.0, refinement=0, polish=0),
-    "default": _Pieces(propagation=0.5, refinement=2, polish=0),
-    "max": _Pieces(propagation=0.5, refinement=2, polish=3),
+    "fast": _Pieces(propagation=0.0, refinement=1, polish=0),
+    "default": _Pieces(propagation=0.5, refinement=3, polish=0),
+    "max": _Pieces(propagation=0.5, refinement=3, polish=3),
 }
 
 

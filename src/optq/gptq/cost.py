@@ -56,28 +56,21 @@ class SolvingWork:
 
 def work_of(rows: int, columns: int, scheme: LayerScheme, *, drift: bool, device: torch.device = CPU) -> SolvingWork:
     """Count the operations of `solve` for a (rows, columns) weight on `device`; `drift`: with making it."""
-    weights, rounds = rows * columns, scheme.refinement
-    solves, chunks = 1 + min(rounds, 1), -(-rows // solver.rows_at_once(rows, columns, device))
-    # An attempt each: the first solution, the nearest ones, every step of a round and GPTQ again in the first. Three
-    # energies. In a round, strips that are half a product together. Two for the target.
-    products = (
-        (1 + solves + (scheme.grid == "weighted") + 2 * rounds)
-        + 3
-        + rounds / 2
-        + 2 * (drift and scheme.propagation > 0)
-    )
+    weights, rounds, chunks = rows * columns, scheme.refinement, -(-rows // solver.rows_at_once(rows, columns, device))
+    # An attempt each: the first solution, the nearest ones, both steps of every round. Three energies. In a round,
+    # strips that are half a product together. Two for the target.
+    products = (2 + (scheme.grid == "weighted") + 2 * rounds) + 3 + rounds / 2 + 2 * (drift and scheme.propagation > 0)
     # Half of the columns are still to come, on average.
-    updates = solves * columns / ROUND_BLOCK / 2 + rounds * columns / SWEEP_BLOCK / 2
+    updates = columns / ROUND_BLOCK / 2 + rounds * columns / SWEEP_BLOCK / 2
     updates += rounds * STRIP_OPERATIONS * scheme.group_count(columns)
-    elements = solves * (ROUND_BLOCK / 2 + ROW_OPERATIONS)
-    elements += rounds * (SWEEP_BLOCK / 2 + ROW_OPERATIONS)
+    elements = ROUND_BLOCK / 2 + ROW_OPERATIONS + rounds * (SWEEP_BLOCK / 2 + ROW_OPERATIONS)
     return SolvingWork(
         products=products * weights * columns,
         updates=updates * weights,
         elements=elements * weights,
         cubes=2 / 3 * columns**3,  # two Cholesky factors, a sixth each, and an inverse, a third
         fits=weights,
-        steps=chunks * columns * (solves + rounds),
+        steps=chunks * columns * (1 + rounds),
     )
 
 

@@ -2,14 +2,11 @@
 """Improve a finished solution: re-fit the scales to the codes, then the codes to the scales.
 
 GPTQ never returns to a column, and its grids are fitted before it starts. Once all codes are known, the best scales
-for them are a least-squares problem per row; GPTQ can be run again on the grids with these scales; and the best code
-of one column, all others given, is known in closed form. A row takes the result of a step only where that lowers its
-δᵀHδ.
+for them are a least-squares problem per row, and the best code of one column, all others given, is known in closed
+form. A row takes the result of a step only where that lowers its δᵀHδ.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,23 +59,17 @@ class Attempt:
         )
 
 
-def refine(
-    target: Tensor, hessian: Tensor, present: Attempt, rounds: int, solve_again: Callable[[Attempt], QuantizedWeight]
-) -> Attempt:
+def refine(target: Tensor, hessian: Tensor, present: Attempt, rounds: int) -> Attempt:
     """Alternate `refit_scales` and `sweep_codes`; rows that a step does not improve keep what they had.
-
-    In the first round GPTQ runs again in between; in later ones that gains nothing over codes that are already swept.
 
     Args:
         target: (out, in) float32, what the rounded weights should compute.
         hessian: (in, in) float32, damped.
-        rounds: how often; 0 returns `present` itself.
-        solve_again: runs GPTQ on the grids of the attempt that it is given.
+        rounds: of both steps; 0 returns `present` itself.
     """
-    refit, sweep = partial(refit_scales, hessian), partial(sweep_codes, hessian)
-    for number in range(rounds):
-        for step in (refit, sweep) if number else (refit, solve_again, sweep):
-            present = present.or_better(Attempt.of(target, hessian, step(present)))
+    for _ in range(rounds):
+        for step in (refit_scales, sweep_codes):
+            present = present.or_better(Attempt.of(target, hessian, step(hessian, present)))
     return present
 
 

@@ -8,7 +8,6 @@ Frantar et al., "OPTQ", ICLR 2023 (arXiv:2210.17323), Algorithm 1.
 
 import logging
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import repeat
 
 import torch
@@ -232,9 +231,7 @@ class _Columns:
         importance = self.hessian.diagonal() if scheme.grid == "weighted" else None
         grid = fit_grid(original, self.group_of_column, scheme, importance)
         started = Attempt.of(target, self.inverted.hessian, self._rounded(grid, target))
-        refined = refine(
-            target, self.inverted.hessian, started, scheme.refinement, partial(self._solved_again, target)
-        )
+        refined = refine(target, self.inverted.hessian, started, scheme.refinement)
         nearest = self._nearest(grid, original)
         solved = refined.or_better(Attempt.of(target, self.inverted.hessian, nearest)).quantized
         # Damping hides inputs that count, where one input has nearly all of the energy: so again, without it.
@@ -256,10 +253,6 @@ class _Columns:
         )
         codes = in_order(round_columns(target.T[self.order].contiguous(), columns, self.column_block), self.order)
         return _on_grid(codes, grid, self.group_of_column, self.scheme)
-
-    def _solved_again(self, target: Tensor, present: Attempt) -> QuantizedWeight:
-        scales, zeros = present.quantized.scales, present.quantized.zeros.float()
-        return self._rounded(Grid(scales=scales, zeros=zeros, max_code=self.scheme.max_code), target)
 
     def _nearest(self, grid: Grid, original: Tensor) -> QuantizedWeight:
         return _on_grid(grid.encode(original, self.group_of_column), grid, self.group_of_column, self.scheme)
