@@ -27,6 +27,7 @@ from optq import GPTQConfig
 from optq.quantization import block_reconstruction
 
 MEASURED_ON = {("x86_64", "AVX2", "2.13.0"), ("x86_64", "AVX512", "2.13.0")}
+WITH_GRADIENTS = "max effort"  # hundreds of small steps: one kind of processor only
 
 
 def llama() -> PreTrainedModel:
@@ -83,7 +84,7 @@ def quantized(case: str) -> PreTrainedModel:
 @pytest.mark.parametrize("case", CASES)
 def test_a_fixed_seed_writes_the_bytes_that_it_wrote_before(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = (platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.__version__.partition("+")[0])
-    if here not in MEASURED_ON:
+    if here not in MEASURED_ON or (case == WITH_GRADIENTS and "AVX512" not in here):
         pytest.skip(f"the digest of {case} was not taken on such a processor: {' '.join(here)}")
     # Gradients in bfloat16 differ from one processor with such instructions to the next.
     monkeypatch.setattr(block_reconstruction, "has_bfloat16_instructions", lambda: False)
