@@ -19,7 +19,7 @@ from peaks import operations_per_second
 SEED, TOKENS = 0, 4096
 EXPERT = {"30B-A3B expert": {"gate/up": (2048, 1536), "down": (768, 2048)}}  # in, out; 128 of each in a layer
 ALL: dict[str, dict[str, tuple[int, int]]] = SHAPES | EXPERT
-EFFORTS = {"fast": 0, "default": 2}  # rounds of refinement
+EFFORTS = {"fast": 1, "default": 3}  # rounds of refinement
 
 
 def problem(shape: tuple[int, int], device: str) -> tuple[Any, Any]:

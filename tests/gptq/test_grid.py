@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from optq.errors import ModelError
 from optq.gptq import fit_grid
+from optq.gptq.grid import Grid, _spanning
 from optq.scheme import BITS, LayerScheme, trivial_groups
 
 
@@ -74,6 +75,37 @@ def test_the_searched_grid_has_the_lower_weighted_error(bits, symmetric, group_s
     )
     assert torch.equal(searched.scales.half().float(), searched.scales)
     assert ((searched.zeros >= 1) & (searched.zeros <= 2**bits - 1)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_search_comes_close_to_one_that_tries_all_spans(bits, symmetric):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(64, 64, generator=generator) ** 3  # heavy tails, which want clipping
+    importance = torch.rand(64, generator=generator) + 0.1
+    scheme = LayerScheme(bits=bits, group_size=64, symmetric=symmetric)
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    costs = []
+    for factor in torch.arange(1.1, 0.59 if bits == 2 else 0.29, -0.02).tolist():
+        scales, zeros = _spanning(low * factor, high * factor, scheme)
+        for sign in (1, -1) if symmetric else (1,):
+            for shift in (0,) if symmetric or bits == 4 else (-1, 0, 1):
+                shifted = (zeros + shift).clamp(1, 2**bits - 1)
+                tried = Grid(scales=scales * sign, zeros=shifted, max_code=2**bits - 1)
+                error = weight - dequantized(tried, weight)
+                costs.append((error.square() * importance).sum(1))
+    exhaustive = torch.stack(costs).amin(0)
+    groups = trivial_groups(64, 64)
+    searched = fit_grid(weight, groups, scheme, importance)
+    found = ((weight - dequantized(searched, weight)).square() * importance).sum(1)
+    assert found.sum() <= 1.01 * exhaustive.sum()
+    assert (found <= 1.25 * exhaustive).all()
+
+
+def dequantized(fitted, weight):
+    """`weight` (out, in), a group a row, rounded to its grid."""
+    groups = trivial_groups(weight.shape[1], weight.shape[1])
+    return (fitted.encode(weight, groups) - fitted.zeros) * fitted.scales
 
 
 def test_groups_that_are_not_runs_of_neighbours_are_fitted_like_those_that_are():

@@ -86,25 +86,24 @@ def _fit(grouped: Tensor, costs: Tensor | None, scheme: LayerScheme) -> tuple[Te
     if costs is None:
         return scales, zeros
     # The best so far: its cost, scales and zeros, and how it was tried: a factor of the span, a sign, a shift of zero.
-    one = torch.ones_like(low)
-    best: tuple[Tensor, ...] = (_cost(grouped, costs, scales, zeros, scheme), scales, zeros, one, one, one - one)
+    one, none = torch.ones_like(low), torch.zeros_like(low)
+    best: tuple[Tensor, ...] = (_cost(grouped, costs, scales, zeros, scheme), scales, zeros, one, one, none)
     least = SMALLEST_OF_2_BITS if scheme.bits == 2 else SMALLEST_FACTOR
 
-    def better_of(best: tuple[Tensor, ...], factor: Tensor, sign: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    def or_better(factor: Tensor | float, sign: Tensor | float, shift: Tensor | float) -> tuple[Tensor, ...]:
         scales, zeros = _spanning(low * factor, high * factor, scheme)
         scales, zeros = scales * sign, (zeros + shift).clamp_(1, scheme.max_code)
         cost = _cost(grouped, costs, scales, zeros, scheme)
         better = cost < best[0]  # False for the NaN of a scale that overflows
-        tried = (cost, scales, zeros, factor, sign, shift)
-        return tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
+        found = (cost, scales, zeros, factor, sign, shift)
+        return tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
 
     for step in range(1 + int((LARGEST_FACTOR - least) / COARSE)):
-        for variant in _variants(scheme):
-            tried = [low.new_tensor(value) for value in (LARGEST_FACTOR - COARSE * step, *variant)]
-            best = better_of(best, *tried)
-    _, _, _, factor, sign, shift = best
+        for sign, shift in _variants(scheme):
+            best = or_better(LARGEST_FACTOR - COARSE * step, sign, shift)
+    coarse = best[3:]
     for change in FINE:
-        best = better_of(best, (factor + change).clamp_(least, LARGEST_FACTOR), sign, shift)
+        best = or_better((coarse[0] + change).clamp_(least, LARGEST_FACTOR), *coarse[1:])
     return best[1], best[2]
 
 
