@@ -24,7 +24,7 @@ pytestmark = [
 ROUNDED = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 0.02}
 """Relative difference of logits: both sides have the same weights, and round sums elsewhere."""
 
-WAITS_PER_LINEAR, WAITS_PER_BLOCK = 30, 14
+WAITS_PER_LINEAR, WAITS_PER_BLOCK = 30, 30  # fast refines, too: four waits more for each of a block's four stages
 """How often quantizing may wait for the device: for each linear, and besides."""
 
 REMEDIES = (

@@ -36,7 +36,7 @@ def loss(problem, quantized):
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_refitted_scales_are_the_least_squares_solution(problem, group_size, act_order):
     quantized = start(problem, group_size=group_size, act_order=act_order)
-    refitted = refit_scales(problem[1], Attempt.of(*problem, quantized))
+    refitted = refit_scales(problem[1], Attempt.of(*problem, quantized), IN if group_size < 0 else group_size)
     weight, hessian = (tensor.double() for tensor in problem)
     root = torch.linalg.cholesky(hessian).T  # δᵀHδ = ‖root δ‖²
     columns = quantized.group_of_column.long()
@@ -115,7 +115,7 @@ def test_a_group_of_zeros_keeps_its_scale(problem):
     weight = problem[0].clone()
     weight[:, :16] = 0
     quantized = solve(weight, torch.eye(IN), LayerScheme(bits=4, group_size=16)).quantized
-    refitted = refit_scales(torch.eye(IN), Attempt.of(weight, torch.eye(IN), quantized))
+    refitted = refit_scales(torch.eye(IN), Attempt.of(weight, torch.eye(IN), quantized), 16)
     assert torch.equal(refitted.scales[:, 0], quantized.scales[:, 0])
 
 

@@ -67,14 +67,19 @@ def refine(target: Tensor, hessian: Tensor, present: Attempt, rounds: int) -> At
         hessian: (in, in) float32, damped.
         rounds: of both steps; 0 returns `present` itself.
     """
+    if not rounds:
+        return present
+    width = int(torch.bincount(present.quantized.group_of_column).max())  # once: a GPU has to be waited for
     for _ in range(rounds):
-        for step in (refit_scales, sweep_codes):
-            present = present.or_better(Attempt.of(target, hessian, step(hessian, present)))
+        present = present.or_better(Attempt.of(target, hessian, refit_scales(hessian, present, width)))
+        present = present.or_better(Attempt.of(target, hessian, sweep_codes(hessian, present)))
     return present
 
 
-def refit_scales(hessian: Tensor, present: Attempt) -> QuantizedWeight:
+def refit_scales(hessian: Tensor, present: Attempt, width: int) -> QuantizedWeight:
     """Fit the scales (out, groups) that minimise δᵀHδ for given codes; `hessian` is (in, in) float32, damped.
+
+    `width` is the number of columns of the widest group.
 
     With q_g the codes minus zeros of group g, the best change c of a row's scales solves A c = b, A_gg' = q_gᵀ H_gg'
     q_g' and b_g = q_gᵀ (Hδ)_g. Scales that would vanish or change their sign keep their value.
@@ -82,7 +87,6 @@ def refit_scales(hessian: Tensor, present: Attempt) -> QuantizedWeight:
     quantized = present.quantized
     order = torch.argsort(quantized.group_of_column, stable=True)
     groups = quantized.scales.shape[1]
-    width = int(torch.bincount(quantized.group_of_column).max())
     missing = groups * width - order.numel()  # of the last group, which may be narrower
     hessian = pad(hessian[order][:, order], (0, missing, 0, missing))
     steps = quantized.codes.float() - per_column(quantized.zeros.float(), quantized.group_of_column)
