@@ -24,7 +24,7 @@ pytestmark = [
 ROUNDED = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 0.02}
 """Relative difference of logits: both sides have the same weights, and round sums elsewhere."""
 
-WAITS_PER_LINEAR, WAITS_PER_BLOCK = 30, 30  # fast refines, too: four waits more for each of a block's four stages
+WAITS_PER_LINEAR, WAITS_PER_BLOCK = 30, 26  # of a block, three are of each stage's round of refinement
 """How often quantizing may wait for the device: for each linear, and besides."""
 
 REMEDIES = (
