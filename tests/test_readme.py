@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from optq import GPTQConfig, QuantLinear
 from optq.version import __version__, pip_install
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +32,17 @@ def test_where_a_quantized_model_is_saved_so_is_its_tokenizer(page):
         if "GPTQConfig(" in block:
             for folder in re.findall(r"model\.save_pretrained\((.*?)\)", block):
                 assert re.search(rf"[Tt]okenizer.*\.save_pretrained\({re.escape(folder)}\)", block), f"{page}: {block}"
+
+
+def test_the_calls_of_the_readme_run(tiny_llama, token_rows, quantized, tmp_path, monkeypatch):
+    calls = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "optq.plan(" in block)
+    calls = calls.replace('"org/model"', repr(str(tiny_llama)))
+    monkeypatch.chdir(tmp_path)
+    config = GPTQConfig(bits=4, group_size=32, dataset=token_rows)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    layer = next(module for module in quantized.modules() if isinstance(module, QuantLinear))
+    exec(calls, {"model": model, "config": config, "layer": layer, "torch": torch})
+    assert "quantization_config" in (tmp_path / "out/config.json").read_text()
 
 
 def test_every_page_installs_optq_as_its_version_says(tmp_path):
