@@ -66,7 +66,8 @@ def rows() -> dict[str, dict[str, Any]]:
         found[f"{name}, AutoRound"] = {"tool": "autoround", **grid, "iters": 200}
         found[f"{name}, AutoRound light"] = {"tool": "autoround", **grid, "iters": 50}
         if grid["bits"] < 4:  # with 1000 steps it is what AutoRound recommends: 6 CPU-hours
-            found[f"{name}, AutoRound + alg_ext"] = {"tool": "autoround", **grid, "iters": 200, "alg_ext": True}
+            for recipe, steps in (("AutoRound + alg_ext", 200), ("AutoRound light + alg_ext", 50)):
+                found[f"{name}, {recipe}"] = {"tool": "autoround", **grid, "iters": steps, "alg_ext": True}
     # The sizes of 3 and 4 bits with groups of 64, scales and zeros included.
     for name, budget in BUDGETS.items():
         found[name] = {"tool": "optq", "bits": 4, "group_size": 64, **budget}
