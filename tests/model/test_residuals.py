@@ -6,6 +6,7 @@ import torch
 import transformers
 from torch import nn
 
+from optq import GPTQConfig, QuantLinear, quantize
 from optq.model import LinearView, find_blocks, find_linears, observe_stages, watching_sums
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -95,3 +96,19 @@ def test_a_linear_that_returns_zeros_is_added_to_nothing():
     nn.init.zeros_(block.linear.weight)
     nn.init.zeros_(block.linear.bias)
     assert residuals(block, block, [LinearView(name="linear", module=block.linear)], lambda: block(x)) == {}
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Bloom"])
+def test_samples_that_run_together_are_no_hindrance(family):
+    """BLOOM's blocks are given a tensor with an entry per sample and head, which cannot be cut by samples."""
+    rows = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(0)).tolist()
+    config = GPTQConfig(bits=4, group_size=32, dataset=[{"input_ids": row} for row in rows], batch_size=4)
+    quantized = quantize(model_of(family), config)
+    assert any(isinstance(module, QuantLinear) for module in quantized.modules())
+
+
+def test_of_several_forwards_the_first_is_watched():
+    """Where memory is short, a micro-batch runs in parts: what is found must not depend on it."""
+    block, x = Summing(), torch.randn(2, 5, 8)
+    views = [LinearView(name="linear", module=block.linear)]
+    assert residuals(block, block, views, lambda: [block(part) for part in x.split(1)]) == {"linear": "norm"}

@@ -37,25 +37,33 @@ class _Excerpt:
 
 
 class Sums:
-    """What modules of a block were given and linears returned in one forward, to tell what was added to what."""
+    """What modules of a block were given and linears returned in one forward, to tell what was added to what.
+
+    What comes after its end is another one, of more samples: ignored.
+    """
 
     def __init__(self) -> None:
+        self._has_ended = False
         self._inputs: list[tuple[nn.Module | None, _Excerpt]] = []  # in the order of calls
         self._outputs: dict[nn.Module, list[tuple[int, _Excerpt]]] = {}  # of linears; and how many inputs came before
 
     def called(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook for all modules; of the block itself, None, it wants the output."""
+        if self._has_ended:
+            return
         x = first_input(args, kwargs) if args or kwargs else None
         if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1:
             self._inputs.append((module, _Excerpt.of(x)))
 
     def returned(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """A hook for linears; `output` is (..., out)."""
-        self._outputs.setdefault(module, []).append((len(self._inputs), _Excerpt.of(output)))
+        if not self._has_ended:
+            self._outputs.setdefault(module, []).append((len(self._inputs), _Excerpt.of(output)))
 
     def ended(self, output: Any) -> None:
-        """To be called with what the block returned."""
+        """To be called with what the block returned, after each forward."""
         self.called(None, (hidden_states(output),), {})
+        self._has_ended = True
 
     def residual_of(self, stage: Stage) -> nn.Module | None:
         """The module called once whose input and the output of the stage's only linear have their sum later on.

@@ -50,28 +50,28 @@ class BlockRunner:
         self.paused: PausedForwards | None = None
         self._most_samples = 1
 
-    def run(self, call: BlockCall) -> Any:
-        """The block's output for a call, with its present weights."""
+    def run(self, call: BlockCall, ended: Callable[[Any], None] = lambda output: None) -> Any:
+        """The block's output for a call, with its present weights; `ended` is given that of each part."""
         if self.store.parts == 1:
             args, kwargs = self.store.fetched((call.args, call.kwargs))
             self._most_samples = max(self._most_samples, hidden_states((args, kwargs)).shape[0])
-            return self.forward(*args, **kwargs)
+            output = self.forward(*args, **kwargs)
+            ended(output)
+            return output
         outputs = []
         try:
             for part, args, kwargs in self.in_parts(call):
                 self.part = part
                 outputs.append(self.forward(*args, **kwargs))
+                ended(outputs[-1])
         finally:
             self.part = slice(None)
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
-    def in_parts(
-        self, call: BlockCall, parts: int | None = None
-    ) -> Iterator[tuple[slice, tuple[Any, ...], dict[str, Any]]]:
+    def in_parts(self, call: BlockCall) -> Iterator[tuple[slice, tuple[Any, ...], dict[str, Any]]]:
         """The arguments for some of the samples after the other: which ones, and what they are.
 
-        Arguments with an entry per sample are cut; others are for all of them. `parts`: how many; by default those
-        that memory has forced.
+        Arguments with an entry per sample are cut; others are for all of them.
         """
         args, kwargs = self.store.fetched((call.args, call.kwargs))
         samples = hidden_states((args, kwargs)).shape[0]
@@ -80,7 +80,7 @@ class BlockRunner:
         def cut(leaf: Any, part: slice) -> Any:
             return leaf[part] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == samples else leaf
 
-        for rows in torch.arange(samples).chunk(parts or self.store.parts):
+        for rows in torch.arange(samples).chunk(self.store.parts):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             yield part, *tree_map(partial(cut, part=part), (args, kwargs))
 
@@ -109,18 +109,17 @@ class BlockRunner:
         """Run the block once: which of its linears share an input, and what it returns."""
         views, output = [target.view for target in self.targets], None
 
-        def run() -> None:
-            nonlocal output
-            output = self.run(call)
+        def attempt() -> list[Stage]:
+            with watching_sums(self._block, {view.module for view in views}) as sums:
 
-        def run_one_sample() -> Any:
-            _, args, kwargs = next(self.in_parts(call, parts=self._most_samples))
-            return self.forward(*args, **kwargs)
+                def run() -> None:
+                    nonlocal output
+                    output = self.run(call, sums.ended)
 
-        stages = self.with_room(lambda: observe_stages(views, run))
-        with watching_sums(self._block, {view.module for view in views}) as sums:
-            sums.ended(self.with_room(run_one_sample))
-        return [replace(stage, residual=sums.residual_of(stage)) for stage in stages], output
+                stages = observe_stages(views, run)
+            return [replace(stage, residual=sums.residual_of(stage)) for stage in stages]
+
+        return self.with_room(attempt), output
 
     def check_inputs(self, calls: list[BlockCall]) -> None:
         """Refuse inputs that are not finite.
