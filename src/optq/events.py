@@ -89,7 +89,8 @@ class LinearQuantized(Event):
         shape: out_features, in_features.
         stored_bits: of codes, scales and zeros.
         relative_loss, rtn_relative_loss: the energy of the outputs' error over that of the outputs; of the result, and
-            of rounding to nearest.
+            of rounding to nearest. The error is counted from the outputs that make up for earlier layers' errors, so
+            where these are larger than what the linear adds, it exceeds 1 without harm.
         damping, damping_asked: fractions; more than was asked for if the Hessian was singular.
         dead_columns: inputs that were always zero.
         tokens: calibration tokens that reached it.
