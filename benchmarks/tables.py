@@ -37,6 +37,7 @@ HEADLINES = (
     "4-bit g64 sym, round to nearest",
     "4-bit g64 sym, GPTQModel",
     "4-bit g64 sym, AutoRound",
+    "4-bit g64 sym, AutoRound light",
     "4-bit g64 sym, optq plain GPTQ",
     "4-bit g64 sym, optq default",
     "3-bit g64 sym, GPTQModel",
