@@ -32,6 +32,8 @@ BEGIN = "<!-- results: {name}; made by benchmarks/tables.py from benchmarks/resu
 END = "<!-- end of results -->"
 PLACE = re.compile(r"<!-- results: (\w+)[^>]*-->\n.*?<!-- end of results -->", re.DOTALL)
 
+ITSELF_4_BIT = MODELS["smollm2"].note
+
 HEADLINES = (
     "original",
     "4-bit g64 sym, round to nearest",
@@ -161,7 +163,7 @@ def downstream() -> str:
     content = read("downstream")
     settings = content["settings"]
     tasks = ", ".join(f"{task} ({count})" for task, count in settings["tasks"].items())
-    text = f"Tasks and their questions: {tasks}. In brackets: {settings['intervals']}. {MODELS['smollm2'].note}"
+    text = f"Tasks and their questions: {tasks}. In brackets: {settings['intervals']}. {ITSELF_4_BIT}"
     lines = [textwrap.fill(text, WIDTH), "", "| model | weights | same answer | KL of the answers | accuracy |"]
     lines.append("|---|---|---|---|---|")
     forms = {"agreement": ".1%", "divergence": ".4f", "accuracy": ".1%"}
@@ -184,7 +186,7 @@ def tries() -> str:
     grids = [grid for grid in settings["grids"] if any(name.startswith(f"{grid}: ") for name in results)]
     changes = [change for change in settings["changes"] if any(name.endswith(f": {change}") for name in results)]
     text = f"Calibration: {settings['calibration']}. Evaluation: {settings['evaluation']}. Perplexity / KL divergence."
-    text += f" SmolLM2-135M-Instruct. {MODELS['smollm2'].note}"
+    text += f" SmolLM2-135M-Instruct. {ITSELF_4_BIT}"
     lines = [textwrap.fill(text, WIDTH), "", f"| | {' | '.join(grids)} |", f"|---|{'---|' * len(grids)}"]
     for change in changes:
         found = [results.get(f"{grid}: {change}") for grid in grids]
@@ -200,7 +202,7 @@ def tokens() -> str:
     content = read("tokens")
     settings, results = content["settings"], content["results"]
     text = f"{settings['model']}, {settings['grid']['bits']} bits, groups of {settings['grid']['group_size']}. "
-    text += f"KL divergence on {settings['evaluation']}. {MODELS['smollm2'].note}"
+    text += f"KL divergence on {settings['evaluation']}. {ITSELF_4_BIT}"
     lines = [
         textwrap.fill(text, WIDTH),
         "",
@@ -235,9 +237,6 @@ def second_family() -> str:
         ]
         lines.append(f"| {effort} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-ITSELF_4_BIT = MODELS["smollm2"].note
 
 
 def notes(models: list[dict[str, Any]]) -> str:
@@ -527,7 +526,7 @@ def calibration() -> str:
     settings, results = content["settings"], content["results"]
     texts = list(results["original"])
     text = f"{settings['model']}, calibrated on {settings['calibration']}, judged on {settings['evaluation']}. "
-    text += f"Perplexity / KL divergence from the original. {MODELS['smollm2'].note}"
+    text += f"Perplexity / KL divergence from the original. {ITSELF_4_BIT}"
     lines = [textwrap.fill(text, WIDTH), "", f"| | {' | '.join(texts)} |", f"|---|{'---|' * len(texts)}"]
     for name, row in results.items():
         cells = [f"{row[text]['perplexity']:.2f} / {row[text]['divergence']:.4f}" for text in texts]
