@@ -71,7 +71,7 @@ class Memory:
     def __init__(self, monkeypatch, samples=99, waiting=99, stored=10**9):
         run = BlockRunner.run
 
-        def limited(runner, call):
+        def limited(runner, *arguments):
             forward = runner.forward
 
             def small(*args, **kwargs):
@@ -83,7 +83,7 @@ class Memory:
 
             runner.forward = small
             try:
-                return run(runner, call)
+                return run(runner, *arguments)
             finally:
                 runner.forward = forward
 
